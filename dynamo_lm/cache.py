@@ -1,0 +1,153 @@
+"""Keys and values of rows with lengths of their own, and the attention masks that go with them.
+
+The only file that knows transformers' cache classes and mask conventions. In a `RowCache` slot j of a row holds the row's
+position j, always: there is no padding on the left and nothing to crop. A step writes its tokens behind each row's length;
+keeping fewer than were written only means that the length grows by less, and the next step overwrites the rest. Sliding
+layers keep the whole context (their window is in the mask), so memory grows with the context, not with the window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from dynamo_lm.errors import InputError
+
+GROWTH = 256  # slots; capacity at least doubles, so that n tokens cost O(log n) copies
+
+
+class RowCache(Cache):
+    """A key-value cache whose rows have their own lengths.
+
+    Attributes:
+        lengths: tokens held by each row, (rows,) int64 on the CPU.
+    """
+
+    def __init__(self, num_layers: int, rows: int):
+        super().__init__(layers=[_RowLayer(self) for _ in range(num_layers)])
+        self.lengths = torch.zeros(rows, dtype=torch.long)
+        self.end = 0  # slots in use after the write in progress
+
+    def begin(self, new: int) -> Tensor:
+        """Announces a forward of `new` tokens a row and returns their positions, (rows, new) int64."""
+        self.end = int(self.lengths.max()) + new
+        return self.lengths[:, None] + torch.arange(new)
+
+    def keep(self, counts: Tensor) -> None:
+        """Ends a forward: of the tokens just written, row r keeps the first `counts[r]`. counts: (rows,) int64."""
+        self.lengths = self.lengths + counts
+
+    def select(self, rows: Tensor) -> None:
+        """Drops all rows but these. rows: (kept,) int64."""
+        self.lengths = self.lengths[rows]
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.reorder_cache(rows)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(self.lengths.max()) if len(self.lengths) else 0
+
+
+class _RowLayer(CacheLayerMixin):
+    is_sliding = False
+
+    def __init__(self, cache: RowCache):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[3]))
+        self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """(rows, heads, new, width) each -> all slots in use, (rows, heads, slots, width)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = _write(self.keys, key_states, self.cache)  # type: ignore[arg-type]
+        self.values = _write(self.values, value_states, self.cache)  # type: ignore[arg-type]
+        return self.keys[:, :, : self.cache.end], self.values[:, :, : self.cache.end]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        rows = beam_idx.to(self.device)
+        self.keys = self.keys.index_select(0, rows)  # type: ignore[union-attr]
+        self.values = self.values.index_select(0, rows)  # type: ignore[union-attr]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.end, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _write(buffer: Tensor, new: Tensor, cache: RowCache) -> Tensor:
+    if buffer.shape[2] < cache.end:
+        grown = buffer.new_zeros((*buffer.shape[:2], max(2 * buffer.shape[2], cache.end + GROWTH), buffer.shape[3]))
+        grown[:, :, : buffer.shape[2]] = buffer
+        buffer = grown
+    starts, width = cache.lengths.tolist(), new.shape[2]
+    if all(start == starts[0] for start in starts):
+        buffer[:, :, starts[0] : starts[0] + width] = new
+    else:
+        for row, start in enumerate(starts):
+            buffer[row, :, start : start + width] = new[row]
+    return buffer
+
+
+def attention_mask(
+    base_config: PreTrainedConfig,
+    queries: Tensor,
+    keys: Tensor,
+    dtype: torch.dtype,
+    *,
+    query_segments: Tensor | None = None,
+    key_segments: Tensor | None = None,
+) -> Tensor | dict[str, Tensor]:
+    """The mask (or masks, by layer type) that a base's body takes ready-made.
+
+    Args:
+        base_config: the base's configuration; its layer types, window and attention implementation decide the form.
+        queries: positions of the queries, (batch, q).
+        keys: positions of the keys, (batch or 1, k).
+        dtype: of the additive mask, where the implementation wants one.
+        query_segments, key_segments: documents that queries and keys belong to, (batch, q) and (batch, k); nothing is
+            seen across documents.
+
+    Returns:
+        (batch, 1, q, k): booleans, or 0 and the lowest number for implementations that add the mask. One such tensor, or a
+        dictionary of them by layer type where the configuration lists layer types.
+
+    Raises:
+        InputError: a layer type that is not attention over all or a window of the past.
+    """
+    config = base_config.get_text_config()
+    distance = queries[:, :, None] - keys[:, None, :]  # (batch, q, k)
+    seen = distance >= 0
+    if query_segments is not None and key_segments is not None:
+        seen = seen & (query_segments[:, :, None] == key_segments[:, None, :])
+
+    def form(mask: Tensor) -> Tensor:
+        mask = mask[:, None]
+        if config._attn_implementation in ("sdpa", "flex_attention"):
+            return mask
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return form(seen if window is None else seen & (distance < window))
+    masks = {}
+    for kind in set(types):
+        if kind == "full_attention":
+            masks[kind] = form(seen)
+        elif kind == "sliding_attention" and window is not None:
+            masks[kind] = form(seen & (distance < window))
+        else:
+            raise InputError(f'Layers of type "{kind}" are not supported; full and sliding attention are.')
+    return masks

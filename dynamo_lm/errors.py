@@ -1,0 +1,8 @@
+"""The one exception that means "the input is wrong, not the program".
+
+Its message is one sentence that names what is wrong and what to do about it; the command line prints it and exits with 2.
+"""
+
+
+class InputError(ValueError):
+    """Something the caller gave cannot be used as it is."""

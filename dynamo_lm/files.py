@@ -1,0 +1,187 @@
+"""A DynaMo model on disk: one folder with configuration, weights and co-occurrence tables.
+
+`full` folders hold everything, `heads` folders only what the heads add, beside the name and the fingerprint of their base.
+Weights are safetensors; pickles are never read. Every file is written under a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from dynamo_lm.config import DynaMoConfig
+from dynamo_lm.cooccurrence import Cooccurrence
+from dynamo_lm.errors import InputError
+
+if TYPE_CHECKING:
+    from dynamo_lm.model import DynaMoForCausalLM
+
+TABLE_FILE = "cooccurrence.safetensors"
+HEADS_FILE = "heads.safetensors"
+
+
+def save(model: DynaMoForCausalLM, folder: str | os.PathLike, weights: str = "full", **kwargs: Any) -> None:
+    """Writes `model` into `folder`: config.json, weights, generation_config.json, tables if the model has any.
+
+    Args:
+        folder: created if missing; files of the same names are replaced, each in one rename.
+        weights: "full" (base and heads) or "heads" (the base is named and fingerprinted instead).
+        **kwargs: handed to transformers' `save_pretrained` (push_to_hub, repo_id, max_shard_size, ...).
+
+    Raises:
+        InputError: the base was trained too but only heads are to be saved, or the disk is full.
+    """
+    from dynamo_lm.card import model_card
+    from dynamo_lm.model import fingerprint
+
+    if weights not in ("full", "heads"):
+        raise InputError(f'weights is "{weights}"; give "full" or "heads".')
+    now = fingerprint(model.base)
+    if weights == "heads":
+        if model.config.base_fingerprint not in (None, now):
+            raise InputError('The base was changed by training, so heads alone would not fit it; save with weights="full".')
+        if not model.config.base_name_or_path:
+            raise InputError('The base has no name or path to be found again by; save with weights="full".')
+    push = kwargs.pop("push_to_hub", False)
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as name:
+            staging = Path(name)
+            before = model.config.weights, model.config.base_fingerprint
+            model.config.weights, model.config.base_fingerprint = weights, now
+            try:
+                if weights == "full":
+                    PreTrainedModel.save_pretrained(model, name, **kwargs)
+                else:
+                    model.config.save_pretrained(name)
+                    model.generation_config.save_pretrained(name)
+                    save_file(head_weights(model), staging / HEADS_FILE, metadata={"format": "pt"})
+            finally:
+                model.config.weights, model.config.base_fingerprint = before
+            if model.cooccurrence is not None:
+                model.cooccurrence.save(staging / TABLE_FILE)
+            (staging / "README.md").write_text(model_card(model, weights))
+            for file in sorted(staging.iterdir()):
+                os.replace(file, target / file.name)
+    except OSError as error:
+        if error.errno == errno.ENOSPC or "No space left" in str(error):
+            raise InputError(f'The disk of "{target}" is full; free some space and save again.') from error
+        raise
+    except SafetensorError as error:  # safetensors reports a full disk in words of its own
+        raise InputError(f'Weights could not be written to "{target}" ({error}); is its disk full?') from error
+    if push:
+        from huggingface_hub import HfApi
+
+        repo = kwargs.get("repo_id") or target.name
+        api = HfApi(token=kwargs.get("token"))
+        repo = api.create_repo(repo, exist_ok=True, private=kwargs.get("private")).repo_id
+        api.upload_folder(repo_id=repo, folder_path=target)
+
+
+def head_weights(model: DynaMoForCausalLM) -> dict[str, torch.Tensor]:
+    """The tensors that the heads own, by their name below `heads.`; what they share with the base is left out."""
+    shared = {parameter.data_ptr() for parameter in model.base.parameters()}
+    return {
+        name: tensor.detach().contiguous()
+        for name, tensor in model.heads.state_dict().items()
+        if tensor.data_ptr() not in shared or tensor.numel() == 0
+    }
+
+
+def load(cls: type[DynaMoForCausalLM], name: str, *args: Any, **kwargs: Any) -> DynaMoForCausalLM:
+    """Opens what `save` wrote; see `DynaMoForCausalLM.from_pretrained`."""
+    base = kwargs.pop("base", None)
+    config = kwargs.pop("config", None)
+    name = str(name)
+    if not isinstance(config, DynaMoConfig):
+        config = read_config(name)
+    kwargs["use_safetensors"] = True
+    try:
+        if config.weights == "full":
+            model = PreTrainedModel.from_pretrained.__func__(cls, name, *args, config=config, **kwargs)  # type: ignore[attr-defined]
+        else:
+            model = _load_heads(cls, name, config, base, **kwargs)
+    except (SafetensorError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f'The weights in "{name}" are missing, truncated or altered: {reason}') from error
+    table = _find(name, TABLE_FILE)
+    if table is not None:
+        model.cooccurrence = Cooccurrence.load(table)
+        if model.cooccurrence.vocab_size != config.vocab_size:
+            raise InputError(
+                f'The tables in "{name}" were counted with a vocabulary of {model.cooccurrence.vocab_size}, '
+                f"the model has {config.vocab_size}; count again with this model's tokenizer."
+            )
+    return model
+
+
+def read_config(name: str) -> DynaMoConfig:
+    """The configuration of a DynaMo folder.
+
+    Raises:
+        InputError: not a folder or repository with a DynaMo model.
+    """
+    path = _find(name, "config.json")
+    if path is None:
+        raise InputError(f'"{name}" is no model: it has no config.json.')
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise InputError(f'"{name}/config.json" is not valid JSON: {error}') from error
+    if content.get("model_type") != DynaMoConfig.model_type:
+        raise InputError(
+            f'"{name}" holds a model of type "{content.get("model_type")}" without heads; add some with `dynamo-lm train`.'
+        )
+    return DynaMoConfig.from_pretrained(name)
+
+
+def _load_heads(cls: type[DynaMoForCausalLM], name: str, config: DynaMoConfig, base: Any, **kwargs: Any) -> Any:
+    from dynamo_lm.model import fingerprint, load_base
+
+    kwargs.pop("use_safetensors")
+    base = base if base is not None else config.base_name_or_path
+    source = base if isinstance(base, str) else type(base).__name__
+    if isinstance(base, str):
+        here = Path(name) / base  # a base beside the heads may be named relative to them
+        base = load_base(str(here) if here.is_dir() else base, **kwargs)
+    found = fingerprint(base)
+    if found != config.base_fingerprint:
+        raise InputError(
+            f'The heads in "{name}" were trained for the base {config.base_fingerprint} '
+            f'("{config.base_name_or_path}"), but "{source}" is {found}; open them with that base.'
+        )
+    model = cls(config, base)
+    file = _find(name, HEADS_FILE)
+    if file is None:
+        raise InputError(f'"{name}" has no {HEADS_FILE}, so it holds no heads.')
+    weights = load_file(file)
+    wanted = head_weights(model)
+    if weights.keys() != wanted.keys() or any(weights[key].shape != wanted[key].shape for key in weights):
+        raise InputError(f'"{name}/{HEADS_FILE}" does not hold the heads that its config.json describes.')
+    model.heads.load_state_dict(weights, strict=False)
+    model.heads.to(base.device, base.dtype)
+    return model.eval()
+
+
+def _find(name: str, file: str) -> str | None:
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return str(path) if path.is_file() else None
+    if "/" not in name or name.count("/") > 1 or Path(name).exists():
+        return None
+    try:
+        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return None
+

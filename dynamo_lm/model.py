@@ -1,0 +1,406 @@
+"""A DynaMo model: any Hugging Face decoder, and n-1 extra heads beside its last layer (method.md section 1).
+
+In: token ids. Out: final hidden states of heads 1..n, and logits read from them. The base is never modified: during a
+call that asks for the heads, a hook on the base's last decoder layer hands its inputs (hidden state, mask, rotary tables,
+cache) to the heads and stacks their outputs along the batch, so the base's own final norm applies to all of them; the
+base's own readout (output embedding, soft-caps, scales) then turns any of them into logits. Nothing here knows an
+architecture, a tokenizer, or how tokens are chosen.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from dynamo_lm.config import DynaMoConfig
+from dynamo_lm.cooccurrence import Cooccurrence
+from dynamo_lm.errors import InputError
+
+
+class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
+    """A base model with n token heads; head i predicts the token i positions ahead.
+
+    `forward` is the base's own, bit for bit. `hidden` and `readout` give the other heads; `generate` decodes several tokens
+    per step (see `dynamo_lm.decoding`).
+
+    Attributes:
+        base: the Hugging Face causal language model, untouched.
+        heads: the extra heads, `heads[0]` is head 2.
+        cooccurrence: n-gram tables for the mask (method.md section 3), or None.
+    """
+
+    config_class = DynaMoConfig
+    config: DynaMoConfig
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: DynaMoConfig, base: PreTrainedModel | None = None):
+        if config.base_config is None:
+            raise InputError("This DynaMo configuration names no base model; build it with DynaMoForCausalLM.from_base.")
+        super().__init__(config)
+        self.base = base if base is not None else AutoModelForCausalLM.from_config(config.base_config)
+        config.base_config = self.base.config
+        check_base(self.base)
+        self.heads = nn.ModuleList(
+            TokenHead(config, self.base, self.last_layer, index) for index in range(config.num_heads - 1)
+        )
+        self.cooccurrence: Cooccurrence | None = None
+        self.generation_config = copy.deepcopy(self.base.generation_config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        self.base._init_weights(module)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    # ------------------------------------------------------------------ parts of the base
+
+    @property
+    def body(self) -> nn.Module:
+        """The base without its output embedding: embedding, decoder layers, final norm."""
+        return getattr(self.base, self.base.base_model_prefix)
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The base's last decoder layer, which is head 1's (method.md section 1)."""
+        return decoder_layers(self.base)[-1]
+
+    @property
+    def num_heads(self) -> int:
+        return self.config.num_heads
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.base.set_output_embeddings(new_embeddings)
+
+    def freeze_base(self) -> DynaMoForCausalLM:
+        """Stops all gradients into the base (variant "-H", method.md section 7) and returns self."""
+        self.base.requires_grad_(False)
+        return self
+
+    def overhead(self) -> float:
+        """Parameters of the extra heads over the base's (method.md section 1, table)."""
+        shared = {id(p) for p in self.base.parameters()}
+        extra = sum(p.numel() for p in self.heads.parameters() if id(p) not in shared)
+        return extra / sum(p.numel() for p in self.base.parameters())
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
+        """The base model's forward, unchanged: logits of head 1, (batch, length, vocabulary)."""
+        return self.base(input_ids=input_ids, **kwargs)
+
+    def hidden(
+        self, input_ids: Tensor, *, num_heads: int | None = None, gradient_scale: float = 1.0, **kwargs: Any
+    ) -> Tensor:
+        """Final (normed) hidden states of heads 1..num_heads at every position.
+
+        Args:
+            input_ids: token ids, (batch, length).
+            num_heads: how many heads to compute, all by default; 1 is the base alone.
+            gradient_scale: factor on the gradient that heads 2..n send into the base, `LR_MB / LR_B` (method.md section
+                6.6). Their losses must have been multiplied by the same factor (see `dynamo_lm.training`), which the
+                heads' own layers undo.
+            **kwargs: what the base's body takes: attention_mask, position_ids, past_key_values, use_cache.
+
+        Returns:
+            (num_heads, batch, length, hidden), in the base's dtype.
+        """
+        n = self.num_heads if num_heads is None else num_heads
+        if not 1 <= n <= self.num_heads:
+            raise InputError(f"{n} heads were asked of a model that has {self.num_heads}; ask for 1 to {self.num_heads}.")
+        kwargs.setdefault("use_cache", kwargs.get("past_key_values") is not None)
+        if n == 1:
+            return self.body(input_ids=input_ids, **kwargs).last_hidden_state.unsqueeze(0)
+        frozen = not any(p.requires_grad for p in self.base.parameters())
+
+        def beside_last_layer(module: nn.Module, args: tuple, layer_kwargs: dict, output: Any) -> Any:
+            first = output[0] if isinstance(output, tuple) else output
+            feed = _layer_input(args, layer_kwargs) if self.config.feed == "stem" else first
+            feed = feed.detach() if frozen else _ScaleGradient.apply(feed, gradient_scale)
+            states = [first]
+            for head in self.heads[: n - 1]:
+                state = head(feed, args, layer_kwargs)
+                states.append(state if frozen else _ScaleGradient.apply(state, 1 / gradient_scale))
+            stacked = torch.cat(states)  # (n * batch, length, hidden): the final norm sees one larger batch
+            return (stacked, *output[1:]) if isinstance(output, tuple) else stacked
+
+        with self.last_layer.register_forward_hook(beside_last_layer, with_kwargs=True):
+            stacked = self.body(input_ids=input_ids, **kwargs).last_hidden_state
+        return stacked.unflatten(0, (n, -1))
+
+    def readout(self, hidden: Tensor, head: int = 1) -> Tensor:
+        """Logits of one head from its final hidden states, through the base's own output path.
+
+        Args:
+            hidden: (batch, length, hidden) as `hidden` returns them.
+            head: 1..n; differs from 1 only where heads have their own output embedding.
+
+        Returns:
+            (batch, length, vocabulary).
+        """
+        # A shallow twin of the base whose body hands its input through: what remains of its forward is the readout, with
+        # whatever soft-cap or scale the architecture applies.
+        twin = copy.copy(self.base)
+        twin._modules = {**self.base._modules, self.base.base_model_prefix: _PassThrough()}
+        if head > 1 and self.config.own_output_embedding:
+            output = self.base.get_output_embeddings()
+            name = next(name for name, module in self.base._modules.items() if module is output)
+            twin._modules[name] = self.heads[head - 2].output
+        return twin(inputs_embeds=hidden, use_cache=False).logits
+
+    def logits(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """Logits of all heads at every position, (n, batch, length, vocabulary); for evaluation of short texts."""
+        hidden = self.hidden(input_ids, **kwargs)
+        return torch.stack([self.readout(state, head) for head, state in enumerate(hidden, start=1)])
+
+    # ------------------------------------------------------------------ construction and files
+
+    @classmethod
+    def from_base(
+        cls,
+        base: str | PreTrainedModel,
+        num_heads: int = 3,
+        *,
+        layers_per_head: int = 1,
+        feed: str = "stem",
+        init: str = "random",
+        own_output_embedding: bool = False,
+        adapter_rank: int = 0,
+        **kwargs: Any,
+    ) -> DynaMoForCausalLM:
+        """Adds heads 2..num_heads to a causal language model (method.md sections 1 and 7).
+
+        Args:
+            base: a hub id, a local folder, or a loaded transformers model.
+            num_heads: n, head 1 included.
+            layers_per_head, feed, init, own_output_embedding, adapter_rank: see `DynaMoConfig`.
+            **kwargs: handed to `AutoModelForCausalLM.from_pretrained` when `base` is a name (dtype, revision, ...).
+
+        Raises:
+            InputError: the base cannot be loaded or is not a decoder-only language model.
+        """
+        name = base if isinstance(base, str) else (base.config._name_or_path or None)
+        loaded = load_base(base, **kwargs) if isinstance(base, str) else base
+        check_base(loaded)
+        config = DynaMoConfig(
+            loaded.config,
+            num_heads,
+            layers_per_head=layers_per_head,
+            feed=feed,
+            init=init,
+            own_output_embedding=own_output_embedding,
+            adapter_rank=adapter_rank,
+            base_name_or_path=name,
+            base_fingerprint=fingerprint(loaded),
+            dtype=loaded.dtype,
+        )
+        return cls(config, loaded)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> DynaMoForCausalLM:
+        """Opens a folder or hub repository written by `save_pretrained`, full or heads-only.
+
+        Args:
+            base: for a heads-only folder, the base to use (name or loaded model) instead of the recorded name.
+            **kwargs: as in transformers.
+
+        Raises:
+            InputError: no such model, damaged files, or heads that belong to another base.
+        """
+        from dynamo_lm.files import load
+
+        return load(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str, weights: str = "full", **kwargs: Any) -> None:
+        """Writes a folder that `from_pretrained` opens; see `dynamo_lm.files.save`."""
+        from dynamo_lm.files import save
+
+        save(self, save_directory, weights, **kwargs)
+
+
+class TokenHead(nn.Module):
+    """One extra head: `layers_per_head` decoder layers of the base's last layer's class, or an adapter on that layer."""
+
+    def __init__(self, config: DynaMoConfig, base: PreTrainedModel, last_layer: nn.Module, index: int):
+        super().__init__()
+        cache_index = len(decoder_layers(base)) + index * config.layers_per_head
+        layers = []
+        for offset in range(config.layers_per_head):
+            layer = copy.deepcopy(last_layer)
+            _forget_hooks(layer)
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = cache_index + offset  # its own entry in the shared cache
+            if config.adapter_rank:
+                _adapt(layer, last_layer, config.adapter_rank)
+            elif config.init == "random":
+                for module in layer.modules():
+                    base._init_weights(module)
+            layers.append(layer.requires_grad_(True) if not config.adapter_rank else layer)
+        self.layers = nn.ModuleList(layers)
+        if config.own_output_embedding:
+            self.output = copy.deepcopy(base.get_output_embeddings()).requires_grad_(True)
+
+    def forward(self, state: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """(batch, length, hidden) -> the same; args and kwargs are what the base passed to its last layer."""
+        for layer in self.layers:
+            output = layer(state, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
+            state = output[0] if isinstance(output, tuple) else output
+        return state
+
+
+class _LowRank(nn.Module):
+    """weight + B A, with B zero at the start (LoRA)."""
+
+    def __init__(self, weight: Tensor, rank: int):
+        super().__init__()
+        rows, columns = weight.shape
+        self.a = nn.Parameter(torch.randn(rank, columns, dtype=weight.dtype, device=weight.device) / rank**0.5)
+        self.b = nn.Parameter(torch.zeros(rows, rank, dtype=weight.dtype, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.detach() + self.b @ self.a
+
+
+class _Detached(nn.Module):
+    """The shared tensor as it is, without a way back for gradients."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.detach()
+
+
+def _adapt(layer: nn.Module, last_layer: nn.Module, rank: int) -> None:
+    """Makes `layer` share every parameter of `last_layer`, with a low-rank adapter on each matrix."""
+    sources = dict(last_layer.named_modules())
+    for name, module in list(layer.named_modules()):
+        for key, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module._parameters[key] = getattr(sources[name], key)
+                change = _LowRank(parameter, rank) if parameter.ndim == 2 else _Detached()
+                parametrize.register_parametrization(module, key, change, unsafe=True)
+
+
+def _forget_hooks(layer: nn.Module) -> None:
+    for module in layer.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient * ctx.factor, None
+
+
+class _PassThrough(nn.Module):
+    """Stands in for the base's body, and for any part of it that the base calls: hands its embeddings through."""
+
+    def forward(self, input_ids: None = None, *, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
+        return _OnlyHidden(last_hidden_state=inputs_embeds)
+
+    def __getattr__(self, name: str) -> Any:
+        return self  # OPT calls model.decoder
+
+
+class _OnlyHidden(BaseModelOutputWithPast):
+    """A body's output of which everything but the hidden state is None (router logits, cross attentions, ...)."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _layer_input(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
+    """The base's decoder layers: the ModuleList as long as `num_hidden_layers` says.
+
+    Raises:
+        InputError: there is none.
+    """
+    count = base.config.get_text_config().num_hidden_layers
+    for module in getattr(base, base.base_model_prefix).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and all(len(list(m.children())) for m in module):
+            return module
+    raise InputError(f"{type(base).__name__} has no list of {count} decoder layers to put heads beside.")
+
+
+def check_base(base: PreTrainedModel) -> None:
+    """Refuses what cannot carry heads: encoders, encoder-decoders, models without an output embedding.
+
+    Raises:
+        InputError: with the reason.
+    """
+    config, name = base.config, type(base).__name__
+    if isinstance(base, DynaMoForCausalLM):
+        raise InputError("The base already is a DynaMo model; pass its `.base`, or open it with from_pretrained.")
+    if config.is_encoder_decoder:
+        raise InputError(f"{name} is an encoder-decoder; DynaMo needs a decoder-only language model.")
+    if base.get_output_embeddings() is None or not base.can_generate():
+        raise InputError(f"{name} is no causal language model; DynaMo needs a decoder with an output embedding.")
+    if getattr(config, "is_decoder", None) is False and "bert" in config.model_type:
+        raise InputError(f"{name} is an encoder; DynaMo needs a decoder-only language model.")
+    if getattr(config.get_text_config(), "alibi", False):
+        raise InputError(f"{name} uses ALiBi position biases, which DynaMo's attention masks cannot carry.")
+    if config.get_text_config().num_hidden_layers < 2:
+        raise InputError(f"{name} has a single decoder layer, so there is no stem to feed heads from; use a deeper base.")
+    decoder_layers(base)
+
+
+def load_base(name: str, **kwargs: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained` (safetensors only) with one-sentence errors.
+
+    Raises:
+        InputError: nothing loadable there.
+    """
+    kwargs.setdefault("use_safetensors", None if "gguf_file" in kwargs else True)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f'"{name}" could not be opened as a causal language model: {reason}') from error
+
+
+def fingerprint(base: PreTrainedModel) -> str:
+    """Identity of a base: a hash of its shape and of its last layer's weights rounded to bfloat16, so that the same
+    checkpoint opened in another precision is still the same base. 16 hexadecimal digits; "meta" without weights."""
+    config = base.config.get_text_config()
+    digest = hashlib.sha256(
+        f"{config.model_type} {config.num_hidden_layers} {config.hidden_size} {config.vocab_size}".encode()
+    )
+    for name, tensor in sorted(decoder_layers(base)[-1].state_dict().items()):
+        if tensor.is_meta:
+            return "meta"
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,365 @@
+"""Training with the modified-CLM objective (method.md section 2): head i predicts the token i positions ahead.
+
+In: a model and a store of tokens. Out: the model trained in place, with checkpoints, a log and a provenance file in a
+folder. Every batch is a function of the seed and the step, so a run that was stopped resumes to the losses of one that was
+not. Knows nothing about text or the command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynamo_lm.cache import attention_mask
+from dynamo_lm.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from dynamo_lm.packing import Blocks, targets
+from dynamo_lm.errors import InputError
+from dynamo_lm.model import DynaMoForCausalLM
+
+CHUNK = 512  # positions whose logits exist at one time, whatever the number of heads; fits a cache, and is faster for it
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train. The defaults are the paper's for Pythia-70M (method.md section 2)."""
+
+    steps: int  # optimizer steps in all
+    lr_b: float = 1e-5  # LR_B: head-1 loss into the base; 0 together with lr_mb freezes the base
+    lr_m: float = 1e-3  # LR_M: the heads' own layers
+    lr_mb: float = 1e-6  # LR_MB: heads 2..n into the base
+    batch_size: int = 64  # blocks a step
+    accumulation: int = 1  # forward passes a step is split into
+    warmup: float = 0.01  # share of the steps
+    weight_decay: float = 0.01  # on matrices only
+    clip: float = 1.0  # largest gradient norm, 0 for none
+    bf16: bool = True  # autocast; weights and optimizer stay in float32
+    seed: int = 0
+    validate_every: int = 500  # steps
+    checkpoint_every: int = 500  # steps
+    keep: int = 2  # checkpoints kept
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "validate_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give 1 or more.")
+        for name in ("lr_b", "lr_m", "lr_mb", "weight_decay", "clip"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} is {getattr(self, name)}; give 0 or more.")
+        if self.batch_size % self.accumulation:
+            raise InputError(f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}.")
+        if self.lr_b == 0 and self.lr_mb > 0:
+            raise InputError("lr_mb without lr_b has no meaning (one optimizer moves the base); set both or neither.")
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the base stays as it is (variant "-H", method.md section 7)."""
+        return self.lr_b == 0
+
+    @property
+    def gradient_scale(self) -> float:
+        """LR_MB / LR_B, the factor on what heads 2..n send into the base (method.md section 6.6).
+
+        The losses of heads 2..n are multiplied by it and the heads' own layers by its inverse, so it cannot be 0 itself; for
+        lr_mb = 0 it is a power of two so small that the heads' share vanishes beside head 1's in float32.
+        """
+        return 1.0 if self.frozen else (self.lr_mb / self.lr_b or 2.0**-40)
+
+
+def heads_loss(
+    model: DynaMoForCausalLM,
+    tokens: Tensor,
+    segments: Tensor,
+    positions: Tensor,
+    *,
+    options: TrainingOptions | None = None,
+    counts: list[int] | None = None,
+) -> Tensor:
+    """The modified-CLM losses of one batch; with `options`, also their gradients.
+
+    Logits exist for `CHUNK` positions of one head at a time: each chunk's gradient with respect to its hidden states is
+    taken at once, and one backward through the heads and the base follows.
+
+    Args:
+        tokens, segments, positions: (batch, length), from `dynamo_lm.packing.Blocks`.
+        options: take gradients, scaled for `options.gradient_scale`; a frozen base skips head 1's loss (its entry is 0).
+        counts: targets of each head that the loss is a mean over (all accumulated batches); this batch's by default.
+
+    Returns:
+        Sums of the negative log-likelihood in nats over the valid targets, (num_heads,), float32, without gradient.
+
+    Source: paper, modified-CLM objective; method.md sections 2 and 6.6.
+    """
+    n, learn = model.num_heads, options is not None
+    order = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    mask = attention_mask(
+        model.config.base_config, order, order, model.dtype, query_segments=segments, key_segments=segments
+    )
+    scale = options.gradient_scale if options else 1.0
+    autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=options is None or options.bf16)
+    with torch.set_grad_enabled(learn), autocast:
+        hidden = model.hidden(tokens, attention_mask=mask, position_ids=positions, gradient_scale=scale)
+        gradient = torch.zeros_like(hidden) if learn else None
+        sums = torch.zeros(n)
+        for head in range(1, n + 1):
+            if options is not None and options.frozen and head == 1:
+                continue
+            labels = targets(tokens, segments, head).flatten()
+            count = counts[head - 1] if counts else int((labels != -100).sum())
+            weight = (1.0 if head == 1 else scale) / max(count, 1)
+            states = hidden[head - 1].flatten(0, 1)
+            for start in range(0, len(labels), CHUNK):
+                chunk = states[start : start + CHUNK].detach().requires_grad_(learn)
+                logits = model.readout(chunk[None], head)[0].float()  # (chunk, vocabulary)
+                loss = F.cross_entropy(logits, labels[start : start + CHUNK], ignore_index=-100, reduction="sum")
+                sums[head - 1] += loss.detach().cpu()
+                if gradient is not None:
+                    (loss * weight).backward()
+                    gradient[head - 1].flatten(0, 1)[start : start + CHUNK] = chunk.grad
+    if gradient is not None:
+        hidden.backward(gradient)
+        if model.config.own_output_embedding and scale != 1:
+            for extra in model.heads:  # behind the heads' layers, so not yet undone there
+                for parameter in extra.output.parameters():
+                    parameter.grad.mul_(1 / scale)
+    return sums
+
+
+def target_counts(tokens: Tensor, segments: Tensor, num_heads: int) -> list[int]:
+    """How many positions have a target `i` ahead in the same document, for i = 1..num_heads."""
+    return [int((targets(tokens, segments, head) != -100).sum()) for head in range(1, num_heads + 1)]
+
+
+@dataclass(frozen=True)
+class Perplexities:
+    """Multi-token perplexities over the same positions: those with all n targets (method.md section 5)."""
+
+    heads: tuple[float, ...]  # PPL_1 .. PPL_n
+    joint: tuple[float, ...]  # PPL_1:1 .. PPL_1:n, the product of heads as the joint, per token
+
+    def __str__(self) -> str:
+        singles = "  ".join(f"PPL_{i} {p:.2f}" for i, p in enumerate(self.heads, start=1))
+        return f"{singles}  PPL_1:{len(self.joint)} {self.joint[-1]:.2f}"
+
+
+@torch.no_grad()
+def perplexities(model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, bf16: bool, limit: int = 64) -> Perplexities:
+    """PPL_1..PPL_n and PPL_1:1..PPL_1:n on the first `limit` blocks.
+
+    Comparable between models with the same tokenizer on the same blocks: every head is scored at the positions where all n
+    targets exist in the same document.
+    """
+    was_training, n = model.training, model.num_heads
+    model.eval()
+    sums, count = torch.zeros(n, dtype=torch.float64), 0
+    device = model.device
+    total = min(limit, blocks.num_blocks(0))
+    for start in range(0, total, batch_size):
+        rows = [blocks.block(0, index) for index in range(start, min(start + batch_size, total))]
+        tokens, segments, positions = (torch.stack([torch.as_tensor(row[i]) for row in rows]).to(device) for i in range(3))
+        order = torch.arange(tokens.shape[1], device=device)[None]
+        mask = attention_mask(
+            model.config.base_config, order, order, model.dtype, query_segments=segments, key_segments=segments
+        )
+        scored = targets(tokens, segments, n).flatten() != -100
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            hidden = model.hidden(tokens, attention_mask=mask, position_ids=positions)
+            for head in range(1, n + 1):
+                states, labels = hidden[head - 1].flatten(0, 1)[scored], targets(tokens, segments, head).flatten()[scored]
+                for at in range(0, len(labels), CHUNK):
+                    logits = model.readout(states[at : at + CHUNK][None], head)[0].float()
+                    sums[head - 1] += F.cross_entropy(logits, labels[at : at + CHUNK], reduction="sum").double().cpu()
+        count += int(scored.sum())
+    model.train(was_training)
+    if count == 0:
+        raise InputError("The validation text has no document with as many tokens as the model has heads.")
+    means = (sums / count).tolist()
+    joint = [sum(means[:m]) / m for m in range(1, n + 1)]
+    return Perplexities(tuple(map(math.exp, means)), tuple(map(math.exp, joint)))
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` share of the steps, then cosine to 0 at the last (method.md section 2)."""
+    rise = max(1, round(steps * warmup))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def parameter_groups(model: DynaMoForCausalLM, options: TrainingOptions) -> list[dict]:
+    """AdamW groups: the base at LR_B, the heads' own layers at LR_M; weight decay on matrices only."""
+    base = {id(p) for p in model.base.parameters()}
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = []
+    for of_base, rate in ((True, options.lr_b), (False, options.lr_m)):
+        for matrices in (True, False):
+            chosen = [p for _, p in named if (id(p) in base) == of_base and (p.ndim >= 2) == matrices]
+            if chosen and rate > 0:
+                decay = options.weight_decay if matrices else 0.0
+                groups.append({"params": chosen, "lr": rate, "initial_lr": rate, "weight_decay": decay})
+    return groups
+
+
+@dataclass
+class Progress:
+    """What a step reports."""
+
+    step: int  # steps done
+    losses: tuple[float, ...]  # mean nats per target, by head; 0 for a frozen base's head 1
+    gradient_norm: float
+    tokens_per_second: float
+    validation: Perplexities | None = None
+
+
+def train(
+    model: DynaMoForCausalLM,
+    blocks: Blocks,
+    validation: Blocks | None,
+    options: TrainingOptions,
+    folder: Path,
+    *,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Perplexities | None:
+    """Trains `model` in place, resuming from the newest checkpoint in `folder` if there is one.
+
+    Args:
+        blocks: training blocks; step s of any run with the same seed sees the same ones.
+        validation: blocks for the perplexities, or None.
+        folder: for checkpoints, `log.jsonl` and TensorBoard files.
+        report: called after every step.
+
+    Returns:
+        The last validation's perplexities.
+
+    Raises:
+        InputError: a loss or gradient that is not finite (names the step and the batch), or a checkpoint of another run.
+        KeyboardInterrupt: after writing a checkpoint of the last finished step.
+    """
+    device = model.device
+    if options.frozen:
+        model.freeze_base()
+    model.train()
+    if options.frozen:
+        model.base.eval()  # no dropout in what is not trained
+    optimizer = torch.optim.AdamW(parameter_groups(model, options), betas=(0.9, 0.95), eps=1e-8)
+    folder.mkdir(parents=True, exist_ok=True)
+    start = 0
+    newest = latest_checkpoint(folder)
+    if newest is not None:
+        start = load_checkpoint(newest, model, optimizer, options)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    last: Perplexities | None = None
+    step = start
+    with _Log(folder, start) as log, _stop_between_steps() as stopped:
+        batches = blocks.batches(start, options.batch_size)
+        for step in range(start, options.steps):
+            began = time.perf_counter()
+            batch = {name: value.to(device) for name, value in next(batches).items()}
+            factor = learning_rate_factor(step, options.steps, options.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            counts = target_counts(batch["tokens"], batch["segments"], model.num_heads)
+            sums = torch.zeros(model.num_heads)
+            for part in _split(batch, options.accumulation):
+                sums += heads_loss(model, **part, options=options, counts=counts)
+            losses = tuple((sums / torch.tensor(counts).clamp(min=1)).tolist())
+            norm = torch.nn.utils.clip_grad_norm_(trained, options.clip or math.inf).item()
+            if not math.isfinite(norm) or not all(map(math.isfinite, losses)):
+                raise InputError(
+                    f"The loss of step {step + 1} is not finite (losses {losses}, gradient norm {norm}; blocks "
+                    f"{step * options.batch_size} to {(step + 1) * options.batch_size - 1} of the run): lower the "
+                    f"learning rates or look at that text; the last checkpoint is {latest_checkpoint(folder)}."
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            rate = batch["tokens"].numel() / (time.perf_counter() - began)
+            progress = Progress(step + 1, losses, norm, rate)
+            done = step + 1 == options.steps
+            if validation is not None and (done or (step + 1) % options.validate_every == 0):
+                size = max(1, options.batch_size // options.accumulation)
+                last = perplexities(model, validation, batch_size=size, bf16=options.bf16)
+                model.train()
+                if options.frozen:
+                    model.base.eval()
+                progress = replace(progress, validation=last)
+            log.write(progress, factor)
+            report(progress)
+            if done or stopped or (step + 1) % options.checkpoint_every == 0:
+                save_checkpoint(folder, step + 1, model, optimizer, options)
+            if stopped:
+                raise KeyboardInterrupt
+    model.eval()
+    return last
+
+
+@contextlib.contextmanager
+def _stop_between_steps() -> Iterator[list[int]]:
+    """Yields a list that a Ctrl-C appends to, so that no step is cut in half; a second Ctrl-C stops at once."""
+    stopped: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def on_interrupt(number: int, frame: object) -> None:
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(number)
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _split(batch: dict[str, Tensor], parts: int) -> Iterator[dict[str, Tensor]]:
+    for chunks in zip(*(value.chunk(parts) for value in batch.values()), strict=True):
+        yield dict(zip(batch, chunks, strict=True))
+
+
+class _Log:
+    """`log.jsonl` (one line a step) and, where tensorboard is installed, its event files."""
+
+    def __init__(self, folder: Path, start: int):
+        self.path, self.board = folder / "log.jsonl", None
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and start else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        self.path.write_text("".join(kept))  # steps after the checkpoint will be taken again
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+
+    def __enter__(self) -> _Log:
+        self.file = self.path.open("a")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+    def write(self, progress: Progress, factor: float) -> None:
+        line: dict = {"step": progress.step, "losses": progress.losses, "gradient_norm": progress.gradient_norm}
+        line |= {"tokens_per_second": round(progress.tokens_per_second, 1), "lr_factor": factor}
+        scalars = {f"loss/head_{i}": loss for i, loss in enumerate(progress.losses, start=1)}
+        scalars |= {"train/gradient_norm": progress.gradient_norm, "train/lr_factor": factor}
+        if progress.validation is not None:
+            line |= {"ppl": progress.validation.heads, "ppl_joint": progress.validation.joint}
+            scalars |= {f"validation/PPL_{i}": p for i, p in enumerate(progress.validation.heads, start=1)}
+            scalars |= {f"validation/PPL_1:{i}": p for i, p in enumerate(progress.validation.joint, start=1)}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, progress.step)
