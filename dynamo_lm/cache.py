@@ -108,6 +108,7 @@ def attention_mask(
     *,
     query_segments: Tensor | None = None,
     key_segments: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """The mask (or masks, by layer type) that a base's body takes ready-made.
 
@@ -118,6 +119,7 @@ def attention_mask(
         dtype: of the additive mask, where the implementation wants one.
         query_segments, key_segments: documents that queries and keys belong to, (batch, q) and (batch, k); nothing is
             seen across documents.
+        device: where the mask is wanted; the positions' own by default.
 
     Returns:
         (batch, 1, q, k): booleans, or 0 and the lowest number for implementations that add the mask. One such tensor, or a
@@ -133,7 +135,7 @@ def attention_mask(
         seen = seen & (query_segments[:, :, None] == key_segments[:, None, :])
 
     def form(mask: Tensor) -> Tensor:
-        mask = mask[:, None]
+        mask = mask[:, None].to(device or mask.device)
         if config._attn_implementation in ("sdpa", "flex_attention"):
             return mask
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

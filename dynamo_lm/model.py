@@ -107,9 +107,11 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------ forward
 
-    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> CausalLMOutputWithPast:
         """The base model's forward, unchanged: logits of head 1, (batch, length, vocabulary)."""
-        return self.base(input_ids=input_ids, **kwargs)
+        return self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def hidden(
         self, input_ids: Tensor, *, num_heads: int | None = None, gradient_scale: float = 1.0, **kwargs: Any
@@ -174,6 +176,31 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits of all heads at every position, (n, batch, length, vocabulary); for evaluation of short texts."""
         hidden = self.hidden(input_ids, **kwargs)
         return torch.stack([self.readout(state, head) for head, state in enumerate(hidden, start=1)])
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Continues prompts, several tokens per forward pass (method.md section 4).
+
+        Takes what transformers' `generate` takes (GenerationConfig, attention_mask, stopping criteria, stop_strings with
+        tokenizer, streamer, processors, do_sample, temperature, top_k, ...), and:
+
+        Args:
+            verify: "strict" (default: exactly the base model, token for token or in distribution) or "off" (Algorithm 1).
+            num_heads: heads to use, the ceiling on tokens per step; all by default, 1 is the base model.
+            eps_b, alpha_c, otsu, blur: Algorithm 1's switches; see `dynamo_lm.sampling.Algorithm1`. Under "off" top_k,
+                temperature and repetition_penalty default to the paper's 50, 0.7 and 1.1; do_sample=False takes the most
+                likely tuple instead of drawing one.
+            seed: of the rows' random numbers: row r uses seed + r, or the r-th of a list; from torch's global state if None.
+            on_step: called with (row, tokens) after every step.
+
+        Returns:
+            (rows, length) token ids; with return_dict_in_generate=True a `DynaMoOutput` with statistics by row.
+
+        Raises:
+            InputError: an option that the mode cannot honour, an empty or too long prompt.
+        """
+        from dynamo_lm.generation import generate
+
+        return generate(self, inputs, *args, **kwargs)
 
     # ------------------------------------------------------------------ construction and files
 

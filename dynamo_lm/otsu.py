@@ -1,0 +1,97 @@
+"""Adaptive thresholding of a joint grid: Gaussian blur and Otsu's threshold (method.md section 4, step 3; section 6.3).
+
+In: the non-zero entries of a k^m grid. Out: which of them are foreground. It knows nothing of tokens. All arithmetic is
+float64. The grid is built only when most of it would be touched anyway.
+"""
+
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+
+ROUNDING = 1e-9  # relative: values closer than this are equal, so that no decision hangs on the order of additions
+BINS = 256
+
+
+def foreground(cells: np.ndarray, values: np.ndarray, k: int, m: int, *, blur: bool) -> np.ndarray:
+    """(h,) bool: which entries Otsu's threshold keeps, judged by their blurred value if `blur`, else by their own.
+
+    cells (h,) int64, ascending, are row-major indices of the k^m grid; values (h,) float64 are above 0. All other
+    entries of the grid are 0, and they count in the histogram.
+    """
+    if not blur:
+        return above_threshold(values, zeros=k**m - cells.size)
+    if cells.size * 3**m * 4 < k**m:
+        where, smooth = blurred_entries(cells, values, k, m)
+        keep = above_threshold(smooth, zeros=k**m - where.size)
+        return keep[np.searchsorted(where, cells)]
+    grid = np.zeros(k**m)
+    grid[cells] = values
+    return above_threshold(blurred_grid(grid.reshape((k,) * m)).ravel(), zeros=0)[cells]
+
+
+def above_threshold(values: np.ndarray, zeros: int) -> np.ndarray:
+    """(b,) bool: which of `values` are at or above Otsu's threshold, given `zeros` further values of 0.
+
+    The range [lo, hi] of all values is cut into 256 equal bins, each closed at its lower edge, the last also at hi; a
+    value within 1e-9 of a bin's width below an edge counts as on it. The threshold is the lower edge of the bin t that
+    maximises the between-class variance w0 * w1 * (mean0 - mean1)^2 of the bin numbers below t against the rest, where
+    w0 and w1 are the classes' sizes; of equal maxima (relative 1e-9) the lowest t. If hi - lo <= 1e-9 * hi, all stay.
+    """
+    lo, hi = 0.0 if zeros else values.min(), values.max()
+    if hi - lo <= ROUNDING * hi:
+        return np.ones(values.size, bool)
+    bins = np.clip(np.floor((values - lo) / (hi - lo) * BINS + ROUNDING).astype(np.int64), 0, BINS - 1)
+    histogram = np.bincount(bins, minlength=BINS)
+    histogram[0] += zeros
+    sizes = np.cumsum(histogram)
+    sums = np.cumsum(histogram * np.arange(BINS))
+    below, total = sizes[:-1].astype(float), sums[-1]  # entry t - 1: the class of bins below t; never empty
+    above = sizes[-1] - below
+    spread = below * above * (sums[:-1] / below - (total - sums[:-1]) / above) ** 2
+    return bins > np.argmax(spread >= spread.max() * (1 - ROUNDING))
+
+
+def blurred_grid(grid: np.ndarray) -> np.ndarray:
+    """The grid (k, .., k) smoothed by the kernel (1/4, 1/2, 1/4) along every axis, with reflect-101 borders.
+
+    Beyond the border lies the entry next to the border's, as in OpenCV's GaussianBlur with ksize 3; k = 1: unchanged.
+    """
+    if grid.shape[0] == 1:
+        return grid
+    for axis in range(grid.ndim):
+        old = np.moveaxis(grid, axis, 0)
+        grid = grid * 0.5
+        new = np.moveaxis(grid, axis, 0)
+        quarter = old * 0.25
+        new[1:] += quarter[:-1]
+        new[:-1] += quarter[1:]
+        new[0] += quarter[1]
+        new[-1] += quarter[-2]
+    return grid
+
+
+def blurred_entries(cells: np.ndarray, values: np.ndarray, k: int, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """`blurred_grid` for few entries: the cells (b,), ascending, that the blur reaches, and their values (b,)."""
+    shares, targets = values[:, None], cells[:, None]  # (h, 3^axes)
+    for axis in range(m):
+        stride = k ** (m - 1 - axis)
+        share = _spread(k)[cells // stride % k]  # (h, 3)
+        shares = (shares[:, :, None] * share[:, None, :]).reshape(cells.size, -1)
+        targets = (targets[:, :, None] + np.array([-stride, 0, stride])).reshape(cells.size, -1)
+    inside = shares > 0
+    where, slot = np.unique(targets[inside], return_inverse=True)
+    return where, np.bincount(slot, weights=shares[inside])
+
+
+@lru_cache(maxsize=16)
+def _spread(k: int) -> np.ndarray:
+    """(k, 3): the share of position x that the blur sends to x - 1, x and x + 1; 0 beyond the border."""
+    if k == 1:
+        return np.array([[0.0, 1.0, 0.0]])
+    shares = np.zeros((k, 3))
+    shares[:, 1] = 0.5
+    for x, step in product(range(k), (-1, 1)):  # x reads from its neighbours, reflected
+        source = x + step if 0 <= x + step < k else x - step
+        shares[source, 1 + x - source] += 0.25
+    return shares
