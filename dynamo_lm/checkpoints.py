@@ -43,7 +43,8 @@ def save_checkpoint(
     """
     target = folder / "checkpoints" / f"step-{step:08d}"
     staging = target.with_name(f".writing-{target.name}")
-    shutil.rmtree(staging, ignore_errors=True)
+    for unfinished in target.parent.glob(".writing-*"):  # of a run that was killed while it wrote
+        shutil.rmtree(unfinished, ignore_errors=True)
     names = _trained_names(model, optimizer)
     state: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -78,15 +79,17 @@ def load_checkpoint(
     """
     try:
         saved = json.loads((path / "state.json").read_text())
+        step, then = saved["step"], dict(saved["options"])
         weights, state = load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        random = state["rng"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f'The checkpoint "{path}" is damaged ({error}); delete it to go back to the one before.') from error
     now = asdict(options)
-    changed = [key for key in now if key not in FREE_TO_CHANGE and saved["options"].get(key) != now[key]]
+    changed = [key for key in now if key not in FREE_TO_CHANGE and then.get(key) != now[key]]
     if changed:
         key = changed[0]
         raise InputError(
-            f'"{path.parent.parent}" holds a run with {key}={saved["options"].get(key)}, not {now[key]}; '
+            f'"{path.parent.parent}" holds a run with {key}={then.get(key)}, not {now[key]}; '
             "use the same options to resume it, or another folder for a new run."
         )
     names = _trained_names(model, optimizer)
@@ -101,10 +104,10 @@ def load_checkpoint(
             optimizer.state[parameter] = {
                 key: value if key == "step" else value.to(parameter.device) for key, value in keys.items()
             }
-    torch.set_rng_state(state["rng"])
+    torch.set_rng_state(random)
     if "rng.cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng.cuda"])
-    return saved["step"]
+    return step
 
 
 def _trained_names(model: DynaMoForCausalLM, optimizer: torch.optim.Optimizer) -> dict[int, str]:

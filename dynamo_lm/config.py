@@ -90,7 +90,7 @@ class DynaMoConfig(PreTrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        return self.get_text_config().vocab_size
+        return self.base_config.get_text_config().vocab_size  # type: ignore[union-attr]
 
     @property
     def max_context(self) -> int | None:

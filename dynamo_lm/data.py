@@ -116,7 +116,7 @@ def _json_objects(file: Path) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(lines, 1):
                 text = _decode(line, file, number)
                 if text.strip():
-                    yield f"{file}, line {number}", _parse(text, file, number)
+                    yield f"{file}, line {number}", _parse(text.rstrip(), file, number)
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
 

@@ -26,7 +26,7 @@ from dynamo_lm.model import DynaMoForCausalLM, decoder_layers
 from dynamo_lm.sampling import Algorithm1, check, draft, draw
 from dynamo_lm.verification import Proposal, accept_greedy, accept_sampled
 
-Warp = Callable[[Tensor, Tensor], Tensor]  # (tokens so far (t,), logits (vocabulary,)) -> logits the base samples from
+Warp = Callable[[int, Tensor, Tensor], Tensor]  # (row, tokens so far (t,), logits (vocabulary,)) -> what is sampled from
 Stop = Callable[[Tensor], bool]  # tokens so far (t,), prompt included -> whether the row ends here
 
 
@@ -193,9 +193,7 @@ def decode(
                 for position in range(len(drafts)):
                     row.statistics.proposed[position] += position <= kept  # after a refusal nothing is looked at
                     row.statistics.accepted[position] += position < kept
-                new = [*drafts[:kept], token]
-                _score(row.statistics, log_p[r], new, verified=True)
-                emitted.append(new)
+                emitted.append([*drafts[:kept], token])
             elif not first:
                 _score(row.statistics, log_p[r], row.pending[1:], verified=False)
             last.append(kept)
@@ -207,7 +205,7 @@ def decode(
         ahead = _read_heads(model, hidden[1:, index, at])  # (n-1, rows, vocabulary)
         for r, row in enumerate(running):
             if strict:
-                room = min(n, context - cache.lengths[r].item(), _left(row, options) - len(emitted[r]) + 1) - 1
+                room = min(n, min(context - len(row.tokens), _left(row, options)) - len(emitted[r])) - 1
                 row.pending, row.proposals = [emitted[r][-1]], []
                 if room > 0:
                     drafted = draft(
@@ -238,8 +236,10 @@ def decode(
                 emitted.append(row.pending)
 
         # 4. Emit, as far as no stop rule cuts it short.
-        for row, new in zip(running, emitted, strict=True):
+        for r, (row, new) in enumerate(zip(running, emitted, strict=True)):
             count = _emit(row, new, options, context)
+            if strict:
+                _score(row.statistics, log_p[r], new[:count], verified=True)
             row.statistics.step_sizes.append(count)
             row.statistics.new_tokens += count
             row.statistics.seconds = time.perf_counter() - began
@@ -266,8 +266,9 @@ def _check(model: DynaMoForCausalLM, prompts: Sequence[Sequence[int]], options: 
         if len(prompt) >= context:
             raise InputError(f"The prompt has {len(prompt)} tokens and the model's context is {context}; shorten it.")
         if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
+            stranger = next(token for token in prompt if not 0 <= token < model.config.vocab_size)
             raise InputError(
-                f"The prompt has token {max(prompt)}, but the model's vocabulary ends at "
+                f"The prompt has token {stranger}, but the model's vocabulary ends at "
                 f"{model.config.vocab_size - 1}; use the model's own tokenizer."
             )
     if options.num_heads > 1:
@@ -283,7 +284,7 @@ def _left(row: Row, options: DecodingOptions) -> int:
 def _read_heads(model: DynaMoForCausalLM, states: Tensor) -> Tensor:
     """Logits of heads 2..; states: (heads, rows, hidden), result: (heads, rows, vocabulary) float32 on the CPU."""
     if len(states) == 0:
-        return torch.empty(0, states.shape[1], 0)
+        return torch.empty(0, states.shape[1], model.config.vocab_size)
     if model.config.own_output_embedding:
         return torch.cat([model.readout(state[None], head).float() for head, state in enumerate(states, start=2)]).cpu()
     return model.readout(states).float().cpu()
@@ -296,7 +297,7 @@ def _warp(row: Row, logits: Tensor, options: DecodingOptions) -> Tensor:
     for position, line in enumerate(logits[: max(1, len(behind) - len(row.tokens) + 1)]):
         so_far = torch.tensor(behind[: len(row.tokens) + position])
         for warp in options.warps:
-            line = warp(so_far, line)
+            line = warp(row.number, so_far, line)
         result.append(line)
     return torch.stack(result)
 

@@ -1,7 +1,8 @@
 """A DynaMo model on disk: one folder with configuration, weights and co-occurrence tables.
 
 `full` folders hold everything, `heads` folders only what the heads add, beside the name and the fingerprint of their base.
-Weights are safetensors; pickles are never read. Every file is written under a temporary name and renamed.
+Weights are safetensors with their checksums beside them; pickles are never read. Every file is written under a temporary
+name and renamed.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import errno
 import json
 import os
 import tempfile
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from dynamo_lm.config import DynaMoConfig
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 TABLE_FILE = "cooccurrence.safetensors"
 HEADS_FILE = "heads.safetensors"
+CHECKSUMS_FILE = "checksums.json"  # {weight file: CRC-32}; the tables carry one of their own
 
 
 def save(model: DynaMoForCausalLM, folder: str | os.PathLike, weights: str = "full", **kwargs: Any) -> None:
@@ -72,8 +75,14 @@ def save(model: DynaMoForCausalLM, folder: str | os.PathLike, weights: str = "fu
             if model.cooccurrence is not None:
                 model.cooccurrence.save(staging / TABLE_FILE)
             (staging / "README.md").write_text(model_card(model, weights))
-            for file in sorted(staging.iterdir()):
-                os.replace(file, target / file.name)
+            written = {file.name: _checksum(file) for file in sorted(staging.glob("*.safetensors")) if file.name != TABLE_FILE}
+            (staging / CHECKSUMS_FILE).write_text(json.dumps(written, indent=2) + "\n")
+            names = sorted(file.name for file in staging.iterdir())
+            for file in names:
+                os.replace(staging / file, target / file)
+            for old in [*target.glob("model*.safetensors*"), target / HEADS_FILE]:  # of an earlier save in another form
+                if old.name not in names:
+                    old.unlink(missing_ok=True)
     except OSError as error:
         if error.errno == errno.ENOSPC or "No space left" in str(error):
             raise InputError(f'The disk of "{target}" is full; free some space and save again.') from error
@@ -107,9 +116,10 @@ def load(cls: type[DynaMoForCausalLM], name: str, *args: Any, **kwargs: Any) -> 
     if not isinstance(config, DynaMoConfig):
         config = read_config(name)
     kwargs["use_safetensors"] = True
+    _verify(name)
     try:
         if config.weights == "full":
-            model = PreTrainedModel.from_pretrained.__func__(cls, name, *args, config=config, **kwargs)  # type: ignore[attr-defined]
+            model = _load_full(cls, name, config, *args, **kwargs)
         else:
             model = _load_heads(cls, name, config, base, **kwargs)
     except (SafetensorError, OSError) as error:
@@ -139,11 +149,48 @@ def read_config(name: str) -> DynaMoConfig:
         content = json.loads(Path(path).read_text())
     except ValueError as error:
         raise InputError(f'"{name}/config.json" is not valid JSON: {error}') from error
+    if not isinstance(content, dict):
+        raise InputError(f'"{name}/config.json" is no configuration; it should hold a JSON object.')
     if content.get("model_type") != DynaMoConfig.model_type:
         raise InputError(
             f'"{name}" holds a model of type "{content.get("model_type")}" without heads; add some with `dynamo-lm train`.'
         )
     return DynaMoConfig.from_pretrained(name)
+
+
+def _checksum(file: Path) -> str:
+    value = 0
+    with file.open("rb") as stream:
+        while piece := stream.read(2**24):
+            value = zlib.crc32(piece, value)
+    return f"{value:08x}"
+
+
+def _verify(name: str) -> None:
+    """Refuses a local folder whose weight files are not the ones that were saved; downloads are checked by the hub."""
+    listed = Path(name) / CHECKSUMS_FILE
+    if not listed.is_file():
+        return
+    try:
+        written = dict(json.loads(listed.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f'"{listed}" is not valid JSON: {error}') from error
+    for file, checksum in written.items():
+        path = Path(name) / file
+        if not path.is_file():
+            raise InputError(f'"{name}" has no {file}, where its weights should be; copy the folder again.')
+        if _checksum(path) != checksum:
+            raise InputError(f'"{path}" is truncated or altered since it was saved; copy the folder again.')
+
+
+def _load_full(cls: type[DynaMoForCausalLM], name: str, config: DynaMoConfig, *args: Any, **kwargs: Any) -> Any:
+    # transformers would start from random numbers where weights are missing; here that is an error.
+    kwargs |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = PreTrainedModel.from_pretrained.__func__(cls, name, *args, **kwargs)  # type: ignore[attr-defined]
+    unfit = [*sorted(report["missing_keys"]), *sorted(key for key, *_ in report["mismatched_keys"])]
+    if unfit:
+        raise InputError(f'The weights in "{name}" do not hold {unfit[0]} as its config.json describes it.')
+    return model
 
 
 def _load_heads(cls: type[DynaMoForCausalLM], name: str, config: DynaMoConfig, base: Any, **kwargs: Any) -> Any:
@@ -171,6 +218,8 @@ def _load_heads(cls: type[DynaMoForCausalLM], name: str, config: DynaMoConfig, b
         raise InputError(f'"{name}/{HEADS_FILE}" does not hold the heads that its config.json describes.')
     model.heads.load_state_dict(weights, strict=False)
     model.heads.to(base.device, base.dtype)
+    if _find(name, "generation_config.json") is not None:
+        model.generation_config = GenerationConfig.from_pretrained(name)
     return model.eval()
 
 

@@ -6,6 +6,7 @@ those into `DecodingOptions`, refuses in one sentence what a mode cannot honour,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
     from dynamo_lm.model import DynaMoForCausalLM
 
 OF_ALGORITHM_1 = (TemperatureLogitsWarper, TopKLogitsWarper, RepetitionPenaltyLogitsProcessor)
+POSITIONS = (  # attributes of transformers' processors that count from the padded prompt's start
+    "prompt_length_to_skip",
+    "min_length",
+    "max_length",
+    "begin_index",
+    "regulation_start",
+)
 REFUSED = {  # what no mode of this loop does, and the value that asks for it
     "num_beams": lambda value: value not in (None, 1),
     "output_scores": bool,
@@ -121,9 +129,9 @@ def generate(
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor | DynaMoOutput:
-        warps = _warps(logits_processor, off)
         ends = generation_config.eos_token_id
         prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
+        warps = _warps(logits_processor, off, [input_ids.shape[1] - len(prompt) for prompt in prompts])
         options = DecodingOptions(
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
             num_heads=model.num_heads if num_heads is None else num_heads,
@@ -167,8 +175,9 @@ def generate(
     )
 
 
-def _warps(processors: LogitsProcessorList, off: bool) -> tuple[Warp, ...]:
-    """The processors as functions of one row's own tokens; under "off" none but Algorithm 1's own knobs may remain."""
+def _warps(processors: LogitsProcessorList, off: bool, padding: Sequence[int]) -> tuple[Warp, ...]:
+    """The processors as functions of one row's own tokens, without the row's padding (so many of its prompt's tokens);
+    under "off" none but Algorithm 1's own knobs may remain."""
     if off:
         for processor in processors:
             if not isinstance(processor, OF_ALGORITHM_1):
@@ -177,7 +186,24 @@ def _warps(processors: LogitsProcessorList, off: bool) -> tuple[Warp, ...]:
                     'use verify="strict", which honours every processor.'
                 )
         return ()
-    return tuple(lambda tokens, logits, p=p: p(tokens[None], logits[None].clone())[0] for p in processors)
+    rows = [[_without_padding(processor, count) for processor in processors] for count in padding]
+    return tuple(
+        lambda row, tokens, logits, i=i: rows[row][i](tokens[None], logits[None].clone())[0] for i in range(len(processors))
+    )
+
+
+def _without_padding(processor: Any, padding: int) -> Any:
+    """A processor that was made for prompts padded to one length, for a row whose prompt is shorter by `padding`."""
+    ignored = getattr(processor, "prompt_ignore_length", None)  # one a row: the padding that a penalty leaves out
+    if padding == 0 and not isinstance(ignored, Tensor):
+        return processor
+    processor = copy.copy(processor)
+    if isinstance(ignored, Tensor):
+        processor.prompt_ignore_length = None
+    for name in POSITIONS:
+        if isinstance(getattr(processor, name, None), int):
+            setattr(processor, name, getattr(processor, name) - padding)
+    return processor
 
 
 def _stop(criterion: Any) -> Stop:

@@ -14,6 +14,7 @@ import hashlib
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -57,10 +58,22 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         )
         self.cooccurrence: Cooccurrence | None = None
         self.generation_config = copy.deepcopy(self.base.generation_config)
+        self.generation_config._from_model_config = False  # else transformers drops settings of our own, like eps_b
+        mine = {id(parameter): f"base.{name}" for name, parameter in self.base.named_parameters()}
+        self._tied_weights_keys = {  # what adapters share
+            f"heads.{name}": mine[id(parameter)]
+            for name, parameter in self.heads.named_parameters(remove_duplicate=False)
+            if id(parameter) in mine
+        }
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         self.base._init_weights(module)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """{name of a shared tensor: name it is saved under}: the base's own ties, and what adapters share with it."""
+        ties = super().get_expanded_tied_weights_keys(all_submodels)
+        return ties if all_submodels else ties | (self._tied_weights_keys or {})
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -275,7 +288,8 @@ class TokenHead(nn.Module):
         cache_index = len(decoder_layers(base)) + index * config.layers_per_head
         layers = []
         for offset in range(config.layers_per_head):
-            layer = copy.deepcopy(last_layer)
+            shared = {id(module.config): module.config for module in last_layer.modules() if hasattr(module, "config")}
+            layer = copy.deepcopy(last_layer, shared)  # one configuration, so that attention is switched for all
             _forget_hooks(layer)
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):
@@ -413,7 +427,7 @@ def load_base(name: str, **kwargs: Any) -> PreTrainedModel:
     kwargs.setdefault("use_safetensors", None if "gguf_file" in kwargs else True)
     try:
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f'"{name}" could not be opened as a causal language model: {reason}') from error
 

@@ -93,6 +93,7 @@ def heads_loss(
     Args:
         tokens, segments, positions: (batch, length), from `dynamo_lm.packing.Blocks`.
         options: take gradients, scaled for `options.gradient_scale`; a frozen base skips head 1's loss (its entry is 0).
+            Without options there are no gradients and the model computes in its own precision.
         counts: targets of each head that the loss is a mean over (all accumulated batches); this batch's by default.
 
     Returns:
@@ -106,7 +107,7 @@ def heads_loss(
         model.config.base_config, order, order, model.dtype, query_segments=segments, key_segments=segments
     )
     scale = options.gradient_scale if options else 1.0
-    autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=options is None or options.bf16)
+    autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=options is not None and options.bf16)
     with torch.set_grad_enabled(learn), autocast:
         hidden = model.hidden(tokens, attention_mask=mask, position_ids=positions, gradient_scale=scale)
         gradient = torch.zeros_like(hidden) if learn else None
@@ -116,7 +117,9 @@ def heads_loss(
                 continue
             labels = targets(tokens, segments, head).flatten()
             count = counts[head - 1] if counts else int((labels != -100).sum())
-            weight = (1.0 if head == 1 else scale) / max(count, 1)
+            at_loss, at_states = (1.0 if head == 1 else scale), 1.0
+            if model.config.own_output_embedding:  # it learns at its head's full rate: scale what is sent on
+                at_loss, at_states = at_states, at_loss
             states = hidden[head - 1].flatten(0, 1)
             for start in range(0, len(labels), CHUNK):
                 chunk = states[start : start + CHUNK].detach().requires_grad_(learn)
@@ -124,14 +127,10 @@ def heads_loss(
                 loss = F.cross_entropy(logits, labels[start : start + CHUNK], ignore_index=-100, reduction="sum")
                 sums[head - 1] += loss.detach().cpu()
                 if gradient is not None:
-                    (loss * weight).backward()
-                    gradient[head - 1].flatten(0, 1)[start : start + CHUNK] = chunk.grad
+                    (loss * (at_loss / max(count, 1))).backward()
+                    gradient[head - 1].flatten(0, 1)[start : start + CHUNK] = at_states * chunk.grad  # type: ignore
     if gradient is not None:
         hidden.backward(gradient)
-        if model.config.own_output_embedding and scale != 1:
-            for extra in model.heads:  # behind the heads' layers, so not yet undone there
-                for parameter in extra.output.parameters():
-                    parameter.grad.mul_(1 / scale)
     return sums
 
 
@@ -183,9 +182,9 @@ def perplexities(model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, b
     model.train(was_training)
     if count == 0:
         raise InputError("The validation text has no document with as many tokens as the model has heads.")
-    means = (sums / count).tolist()
-    joint = [sum(means[:m]) / m for m in range(1, n + 1)]
-    return Perplexities(tuple(map(math.exp, means)), tuple(map(math.exp, joint)))
+    means = sums / count
+    joint = means.cumsum(0) / torch.arange(1, n + 1)
+    return Perplexities(tuple(means.exp().tolist()), tuple(joint.exp().tolist()))
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -251,7 +250,10 @@ def train(
     model.train()
     if options.frozen:
         model.base.eval()  # no dropout in what is not trained
-    optimizer = torch.optim.AdamW(parameter_groups(model, options), betas=(0.9, 0.95), eps=1e-8)
+    groups = parameter_groups(model, options)
+    if not groups:
+        raise InputError("There is nothing to train: give a learning rate, and a frozen base more than one head.")
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     folder.mkdir(parents=True, exist_ok=True)
     start = 0
     newest = latest_checkpoint(folder)
@@ -294,9 +296,10 @@ def train(
                 progress = replace(progress, validation=last)
             log.write(progress, factor)
             report(progress)
-            if done or stopped or (step + 1) % options.checkpoint_every == 0:
+            interrupted = bool(stopped)  # asked once: a Ctrl-C from here on waits for the next step's checkpoint
+            if done or interrupted or (step + 1) % options.checkpoint_every == 0:
                 save_checkpoint(folder, step + 1, model, optimizer, options)
-            if stopped:
+            if interrupted:
                 raise KeyboardInterrupt
     model.eval()
     return last

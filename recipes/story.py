@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -21,6 +23,8 @@ from dynamo_lm.training import Progress, TrainingOptions, train
 
 DATA = Path(os.environ.get("DYNAMO_DATA", "../shared/data"))
 SOURCES = [str(DATA / "stories" / name) for name in ("tinystories.jsonl", "fables.jsonl", "fairytaleqa.jsonl")]
+SIMPLE = SOURCES[:2]  # what the model should sound like: the old tales are only read at first
+SWITCH = 1150  # step from which only these are read
 END = "<|endoftext|>"
 CONTEXT = 1024
 
@@ -61,10 +65,21 @@ def untrained(vocab_size: int, num_heads: int) -> DynaMoForCausalLM:
     return DynaMoForCausalLM.from_base(base, num_heads=num_heads)
 
 
+class Curriculum:
+    """Blocks of one corpus up to a step, of another behind it; still a function of the step alone."""
+
+    def __init__(self, first: Blocks, then: Blocks, switch: int):
+        self.first, self.then, self.switch = first, then, switch
+
+    def batches(self, start_step: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+        for step in count(start_step):
+            yield (self.first if step < self.switch else self.then).batch(step, batch_size)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/story"))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -72,12 +87,13 @@ def main() -> None:
     torch.manual_seed(0)
     folder = arguments.folder
     tokenizer = build_tokenizer(folder / "tokenizer")
-    store = tokenize(SOURCES, tokenizer, folder / "tokens")
-    learn, held_out = store.split(0.01, seed=0)
-    blocks = Blocks(store, learn, 256, seed=0)
-    validation = Blocks(store, held_out, 256, seed=0, shuffle=False)
+    everything = tokenize(SOURCES, tokenizer, folder / "tokens")
+    simple = tokenize(SIMPLE, tokenizer, folder / "simple")
+    stages = [Blocks(store, store.split(0.01, seed=0)[0], 256, seed=0) for store in (everything, simple)]
+    blocks = Curriculum(*stages, switch=SWITCH)
+    validation = Blocks(simple, simple.split(0.01, seed=0)[1], 256, seed=0, shuffle=False)
     model = untrained(len(tokenizer), arguments.heads)
-    print(f"{store.num_tokens:,} tokens, {blocks.num_blocks()} blocks; {model.num_parameters():,} parameters", flush=True)
+    print(f"{everything.num_tokens:,} tokens, then {simple.num_tokens:,}", flush=True)
     options = TrainingOptions(
         steps=arguments.steps,
         lr_b=2e-3,

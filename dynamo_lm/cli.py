@@ -1,0 +1,88 @@
+"""The command line, one verb per capability: `dynamo-lm demo | generate | train | count | info`.
+
+Input that cannot be used is one sentence on stderr and exit status 2; Ctrl-C is 130; a reader that goes away is silent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import typer
+
+from dynamo_lm.commands.count import count
+from dynamo_lm.commands.demo import demo
+from dynamo_lm.commands.generate import generate
+from dynamo_lm.commands.info import info
+from dynamo_lm.commands.train import train
+from dynamo_lm.errors import InputError
+
+WRONG, INTERRUPTED, READER_GONE = 2, 130, 141  # exit statuses, as shells know them
+
+app = typer.Typer(
+    name="dynamo-lm",
+    help="Language models that predict several tokens per forward pass, with a dial from exact to fast.\n\n"
+    "Begin with `dynamo-lm demo`. To do the same to a model of your own: `train` adds heads to it, `count` makes the "
+    "tables that make them agree, `generate` writes with it, `info` says what a folder holds.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (demo, generate, train, count, info):
+    app.command()(verb)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carries out one command line and returns its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _quiet()
+    try:
+        status = app(arguments or ["--help"], prog_name="dynamo-lm", standalone_mode=False, obj=arguments)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except InputError as error:
+        return _complain(str(error))
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # so that the interpreter's last flush finds a reader
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted.")
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _complain("The disk is full; free some space and run the same command again.")
+        if error.filename is None or error.errno not in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+            raise
+        return _complain(f'"{error.filename}" cannot be used: {error.strerror}.')
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer raises for wrong usage; its class moved between versions
+            raise
+        verb = next((word for word in arguments[:1] if not word.startswith("-")), "")
+        return _complain(f"{error.format_message()} See `{' '.join(filter(None, ['dynamo-lm', verb, '--help']))}`.")
+
+
+def _complain(message: str) -> int:
+    print("dynamo-lm: " + " ".join(message.split()), file=sys.stderr)
+    return WRONG
+
+
+def _quiet() -> None:
+    """Only this program speaks: libraries keep their notes, warnings and progress bars to themselves."""
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's, where TensorBoard finds one
+
+
+if __name__ == "__main__":
+    sys.exit(main())

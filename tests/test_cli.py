@@ -1,0 +1,694 @@
+"""The command line: whole paths, exit statuses, pipes, resuming, and one sentence for each bad input."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, BertConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, T5Config
+
+from dynamo_lm import DynaMoForCausalLM, training
+from dynamo_lm.cli import main
+from dynamo_lm.commands import opening
+from dynamo_lm.commands.generate import _Writer
+from dynamo_lm.commands.train import train as train_verb
+from dynamo_lm.data import tokenizer_fingerprint
+
+WORDS = [
+    "the",
+    "fox",
+    "ran",
+    "to",
+    "a",
+    "red",
+    "house",
+    "and",
+    "saw",
+    "one",
+    "little",
+    "bird",
+    "with",
+    "big",
+    "eyes",
+    "then",
+    "it",
+    "was",
+    "happy",
+    ".",
+    "sad",
+    "day",
+    "night",
+    "sun",
+]
+END = "<|end|>"
+SMALL = ("--block-size", "32", "--batch-size", "4", "--validation-fraction", "0.1")
+
+
+def texts(count: int = 60, seed: int = 0) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choice(WORDS) for _ in range(draw.randint(20, 60))) for _ in range(count)]
+
+
+def byte_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END)
+
+
+def neox(vocab_size: int = 300, **kwargs) -> GPTNeoXForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=vocab_size, max_position_embeddings=128, **sizes | kwargs))
+
+
+class Run:
+    """A command line carried out in this process: exit status, stdout, stderr."""
+
+    def __init__(self, capfd: pytest.CaptureFixture):
+        self.capfd = capfd
+
+    def __call__(self, *arguments: object, status: int = 0) -> str:
+        self.capfd.readouterr()
+        found = main([str(argument) for argument in arguments])
+        self.out, self.err = self.capfd.readouterr()
+        assert found == status, self.err
+        return self.out
+
+    def refused(self, *arguments: object) -> str:
+        """The one sentence that bad input must get."""
+        assert self(*arguments, status=2) == ""
+        assert "Traceback" not in self.err
+        lines = self.err.strip().splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("dynamo-lm: ")
+        return lines[0]
+
+
+@pytest.fixture
+def run(capfd):
+    return Run(capfd)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a base, a text, and under run/model what `train`, then `count`, made of them."""
+    folder = tmp_path_factory.mktemp("made")
+    neox().save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts()))
+    options = ("--freeze", "--init", "copy", "--lr-m", "1e-2", "--steps", "30", "--out", str(folder / "run"), *SMALL)
+    assert main(["train", str(folder / "base"), "--data", str(folder / "text.jsonl"), *options]) == 0
+    assert main(["count", str(folder / "run" / "model"), "--data", str(folder / "text.jsonl"), "--order", "3"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(made) -> Path:
+    return made / "run" / "model"
+
+
+def stdin(monkeypatch, data: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+# --- help -----------------------------------------------------------------------
+
+
+def test_the_help_names_every_verb(run):
+    said = run("--help")
+    assert run() == said  # nothing at all asks for help
+    for verb in ("demo", "generate", "train", "count", "info"):
+        assert verb in said
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("demo", "--prompt --max-new-tokens --eps-b --heads --seed --delay --json"),
+        (
+            "generate",
+            "--verify --eps-b --alpha-c --heads --otsu --blur --max-new-tokens --sample --temperature --top-k --top-p",
+        ),
+        ("generate", "--repetition-penalty --seed --stop --dtype --device --stats --json --prompts"),
+        ("train", "--data --validation --validation-fraction --heads --layers-per-head --feed --init --adapter-rank"),
+        (
+            "train",
+            "--own-output-embedding --freeze --lr-b --lr-m --lr-mb --block-size --batch-size --accumulation --steps",
+        ),
+        (
+            "train",
+            "--epochs --warmup --weight-decay --clip --bf16 --seed --validate-every --checkpoint-every --attention",
+        ),
+        ("train", "--text-field --tables --out --save --dry-run --json"),
+        ("count", "--data --tokenizer --order --min-count --memory-mb --out --merge --json"),
+        ("info", "--json"),
+    ],
+)
+def test_the_help_of_a_verb_explains_its_options(run, monkeypatch, verb, options):
+    monkeypatch.setenv("COLUMNS", "200")
+    said = run(verb, "--help")
+    for option in options.split():
+        line = next(line for line in said.splitlines() if line.startswith("│") and f" {option} " in line)
+        assert sum(word.isalpha() for word in line.split()) >= 3, line  # words, not only a type
+
+
+def test_the_defaults_that_train_shows_are_those_of_the_library():
+    import inspect
+
+    library = {field.name: field.default for field in fields(training.TrainingOptions)}
+    shown = inspect.signature(train_verb).parameters
+    for name in ("warmup", "weight_decay", "clip", "seed", "validate_every", "checkpoint_every", "accumulation"):
+        assert shown[name].default == library[name], name
+
+
+# --- train ----------------------------------------------------------------------
+
+
+def test_train_leaves_a_model_its_tokenizer_and_where_they_come_from(made, model):
+    record = json.loads((model / "training.json").read_text())
+    assert record["command"].startswith("dynamo-lm train ")
+    assert record["versions"].keys() >= {"python", "torch", "transformers", "dynamo-lm"}
+    assert record["data"]["sources"] == [str(made / "text.jsonl")]
+    assert record["data"]["documents"] == 60
+    assert record["data"]["training_tokens"] > record["data"]["validation_tokens"] > 0
+    assert record["options"]["lr_b"] == record["options"]["lr_mb"] == 0
+    assert record["perplexities"].keys() == {"PPL_1", "PPL_2", "PPL_3", "PPL_1:3"}
+    assert record["started"] <= record["finished"]
+    assert record["steps"] == 30
+    assert (model / "heads.safetensors").is_file() and not (model / "model.safetensors").exists()
+    opened = DynaMoForCausalLM.from_pretrained(str(model))
+    for mine, base in zip(opened.base.parameters(), neox().parameters(), strict=True):
+        assert torch.equal(mine, base)  # frozen
+
+
+def test_heads_find_their_base_from_any_folder(run, model, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert run("generate", model, "the fox", "-n", "3").startswith("the fox")
+    shutil.copytree(model.parents[1], tmp_path / "moved")
+    assert json.loads((tmp_path / "moved/run/model/config.json").read_text())["base_name_or_path"] == "../../base"
+
+
+def test_training_further_and_unfrozen_saves_everything(run, made, model, tmp_path):
+    run("train", model, "--data", made / "text.jsonl", "--steps", 2, "--out", tmp_path / "further", *SMALL)
+    saved = tmp_path / "further" / "model"
+    assert "no measurement" not in run("info", saved)
+    facts = json.loads(run("info", saved, "--json"))
+    assert (facts["weights"], facts["num_heads"], facts["init"]) == ("full", 3, "copy")
+    assert "attn" not in (saved / "config.json").read_text()
+    assert "more, which cannot" not in run.refused(
+        "train", model, "--data", made / "text.jsonl", "--out", tmp_path / "x", "--heads", 4
+    )
+
+
+def test_a_table_can_be_put_into_the_finished_model(run, made, model, tmp_path):
+    run("train", made / "base", "--data", made / "text.jsonl", "--freeze", "--steps", 1, "--out", tmp_path, *SMALL,
+        "--tables", model, "--json")  # fmt: skip
+    assert json.loads(run.out)["model_folder"] == str(tmp_path / "model")
+    assert (tmp_path / "model" / "cooccurrence.safetensors").is_file()
+
+
+def test_dry_run_says_how_large_everything_is_and_trains_nothing(run, made, tmp_path):
+    run("train", made / "base", "--data", made / "text.jsonl", "--epochs", 2, "--dry-run", "--json", *SMALL)
+    facts = json.loads(run.out)
+    count = facts["parameters"]
+    assert count["base"] == sum(p.numel() for p in neox().parameters())
+    assert count["trained"] == count["base"] + count["heads"]
+    assert facts["steps"] == round(2 * (facts["training_tokens"] // 32) / 4)
+    memory = facts["memory_bytes_estimate"]
+    assert memory["weights"] == 4 * (count["base"] + count["heads"])
+    assert memory["total"] == sum(value for key, value in memory.items() if key != "total")
+    run("train", made / "base", "--freeze", "--dry-run", "--json", *SMALL)
+    frozen = json.loads(run.out)
+    assert frozen["parameters"]["trained"] == count["heads"]
+    assert frozen["memory_bytes_estimate"]["activations"] < memory["activations"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_preset_brings_its_shape_and_rates_without_a_network(run):
+    assert "8.95%" in run("train", "DynaMo-77M-T3", "--dry-run")
+    run("train", "DynaMo-2.9B-T3", "--dry-run", "--json")
+    options = json.loads(run.out)["options"]
+    assert (options["lr_b"], options["lr_m"], options["lr_mb"]) == pytest.approx((1.6e-6, 1.6e-4, 1.6e-7))
+    assert (options["batch_size"], options["block_size"]) == (64, 2048)
+
+
+TWELVE = ("--lr-b", "1e-3", "--lr-mb", "1e-4", "--lr-m", "1e-2", "--steps", "12", "--checkpoint-every", "3", *SMALL)
+
+
+def log(folder: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["losses"], line["gradient_norm"], line.get("ppl")) for line in lines]
+
+
+def test_a_run_that_was_killed_or_interrupted_resumes_to_the_same_losses(run, made, tmp_path, monkeypatch):
+    arguments = [
+        "train",
+        str(made / "base"),
+        "--data",
+        str(made / "text.jsonl"),
+        *TWELVE,
+        "--validate-every",
+        "6",
+        "--out",
+    ]
+    run(*arguments, tmp_path / "whole")
+    whole = log(tmp_path / "whole")
+    assert [step for step, *_ in whole] == list(range(1, 13))
+
+    # kill -9 while step 8 is logged: the checkpoint of step 6 is the last
+    dies = """if True:
+        import os, signal, sys
+        from dynamo_lm import cli, training
+        write = training._Log.write
+        def killed(self, progress, factor):
+            write(self, progress, factor)
+            if progress.step == 8:
+                os.kill(os.getpid(), signal.SIGKILL)
+        training._Log.write = killed
+        sys.exit(cli.main(sys.argv[1:]))
+    """
+    killed = subprocess.run([sys.executable, "-c", dies, *arguments, str(tmp_path / "killed")], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()) == [
+        "step-00000003",
+        "step-00000006",
+    ]
+    assert not (tmp_path / "killed" / "model").exists()
+    run(*arguments, tmp_path / "killed")
+    assert log(tmp_path / "killed") == whole
+
+    # Ctrl-C while step 5 is logged: that step is finished and kept
+    write = training._Log.write
+
+    def interrupted(self, progress, factor):
+        write(self, progress, factor)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Log, "write", interrupted)
+        run(*arguments, tmp_path / "stopped", status=130)
+    assert run.err.strip().splitlines()[-1] == "dynamo-lm: stopped; the same command goes on from the last checkpoint."
+    run(*arguments, tmp_path / "stopped")
+    assert log(tmp_path / "stopped") == whole
+
+    # The same folder refuses to go on with other data, another model or other rates.
+    other = tmp_path / "other.jsonl"
+    other.write_text(
+        json.dumps({"text": " ".join(texts(20, seed=1))}) + "\n" + json.dumps({"text": texts(1)[0] * 9}) + "\n"
+    )
+    again = (*arguments[3:], tmp_path / "killed")
+    assert "other data" in run.refused(
+        "train", made / "base", "--data", other, *again[1:], "--validation-fraction", 0
+    )
+    assert "other model" in run.refused(*arguments, tmp_path / "killed", "--heads", 4)
+    assert "lr_m=0.01" in run.refused(*arguments, tmp_path / "killed", "--lr-m", 0.02)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(run, made, tmp_path):
+    wild = ("--lr-m", "1e30", "--clip", 0, "--steps", 9, "--validation-fraction", 0)
+    said = run("train", made / "base", "--data", made / "text.jsonl", *SMALL, *wild, "--out", tmp_path, status=2)
+    assert said == "" and "Traceback" not in run.err
+    assert "is not finite" in run.err.splitlines()[-1]
+
+
+# --- count ----------------------------------------------------------------------
+
+
+def test_tables_counted_separately_merge_to_the_table_of_both(run, made, tmp_path):
+    lines = (made / "text.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:20]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[20:]))
+    everything = ("--validation-fraction", 0, "--order", 2)
+    for name, source in (("a", tmp_path / "a.jsonl"), ("b", tmp_path / "b.jsonl"), ("c", made / "text.jsonl")):
+        run("count", made / "base", "--data", source, "--out", tmp_path / f"{name}.safetensors", *everything)
+    run(
+        "count",
+        "--merge",
+        tmp_path / "a.safetensors",
+        tmp_path / "b.safetensors",
+        "--out",
+        tmp_path / "ab.safetensors",
+        "--json",
+    )
+    merged = json.loads(run.out)
+    run(
+        "count", "--merge", tmp_path / "c.safetensors", tmp_path / "c.safetensors", "--out", tmp_path / "cc.safetensors"
+    )
+    assert "pairs: " in run.out
+    whole = json.loads(run("count", made / "base", "--data", made / "text.jsonl", "--out", tmp_path / "d.safetensors",
+                           "--json", *everything))  # fmt: skip
+    assert merged["rows"] == whole["rows"] and merged["counted"] == whole["counted"]
+    assert merged["tokenizer"] == tokenizer_fingerprint(AutoTokenizer.from_pretrained(made / "base"))
+
+
+def test_minimum_counts_by_length_prune_and_say_how_much(run, made, tmp_path):
+    out = tmp_path / "t.safetensors"
+    run("count", made / "base", "--data", made / "text.jsonl", "--out", out, "--min-count", "2:1,3:3", "--json")
+    facts = json.loads(run.out)
+    assert facts["min_counts"] == [1, 1, 3]
+    assert facts["pruned_mass"][1] == 0 < facts["pruned_mass"][2]
+
+
+# --- generate -------------------------------------------------------------------
+
+
+def test_strict_text_is_the_plain_models_own_whatever_the_heads(run, model):
+    several = run("generate", model, "the fox ran", "-n", 24, "--stats")
+    assert several.startswith("the fox ran") and several.endswith("\n")
+    assert "24 tokens in" in run.err
+    assert run("generate", model, "the fox ran", "-n", 24, "--heads", 1) == several
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    base = GPTNeoXForCausalLM.from_pretrained(model.parents[1] / "base")
+    ids = tokenizer("the fox ran", return_tensors="pt").input_ids
+    own = base.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=0, pad_token_id=0)
+    assert several == tokenizer.decode(own[0], skip_special_tokens=True) + "\n"
+
+
+def test_a_pipe_gives_the_prompt_and_gets_only_the_text(run, model, monkeypatch):
+    argument = run("generate", model, "the fox", "-n", 8)
+    stdin(monkeypatch, b"the fox\n")
+    assert run("generate", model, "-n", 8) == argument
+    assert run.err == ""
+    stdin(monkeypatch, b"the fox")
+    assert run("generate", model, "-", "-n", 8) == argument
+
+
+def test_a_reader_that_goes_away_is_silent(model):
+    line = f"{sys.executable} -m dynamo_lm.cli generate {model} 'the fox' -n 100 --verify off | head -c 3"
+    done = subprocess.run(line, shell=True, capture_output=True, timeout=60)
+    assert (done.stdout, done.stderr) == (b"the", b"")
+
+
+def test_json_has_text_and_statistics_for_every_prompt_of_a_file(run, model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the fox\none little bird with big eyes\nsad\n")
+    dials = ("--verify", "off", "--eps-b", 0, "--seed", 3, "-n", 9, "--no-otsu")
+    rows = [
+        json.loads(line)
+        for line in run("generate", model, "--prompts", tmp_path / "prompts.txt", *dials, "--json").splitlines()
+    ]
+    assert [row["prompt"] for row in rows] == ["the fox", "one little bird with big eyes", "sad"]
+    for row in rows:
+        assert row["text"] == row["prompt"] + row["new_text"]
+        assert (
+            sum((i + 1) * count for i, count in enumerate(row["statistics"]["histogram"]))
+            == row["statistics"]["new_tokens"]
+        )
+        assert row["statistics"]["ceiling"] == 3
+    assert rows[0]["statistics"]["histogram"][2] == 3  # nine tokens, three a step
+    alone = json.loads(run("generate", model, "sad", *dials[:4], "--seed", 5, *dials[6:], "--json"))
+    assert alone["text"] == rows[2]["text"]  # the third row's seed, alone
+
+
+def test_a_seed_repeats_a_text_and_a_stop_string_ends_it(run, model):
+    drawn = ("--verify", "off", "-n", 40, "--seed", 1)
+    first = run("generate", model, "the fox", *drawn)
+    assert run("generate", model, "the fox", *drawn) == first
+    letter = first.removeprefix("the fox").strip()[3]
+    ended = run(
+        "generate",
+        model,
+        "the fox",
+        "--verify",
+        "strict",
+        "--sample",
+        "--seed",
+        1,
+        "-n",
+        40,
+        "--stop",
+        letter,
+        "--stop",
+        " ",
+    )
+    assert ended.removesuffix("\n").removeprefix("the fox")[-1] in (letter, " ")
+
+
+def test_characters_of_several_tokens_appear_when_they_are_whole():
+    tokenizer = byte_tokenizer(258)  # a token a byte
+    ids = tokenizer("fox é!")["input_ids"]
+    writer = _Writer(tokenizer, ids[:3], "fox", [])
+    assert [writer.add([token]) for token in ids[3:]] == [" ", "", "é", "!"]
+    assert (writer.end(), writer.said) == ("", " é!")
+
+
+# --- info -----------------------------------------------------------------------
+
+
+def test_info_names_base_heads_tables_and_training(run, made, model):
+    said = run("info", model)
+    assert str(made / "text.jsonl") in said and "30 steps" in said and "triples" in said and "eps_b 0.5" in said
+    facts = json.loads(run("info", model, "--json"))
+    assert (facts["num_heads"], facts["weights"], facts["context"]) == (3, "heads", 128)
+    assert facts["head_parameters"] == sum(
+        p.numel() for p in DynaMoForCausalLM.from_pretrained(str(model)).heads.parameters()
+    )
+    assert facts["table"]["rows"][0] == 300
+    assert facts["training"]["steps"] == 30
+
+
+def test_info_reads_no_weights_and_knows_a_plain_model(run, made, model, tmp_path):
+    shutil.copytree(model, tmp_path / "copy")
+    (tmp_path / "copy" / "heads.safetensors").unlink()
+    assert json.loads(run("info", tmp_path / "copy", "--json"))["num_heads"] == 3
+    assert "no DynaMo heads; add some with `dynamo-lm train" in run("info", made / "base")
+
+
+# --- bad input ------------------------------------------------------------------
+
+
+def test_what_is_no_model_is_refused(run, made, tmp_path):
+    assert "it has no config.json" in run.refused("info", tmp_path)
+    assert "it has no config.json" in run.refused("generate", tmp_path, "hello")
+    assert "is a file" in run.refused("info", made / "text.jsonl")
+    (tmp_path / "config.json").write_text("{")
+    assert "cannot be read" in run.refused("train", tmp_path, "--data", made / "text.jsonl", "--out", tmp_path / "x")
+    assert "has no DynaMo heads" in run.refused("generate", made / "base", "hello")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(run, made, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("somebody/something", "DynaMo-77M-T3", "nowhere"):
+        assert "not to be had from the hub" in run.refused(
+            "train", name, "--data", made / "text.jsonl", "--out", tmp_path / "x"
+        )
+    assert "not to be had from the hub" in run.refused("generate", "somebody/something", "hello")
+
+
+@pytest.mark.parametrize("config", [BertConfig, T5Config])
+def test_encoders_are_refused(run, made, tmp_path, config):
+    config(
+        num_hidden_layers=2, num_layers=2, hidden_size=16, d_model=16, num_attention_heads=2, vocab_size=300
+    ).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    arguments = ("train", tmp_path, "--data", made / "text.jsonl", *SMALL)
+    run.refused(*arguments, "--out", tmp_path / "x")
+    run.refused(*arguments, "--dry-run")
+
+
+def test_heads_for_another_base_are_refused(run, made, model, tmp_path):
+    shutil.copytree(made / "base", tmp_path / "base")
+    shutil.copytree(model, tmp_path / "run" / "model")
+    other = neox()
+    torch.nn.init.normal_(other.gpt_neox.layers[-1].mlp.dense_h_to_4h.weight)
+    other.save_pretrained(tmp_path / "base")
+    assert "were trained for the base" in run.refused("generate", tmp_path / "run" / "model", "hello")
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(run, made, tmp_path):
+    neox(vocab_size=280).save_pretrained(tmp_path / "small")
+    byte_tokenizer().save_pretrained(tmp_path / "small")
+    said = run.refused("train", tmp_path / "small", "--data", made / "text.jsonl", "--out", tmp_path / "x")
+    assert "token ids up to 299" in said and "ends at 279" in said
+    neox().save_pretrained(tmp_path / "none")
+    assert "has no tokenizer" in run.refused(
+        "train", tmp_path / "none", "--data", made / "text.jsonl", "--out", tmp_path / "x"
+    )
+
+
+def test_a_table_counted_with_another_tokenizer_is_refused(run, made, model, tmp_path):
+    neox(vocab_size=300).save_pretrained(tmp_path / "other")
+    byte_tokenizer(290).save_pretrained(tmp_path / "other")
+    text, table = made / "text.jsonl", tmp_path / "other.safetensors"
+    run("count", tmp_path / "other", "--data", text, "--out", table)
+    assert "another tokenizer" in run.refused(
+        "train", made / "base", "--data", text, "--tables", table, "--out", tmp_path / "x"
+    )
+    assert "another tokenizer" in run.refused("count", tmp_path / "other", "--data", text, "--out", model)
+    run("count", "--merge", table, table, "--out", tmp_path / "twice.safetensors")
+    assert "another tokenizer" in run.refused("count", "--merge", table, table, "--out", model)
+    shutil.copytree(made, tmp_path / "made")
+    shutil.copy(table, tmp_path / "made" / "run" / "model" / "cooccurrence.safetensors")
+    assert "another tokenizer" in run.refused("generate", tmp_path / "made" / "run" / "model", "the fox")
+
+
+def test_damaged_weights_and_tables_are_refused(run, made, tmp_path):
+    shutil.copytree(made, tmp_path / "made")
+    folder = tmp_path / "made" / "run" / "model"
+    for name in ("heads.safetensors", "cooccurrence.safetensors"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+        run.refused("generate", folder, "the fox")
+        (folder / name).write_bytes(whole)
+    base = tmp_path / "made" / "base"
+    (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:5000])
+    assert "could not be opened" in run.refused("generate", folder, "the fox")
+    arguments = ("--data", made / "text.jsonl", "--out", tmp_path / "x", *SMALL)
+    assert "could not be opened" in run.refused("train", base, *arguments)
+    (base / "tokenizer.json").write_text("nothing")
+    assert "could not be opened" in run.refused("train", base, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "no document with any text"),
+        (b'{"text": "the fox"}\n', "validation fraction"),
+        (b'{"text": "the fox"}\n{"text": "a bird"}\n', "fewer than one block of 32"),
+        (b'{"text": "the fox"}\n{"text": "\xff"}\n', "not UTF-8: line 2"),
+        (b'{"text": "the fox"}\n{"text": \n', "not JSON at line 2"),
+        (b'{"title": "the fox", "story": "ran"}\n', "--text-field"),
+    ],
+)
+def test_texts_that_cannot_be_trained_on_are_refused(run, made, tmp_path, content, sentence):
+    (tmp_path / "text.jsonl").write_bytes(content)
+    assert sentence in run.refused(
+        "train", made / "base", "--data", tmp_path / "text.jsonl", "--out", tmp_path / "x", *SMALL
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("hello", "--verify", "off", "--eps-b", "1.5"), "0 to 1"),
+        (("hello", "--verify", "off", "--top-k", "400"), "vocabulary has 300"),
+        (("hello", "--heads", "4"), "the model has 3"),
+        (("",), "The prompt is empty"),
+        (("fox " * 200,), "context is 128"),
+        (("hello", "--verify", "sometimes"), "give strict"),
+        (("hello", "--eps-b", "0.5"), "belong to --verify off"),
+        (("hello", "--temperature", "0.5"), "need --sample"),
+        (("hello", "--verify", "off", "--top-p", "0.5"), "--top-p"),
+        (("hello", "-n", "0"), "greater than 0"),
+        (("hello", "--dtype", "float8"), "--dtype"),
+        (("hello", "--device", "toaster"), "--device"),
+        (("hello", "--prompts", "nowhere.txt"), "not both"),
+        (("--prompts", "nowhere.txt"), "cannot be read"),
+        (("hello", "--stop", ""), "--stop"),
+        (("hello", "--sample", "--temperature", "0"), "temperature"),
+        (("hello", "--nonsense"), "--nonsense"),
+        (("hello", "--heads", "many"), "--heads"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(run, model, arguments, sentence):
+    assert sentence in run.refused("generate", model, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "--data"),
+        (("--data", "TEXT"), "--out"),
+        (("--data", "nowhere.txt", "--out", "OUT"), "does not exist"),
+        (("--data", "TEXT", "--out", "OUT", "--steps", "2", "--epochs", "1"), "not both"),
+        (("--data", "TEXT", "--out", "OUT", "--freeze", "--lr-b", "1e-4"), "--freeze"),
+        (("--data", "TEXT", "--out", "OUT", "--save", "heads"), "--freeze"),
+        (("--data", "TEXT", "--out", "OUT", "--block-size", "4096"), "context is 128"),
+        (("--data", "TEXT", "--out", "OUT", "--lr-m", "-1"), "lr_m"),
+        (("--data", "TEXT", "--out", "OUT", "--batch-size", "4", "--accumulation", "3"), "divisible"),
+        (("--data", "TEXT", "--out", "OUT", "--feed", "sideways"), "feed"),
+        (("--data", "TEXT", "--out", "OUT", "--freeze", "--heads", "1"), "nothing to train"),
+        (("--data", "TEXT", "--out", "TEXT"), "cannot be written"),
+        (("--data", "TEXT", "--out", "OUT", "--tables", "nowhere"), "no table"),
+    ],
+)
+def test_training_options_that_make_no_sense_are_refused(run, made, tmp_path, arguments, sentence):
+    names = {"TEXT": str(made / "text.jsonl"), "OUT": str(tmp_path / "run")}
+    assert sentence in run.refused("train", made / "base", *(names.get(word, word) for word in arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("BASE",), "--data"),
+        (("BASE", "--data", "TEXT"), "--out"),
+        (("BASE", "--data", "TEXT", "--out", "BASE"), "no DynaMo heads"),
+        (("BASE", "--data", "TEXT", "--out", "table.bin"), ".safetensors"),
+        (("BASE", "--data", "TEXT", "--min-count", "often", "--out", "t.safetensors"), "--min-count"),
+        (("BASE", "--data", "TEXT", "--order", "9", "--out", "t.safetensors"), "order"),
+        (("--merge", "BASE", "--out", "t.safetensors"), "two or more"),
+        (("--merge", "BASE", "TEXT", "--out", "t.safetensors"), "no table"),
+    ],
+)
+def test_counting_options_that_make_no_sense_are_refused(run, made, arguments, sentence):
+    names = {"TEXT": str(made / "text.jsonl"), "BASE": str(made / "base")}
+    assert sentence in run.refused("count", *(names.get(word, word) for word in arguments))
+
+
+def test_prompts_that_are_no_text_are_refused(run, model, monkeypatch, tmp_path):
+    stdin(monkeypatch, b"\xff\n")
+    assert "not UTF-8" in run.refused("generate", model)
+    stdin(monkeypatch, b"")
+    assert "The prompt is empty" in run.refused("generate", model)
+    (tmp_path / "prompts").write_text("one\n\ntwo\n")
+    assert "line 2" in run.refused("generate", model, "--prompts", tmp_path / "prompts")
+
+
+def test_a_full_disk_is_one_sentence(run, made, tmp_path, monkeypatch):
+    import errno
+
+    def full(*arguments, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dynamo_lm.files.save_file", full)
+    run(
+        "train",
+        made / "base",
+        "--data",
+        made / "text.jsonl",
+        "--freeze",
+        "--steps",
+        1,
+        "--out",
+        tmp_path,
+        *SMALL,
+        status=2,
+    )
+    assert "is full" in run.err.splitlines()[-1] and "Traceback" not in run.err
+    monkeypatch.setattr("dynamo_lm.provenance.write", full)
+    assert "The disk is full" in run.refused(
+        "train", made / "base", "--data", made / "text.jsonl", "--freeze", "--out", tmp_path / "b", *SMALL
+    )
+
+
+def test_a_name_server_that_does_not_answer_means_offline(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(*arguments):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    assert opening.resolve("somebody/something") == "somebody/something"
+    assert constants.HF_HUB_OFFLINE

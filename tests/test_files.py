@@ -1,0 +1,386 @@
+"""Folders: what is saved comes back, and what is damaged or belongs elsewhere is refused in one sentence."""
+
+from __future__ import annotations
+
+import errno
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from architectures import NAMES, VOCABULARY, base_of, dynamo_of, markov_dynamo, random_tokens
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import dynamo_lm.files
+from dynamo_lm import DynaMoForCausalLM, InputError
+from dynamo_lm.counting import count
+from dynamo_lm.model import decoder_layers
+
+TOKENS = random_tokens(2, 12)
+WEIGHTS = {"full": "model.safetensors", "heads": "heads.safetensors"}
+
+
+def table(seed: int = 0):
+    return count([np.random.default_rng(seed).integers(0, VOCABULARY, 500)], vocab_size=VOCABULARY, order=3)
+
+
+def model_on_disk(folder: Path, name: str = "llama", **options) -> DynaMoForCausalLM:
+    """A model whose base lies in `folder`/base."""
+    base_of(name).save_pretrained(folder / "base")
+    return DynaMoForCausalLM.from_base(str(folder / "base"), num_heads=3, **options).eval()
+
+
+def saved(folder: Path, weights: str) -> tuple[DynaMoForCausalLM, Path]:
+    model = model_on_disk(folder)
+    model.save_pretrained(folder / "model", weights=weights)
+    return model, folder / "model"
+
+
+def assert_same(one: DynaMoForCausalLM, other: DynaMoForCausalLM) -> None:
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def refused(folder: Path) -> str:
+    """The one sentence with which opening the folder is refused."""
+    with pytest.raises(InputError) as caught:
+        AutoModelForCausalLM.from_pretrained(folder) if (folder / "config.json").exists() else None
+        DynaMoForCausalLM.from_pretrained(str(folder))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("weights", ["full", "heads"])
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_a_saved_model_opens_as_it_was(tmp_path, name, weights):
+    model = model_on_disk(tmp_path, name)
+    model.cooccurrence = table()
+    model.save_pretrained(tmp_path / "model", weights=weights)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+    assert type(opened) is DynaMoForCausalLM
+    assert not opened.training
+    assert_same(opened, model)
+    assert torch.equal(opened.logits(TOKENS), model.logits(TOKENS))
+    assert all(torch.equal(a, b) for a, b in zip(opened.cooccurrence.keys, model.cooccurrence.keys, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(opened.cooccurrence.counts, model.cooccurrence.counts, strict=True))
+
+
+@pytest.mark.parametrize("weights", ["full", "heads"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers_per_head": 2},
+        {"feed": "last", "init": "copy"},
+        {"own_output_embedding": True},
+        {"layers_per_head": 0, "own_output_embedding": True, "feed": "last"},
+        {"adapter_rank": 2},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@torch.no_grad()
+def test_every_kind_of_head_survives(tmp_path, options, weights):
+    model = model_on_disk(tmp_path, **options)
+    for parameter in model.heads.parameters():
+        if id(parameter) not in {id(p) for p in model.base.parameters()}:
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "model", weights=weights)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(opened.logits(TOKENS), model.logits(TOKENS))
+    assert {name: getattr(opened.config, name) for name in options} == options
+    assert opened.overhead() == model.overhead()
+
+
+def test_heads_only_folders_hold_no_base_weights(tmp_path):
+    model, folder = saved(tmp_path, "heads")
+    assert {file.name for file in folder.glob("*.safetensors")} == {"heads.safetensors"}
+    weights = load_file(folder / "heads.safetensors")
+    assert sum(tensor.numel() for tensor in weights.values()) == sum(p.numel() for p in model.heads.parameters())
+
+
+def test_auto_config_opens_the_configuration(tmp_path):
+    _, folder = saved(tmp_path, "heads")
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.num_heads, config.vocab_size, config.base_config.model_type) == (3, VOCABULARY, "llama")
+
+
+@torch.no_grad()
+def test_a_saved_model_opens_in_another_precision(tmp_path):
+    for weights in ("full", "heads"):
+        _, folder = saved(tmp_path / weights, weights)
+        opened = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        assert {p.dtype for p in opened.parameters()} == {torch.bfloat16}
+
+
+def test_the_model_card_names_the_heads_the_base_and_the_tables(tmp_path):
+    model = model_on_disk(tmp_path)
+    model.cooccurrence = table()
+    model.save_pretrained(tmp_path / "model", weights="heads")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: dynamo-lm\n")
+    assert "T3 DynaMo model" in card
+    assert str(tmp_path / "base") in card
+    assert "up to order 3" in card
+
+
+@pytest.mark.parametrize("weights", ["full", "heads"])
+def test_the_generation_config_keeps_dynamos_own_settings_and_generate_heeds_them(tmp_path, weights):
+    model = model_on_disk(tmp_path)
+    model.generation_config.eps_b = 0.3
+    model.save_pretrained(tmp_path / "model", weights=weights)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").generation_config.eps_b == 0.3
+
+    # A joint of 1/4 * 1/4 for the best pair: two tokens need a joint above eps_b.
+    quarter = torch.full((4, 4), 0.25)
+    chain = markov_dynamo(quarter, quarter)
+    ask = {"verify": "off", "top_k": 4, "temperature": 1.0, "seed": 0, "max_new_tokens": 8, "do_sample": True}
+    for eps_b, size in [(0.03, 2), (0.3, 1)]:
+        chain.generation_config.eps_b = eps_b
+        chain.save_pretrained(tmp_path / f"chain{eps_b}")
+        opened = AutoModelForCausalLM.from_pretrained(tmp_path / f"chain{eps_b}")
+        result = opened.generate(torch.tensor([[1]]), **ask, otsu=False, return_dict_in_generate=True)
+        assert result.statistics[0].step_sizes == [size] * (8 // size)
+
+
+# ---------------------------------------------------------------- bases and heads that do not belong together
+
+
+def test_heads_refuse_another_base_of_the_same_shape(tmp_path):
+    _, folder = saved(tmp_path, "heads")
+    other = base_of("llama")
+    decoder_layers(other)[-1].self_attn.q_proj.weight.data.mul_(1.1)
+    with pytest.raises(InputError, match="were trained for the base .* but .* open them with that base"):
+        DynaMoForCausalLM.from_pretrained(str(folder), base=other)
+    other.save_pretrained(tmp_path / "base")  # the base was replaced where it lies
+    assert "were trained for the base" in refused(folder)
+
+
+def test_heads_open_with_the_right_base_from_anywhere(tmp_path):
+    model, folder = saved(tmp_path, "heads")
+    assert_same(DynaMoForCausalLM.from_pretrained(str(folder), base=base_of("llama")), model)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    assert_same(DynaMoForCausalLM.from_pretrained(str(folder), base=str(tmp_path / "moved")), model)
+    assert "could not be opened" in refused(folder)
+
+
+def test_a_trained_base_cannot_be_saved_as_heads_alone(tmp_path):
+    model = model_on_disk(tmp_path)
+    model.last_layer.mlp.up_proj.weight.data.add_(1)
+    with pytest.raises(InputError, match='base was changed by training.*weights="full"'):
+        model.save_pretrained(tmp_path / "model", weights="heads")
+    model.save_pretrained(tmp_path / "model")
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)
+
+
+def test_a_base_without_a_name_cannot_be_saved_as_heads_alone(tmp_path):
+    with pytest.raises(InputError, match="no name or path"):
+        dynamo_of("llama").save_pretrained(tmp_path / "model", weights="heads")
+
+
+def test_only_full_and_heads_can_be_saved(tmp_path):
+    with pytest.raises(InputError, match='weights is "half"'):
+        dynamo_of("llama").save_pretrained(tmp_path / "model", weights="half")
+
+
+def test_tables_of_another_vocabulary_are_refused(tmp_path):
+    _, folder = saved(tmp_path, "full")
+    count([np.arange(5)], vocab_size=VOCABULARY + 1, order=2).save(folder / "cooccurrence.safetensors")
+    assert f"vocabulary of {VOCABULARY + 1}, the model has {VOCABULARY}" in refused(folder)
+
+
+# ---------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("checksums", [True, False], ids=["checksums", "no checksums"])
+@pytest.mark.parametrize("weights", ["full", "heads"])
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
+def test_truncated_weights_are_refused(tmp_path, weights, keep, checksums):
+    _, folder = saved(tmp_path, weights)
+    file = folder / WEIGHTS[weights]
+    content = file.read_bytes()
+    file.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
+    if not checksums:
+        (folder / "checksums.json").unlink()
+    assert "truncated or altered" in refused(folder)
+
+
+@pytest.mark.parametrize("weights", ["full", "heads"])
+def test_a_single_flipped_bit_in_the_weights_is_noticed(tmp_path, weights):
+    _, folder = saved(tmp_path, weights)
+    file = folder / WEIGHTS[weights]
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    assert "truncated or altered" in refused(folder)
+
+
+@pytest.mark.parametrize("weights", ["full", "heads"])
+def test_a_damaged_header_is_refused_even_without_checksums(tmp_path, weights):
+    _, folder = saved(tmp_path, weights)
+    (folder / "checksums.json").unlink()
+    file = folder / WEIGHTS[weights]
+    file.write_bytes(file.read_bytes().replace(b'"dtype"', b'"dtyqe"', 1))
+    assert "truncated or altered" in refused(folder)
+
+
+@pytest.mark.parametrize("weights", ["full", "heads"])
+@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_weights_that_do_not_fit_the_configuration_are_refused(tmp_path, weights, change):
+    _, folder = saved(tmp_path, weights)
+    (folder / "checksums.json").unlink()
+    tensors = load_file(folder / WEIGHTS[weights])
+    name = next(name for name in tensors if "up_proj" in name and (weights == "heads" or name.startswith("heads")))
+    if change == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][1:].clone()
+    save_file(tensors, folder / WEIGHTS[weights], metadata={"format": "pt"})
+    assert "not hold" in refused(folder) or "missing" in refused(folder)
+
+
+@pytest.mark.parametrize("checksums", [True, False], ids=["checksums", "no checksums"])
+@pytest.mark.parametrize("weights", ["full", "heads"])
+def test_missing_weights_are_refused(tmp_path, weights, checksums):
+    _, folder = saved(tmp_path, weights)
+    (folder / WEIGHTS[weights]).unlink()
+    if not checksums:
+        (folder / "checksums.json").unlink()
+    assert str(folder) in refused(folder)
+
+
+def test_a_damaged_table_is_refused(tmp_path):
+    model = model_on_disk(tmp_path)
+    model.cooccurrence = table()
+    model.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "cooccurrence.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert "cooccurrence.safetensors" in refused(tmp_path / "model")
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    assert "no model: it has no config.json" in refused(tmp_path)
+    assert "no model" in refused(tmp_path / "nothing")
+
+
+def test_a_model_of_another_type_is_refused(tmp_path):
+    base_of("llama").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match='model of type "llama" without heads'):
+        DynaMoForCausalLM.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{", "", "[1, 2]", '"text"'])
+def test_a_config_that_is_no_json_object_is_refused(tmp_path, content):
+    _, folder = saved(tmp_path, "full")
+    (folder / "config.json").write_text(content)
+    with pytest.raises(InputError) as caught:
+        DynaMoForCausalLM.from_pretrained(str(folder))
+    assert "config.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dynamo_config_without_a_base_is_refused(tmp_path):
+    _, folder = saved(tmp_path, "full")
+    config = json.loads((folder / "config.json").read_text())
+    del config["base_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "names no base model" in refused(folder)
+
+
+@pytest.mark.parametrize("weights", ["full", "heads"])
+def test_pickles_are_never_read(tmp_path, weights):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "sprung",))
+
+    model, folder = saved(tmp_path, weights)
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
+    assert_same(AutoModelForCausalLM.from_pretrained(folder), model)
+    (folder / WEIGHTS[weights]).unlink()
+    assert refused(folder)
+    (folder / "checksums.json").unlink()
+    assert refused(folder)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_base_in_a_pickle_is_refused(tmp_path):
+    base = base_of("llama")
+    base.config.save_pretrained(tmp_path)
+    torch.save(base.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="could not be opened"):
+        DynaMoForCausalLM.from_base(str(tmp_path))
+
+
+# ---------------------------------------------------------------- saving over an existing folder
+
+
+@pytest.mark.parametrize("weights", ["full", "heads"])
+@pytest.mark.parametrize("failure", ["OSError", "during the table", "SafetensorError"])
+def test_a_full_disk_leaves_the_old_folder_as_it_was(tmp_path, monkeypatch, weights, failure):
+    model, folder = saved(tmp_path, weights)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def full_disk(*args, **kwargs):
+        if failure == "SafetensorError":
+            raise dynamo_lm.files.SafetensorError("Error while serializing: I/O error: No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    changed = DynaMoForCausalLM.from_base(str(tmp_path / "base"), num_heads=3)
+    if failure == "during the table":
+        changed.cooccurrence = table()
+        monkeypatch.setattr(type(changed.cooccurrence), "save", full_disk)
+    else:
+        monkeypatch.setattr(dynamo_lm.files, "save_file", full_disk)
+        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full_disk)
+    with pytest.raises(InputError, match=r"disk .*full") as caught:
+        changed.save_pretrained(folder, weights=weights)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert_same(AutoModelForCausalLM.from_pretrained(folder), model)
+
+
+def test_a_failure_of_another_kind_is_not_called_a_full_disk(tmp_path, monkeypatch):
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", denied)
+    with pytest.raises(PermissionError):
+        dynamo_of("llama").save_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"weights": "full"}, {"weights": "heads"}),
+        ({"weights": "heads"}, {"weights": "full"}),
+        ({"weights": "full"}, {"weights": "full", "max_shard_size": "20KB"}),
+        ({"weights": "full", "max_shard_size": "20KB"}, {"weights": "full"}),
+    ],
+    ids=["full-heads", "heads-full", "whole-shards", "shards-whole"],
+)
+def test_saving_over_an_older_model_leaves_nothing_of_it(tmp_path, first, second):
+    old = model_on_disk(tmp_path)
+    old.save_pretrained(tmp_path / "model", **first)
+    new = DynaMoForCausalLM.from_base(str(tmp_path / "base"), num_heads=2)
+    new.save_pretrained(tmp_path / "model", **second)
+    new.save_pretrained(tmp_path / "fresh", **second)
+    assert {f.name for f in (tmp_path / "model").iterdir()} == {f.name for f in (tmp_path / "fresh").iterdir()}
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), new)
+
+
+def test_saving_again_keeps_the_files_of_others(tmp_path):
+    model, folder = saved(tmp_path, "full")
+    (folder / "tokenizer.json").write_text("{}")
+    model.save_pretrained(folder)
+    assert (folder / "tokenizer.json").read_text() == "{}"

@@ -1,0 +1,310 @@
+"""Algorithm 1 and drafts: worked examples, the method's invariants, and agreement with the slow reference."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dynamo_lm import joint, otsu, reference
+from dynamo_lm.cooccurrence import Cooccurrence
+from dynamo_lm.counting import count
+from dynamo_lm.errors import InputError
+from dynamo_lm.joint import Heads, Joint, Joints, seen_extensions
+from dynamo_lm.otsu import foreground
+from dynamo_lm.sampling import Algorithm1, check, draft, draw, survivors
+
+NOTHING = torch.tensor([], dtype=torch.long)
+PLAIN = Algorithm1(otsu=False, top_k=2, temperature=1, repetition_penalty=1)  # thresholds and penalty only as stated
+
+
+def table_of(*documents: list[int], vocab_size: int = 2, order: int = 2) -> Cooccurrence:
+    return count([np.array(document) for document in documents], vocab_size=vocab_size, order=order)
+
+
+def heads_of(*probabilities: list[float]) -> Tensor:
+    return torch.tensor(probabilities, dtype=torch.float64).log()
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def left_over(logits: Tensor, context: list[int], table, options: Algorithm1, m: int) -> dict[tuple[int, ...], float]:
+    """What the fast code may emit at length m: {ranks: value}."""
+    heads = Heads.top(logits, options.top_k, options.temperature)
+    present = np.isin(np.arange(logits.shape[1]), context)
+    least = options.eps_b ** (len(logits) - 1) * (1 - 1e-9)
+    left = survivors(Joints(heads, table, options.alpha_c, least)[m], heads, present, options, m)
+    ranks = zip(*(axis.tolist() for axis in np.unravel_index(left.cells, (options.top_k,) * m)), strict=True)
+    return dict(zip(ranks, left.values.tolist(), strict=True))
+
+
+# Tokens 0 and 1 are equally frequent; of four pairs three are 01 and one is 10: weights (3/4)/(1/4) = 3 and 1.
+THREE_TO_ONE = table_of([0, 1], [0, 1], [0, 1], [1, 0])
+EVEN = heads_of([0.5, 0.5], [0.5, 0.5])
+
+
+def test_the_mask_multiplies_the_heads_by_the_cooccurrence_weight() -> None:
+    result = draw(EVEN, NOTHING, THREE_TO_ONE, PLAIN, None, greedy=True)
+    assert result.tokens == [0, 1]
+    assert result.joint == pytest.approx(0.75)  # 1/4 * 3 against 1/4 * 1
+    halved = draw(EVEN, NOTHING, THREE_TO_ONE, replace(PLAIN, alpha_c=0.5), None, greedy=True)
+    assert halved.joint == pytest.approx(math.sqrt(3) / (math.sqrt(3) + 1))
+
+
+def test_without_mask_or_table_the_joint_is_the_product_of_the_heads() -> None:
+    logits = heads_of([0.8, 0.2], [0.3, 0.7])
+    for table, alpha_c in ((None, 1.0), (THREE_TO_ONE, 0.0)):
+        result = draw(logits, NOTHING, table, replace(PLAIN, alpha_c=alpha_c), None, greedy=True)
+        assert (result.tokens, result.joint) == ([0, 1], pytest.approx(0.56))
+
+
+def test_backs_off_unless_an_entry_exceeds_the_threshold_strictly() -> None:
+    # n = 2, J = 1/4 everywhere
+    assert draw(EVEN, NOTHING, None, replace(PLAIN, eps_b=0.25), seeded()).backed_off == 1
+    assert draw(EVEN, NOTHING, None, replace(PLAIN, eps_b=0.2499), seeded()).backed_off == 0
+    # n = 3, threshold eps_b^2: 0.512 > 0.49, and 0.64 < 0.7
+    logits = heads_of([0.8, 0.2], [0.8, 0.2], [0.8, 0.2])
+    assert draw(logits, NOTHING, None, replace(PLAIN, eps_b=0.7), None, greedy=True).tokens == [0, 0, 0]
+    # 0.512 < 0.5184 and 0.64 < 0.72: down to one
+    assert draw(logits, NOTHING, None, replace(PLAIN, eps_b=0.72), None, greedy=True).tokens == [0]
+
+
+def test_backs_off_where_no_candidate_tuple_was_ever_seen() -> None:
+    surely_one = heads_of([0, 1], [0, 1])  # 11 is not in the table
+    result = draw(surely_one, NOTHING, THREE_TO_ONE, replace(PLAIN, top_k=1, eps_b=0), None)
+    assert (result.tokens, result.joint, result.backed_off) == ([1], 1.0, 1)
+
+
+def test_entries_below_the_static_threshold_are_dropped_and_the_rest_is_not_renormalised() -> None:
+    options = replace(PLAIN, eps_b=0.3)
+    assert left_over(EVEN, [], THREE_TO_ONE, options, 2) == {(0, 1): pytest.approx(0.75)}
+    assert len(left_over(EVEN, [], THREE_TO_ONE, replace(PLAIN, eps_b=0.25), 2)) == 2  # equal is not below
+
+
+def test_otsu_drops_the_background_but_never_the_largest_entry() -> None:
+    logits = heads_of([0.9, 0.06, 0.04], [0.9, 0.06, 0.04])  # 0.81 against at most 0.054
+    options = replace(PLAIN, top_k=3, eps_b=0)
+    assert len(left_over(logits, [], None, options, 2)) == 9
+    assert left_over(logits, [], None, replace(options, otsu=True, blur=False), 2) == {(0, 0): pytest.approx(0.81)}
+    # Blurred, the peak's neighbours are foreground too, with their own values. One axis, 0.9 0.06 0.04, becomes
+    # 0.48 0.265 0.05: the largest of the grid are 0.2304, twice 0.1272 and 0.0702; the threshold parts the last two.
+    blurred = left_over(logits, [], None, replace(options, otsu=True), 2)
+    assert blurred == pytest.approx({(0, 0): 0.81, (0, 1): 0.054, (1, 0): 0.054})
+
+
+def test_a_lone_peak_survives_that_the_blur_levels() -> None:
+    # 0.12 in a corner blurs to 0.03, at the middle of the block of nine 0.098 stays 0.098, at its corners 0.055
+    cells = np.array([0, 36, 37, 38, 44, 45, 46, 52, 53, 54])  # of 8 x 8
+    values = np.array([0.12] + [0.88 / 9] * 9)
+    assert foreground(cells, values, 8, 2, blur=True).tolist() == [False] + [True] * 9
+    heads = Heads(np.array([range(8)] * 2), np.full((2, 8), 1 / 8))
+    options = replace(PLAIN, eps_b=0, otsu=True, top_k=8)
+    assert survivors(Joint(cells, values), heads, np.zeros(8, bool), options, 2).cells.tolist() == cells.tolist()
+
+
+def test_repetition_divides_once_per_position_seen_in_the_context_or_earlier_in_the_tuple() -> None:
+    options = replace(PLAIN, eps_b=0, repetition_penalty=2)
+    assert left_over(EVEN, [0], THREE_TO_ONE, options, 2) == pytest.approx({(0, 1): 0.75 / 2, (1, 0): 0.25 / 2})
+    assert left_over(EVEN, [0, 1, 1], THREE_TO_ONE, options, 2) == pytest.approx({(0, 1): 0.75 / 4, (1, 0): 0.25 / 4})
+    repeats = left_over(heads_of([0, 1], [0, 1], [0, 1]), [], None, replace(options, top_k=1), 3)
+    assert repeats == {(0, 0, 0): 0.25}  # 1 1 1: the second and the third
+
+
+def test_the_penalty_comes_before_the_back_off_test() -> None:
+    options = replace(PLAIN, repetition_penalty=2)
+    assert draw(EVEN, NOTHING, THREE_TO_ONE, options, None, greedy=True).tokens == [0, 1]
+    assert draw(EVEN, torch.tensor([0]), THREE_TO_ONE, options, None, greedy=True).tokens == [1]  # 0.375 < 0.5
+
+
+def test_one_token_is_drawn_from_the_penalised_first_head() -> None:
+    options = replace(PLAIN, eps_b=1, repetition_penalty=2)
+    logits, generator = heads_of([0.6, 0.4]), seeded()
+    drawn = [draw(logits, torch.tensor([0]), None, options, generator).tokens[0] for _ in range(1000)]
+    assert np.mean(drawn) == pytest.approx(4 / 7, abs=0.05)  # 0.3 against 0.4
+    assert draw(logits, torch.tensor([0]), None, options, None, greedy=True).joint == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("options", [replace(PLAIN, eps_b=1), replace(PLAIN, eps_b=1, repetition_penalty=0.5)])
+def test_eps_b_of_one_always_emits_one_token_even_when_sure(options: Algorithm1) -> None:
+    sure = heads_of([1, 0], [1, 0], [1, 0])
+    assert draw(sure, torch.tensor([0]), None, options, None).tokens == [0]
+
+
+def test_equal_candidates_are_ordered_by_token_id_also_where_top_k_cuts() -> None:
+    heads = Heads.top(torch.tensor([[1.0, 2, 1, 2, 1, 1], [0, 0, 0, 0, 0, 0]]), 3, 1.0)
+    assert heads.ids.tolist() == [[1, 3, 0], [0, 1, 2]]
+    assert draw(torch.zeros(2, 6), NOTHING, None, replace(PLAIN, eps_b=0), None, greedy=True).tokens == [0, 0]
+
+
+def test_tuples_are_drawn_as_often_as_the_joint_says() -> None:
+    table = table_of([0, 1, 2, 2, 1], [2, 0, 0, 1, 1], [0, 2, 1, 0], vocab_size=3)
+    options = replace(PLAIN, top_k=3, eps_b=0)
+    logits, generator = heads_of([0.5, 0.3, 0.2], [0.5, 0.3, 0.2]), seeded(1)
+    heads = [reference.candidates(row, 3, 1.0) for row in logits.tolist()]
+    expected = {cell: 2000 * value for cell, value in reference.joint_grid(heads, table, 1.0).items() if value}
+    drawn = Counter(tuple(draw(logits, NOTHING, table, options, generator).tokens) for _ in range(2000))
+    assert set(drawn) == set(expected)
+    chi_square = sum((drawn[cell] - mean) ** 2 / mean for cell, mean in expected.items())
+    assert chi_square < 26.1  # 8 degrees of freedom or fewer, 0.1 %
+
+
+def test_a_draw_consumes_one_uniform_and_a_greedy_one_none() -> None:
+    generator, twin = seeded(), seeded()
+    draw(EVEN, NOTHING, THREE_TO_ONE, PLAIN, generator)
+    torch.rand(1, dtype=torch.float64, generator=twin)
+    draw(EVEN, NOTHING, THREE_TO_ONE, PLAIN, generator, greedy=True)
+    assert torch.equal(generator.get_state(), twin.get_state())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"eps_b": 1.1}, {"eps_b": math.nan}, {"alpha_c": -1}, {"temperature": 0}, {"top_k": 0}, {"repetition_penalty": 0}],
+)
+def test_options_out_of_range_are_refused_by_name(wrong: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        Algorithm1(**wrong)
+
+
+def test_check_refuses_what_cannot_be_drawn() -> None:
+    check(PLAIN, 2, 2, THREE_TO_ONE)
+    check(replace(PLAIN, alpha_c=0), 3, 2, THREE_TO_ONE)
+    with pytest.raises(InputError, match="order 2 but 3 tokens are drawn; count with --order 3 or set alpha_c=0"):
+        check(PLAIN, 3, 2, THREE_TO_ONE)
+    with pytest.raises(InputError, match="top_k is 3"):
+        check(replace(PLAIN, top_k=3), 2, 2, None)
+    with pytest.raises(InputError, match="counts 2 tokens but the model has 1"):
+        check(replace(PLAIN, top_k=1), 2, 1, THREE_TO_ONE)
+    with pytest.raises(InputError, match="too large"):
+        check(replace(PLAIN, eps_b=0, top_k=1000), 4, 5000, None)
+    with pytest.raises(InputError, match="top_k is 3"):
+        draw(EVEN, NOTHING, None, replace(PLAIN, top_k=3), None)
+    with pytest.raises(InputError, match="finite"):
+        draw(EVEN * math.nan, NOTHING, None, PLAIN, None)
+
+
+# --- agreement with the reference -------------------------------------------------------------------------------------
+
+
+@st.composite
+def cases(draw_from):
+    """Logits (n, V), documents, options, seed: random ones, with ties in half of the cases."""
+    n, vocab_size = draw_from(st.integers(2, 4)), draw_from(st.integers(6, 12))
+    top_k = draw_from(st.integers(1, 6 if n < 4 else 4))
+    rng = np.random.default_rng(draw_from(st.integers(0, 2**32 - 1)))
+    spread = draw_from(st.sampled_from([0.5, 2, 5]))
+    logits = rng.normal(0, spread, (n, vocab_size))
+    if draw_from(st.booleans()):
+        logits = logits.round()
+    documents = [rng.integers(0, vocab_size, rng.integers(4, 60)) for _ in range(3)]
+    options = Algorithm1(
+        eps_b=draw_from(st.sampled_from([0.0, 0.05, 0.3, 0.5, 1.0])),
+        alpha_c=draw_from(st.sampled_from([0.0, 0.5, 1.0])),
+        otsu=draw_from(st.booleans()),
+        blur=draw_from(st.booleans()),
+        top_k=top_k,
+        temperature=draw_from(st.sampled_from([0.7, 1.0])),
+        repetition_penalty=draw_from(st.sampled_from([0.8, 1.0, 1.1, 2.0])),
+    )
+    table = count(documents, vocab_size=vocab_size, order=n) if draw_from(st.integers(0, 9)) else None
+    return torch.from_numpy(logits).float(), documents[0][:4].tolist(), table, options, draw_from(st.integers(0, 99))
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.booleans(), st.sampled_from([0, otsu.SPARSE_COST]))
+def test_what_survives_and_what_is_drawn_is_the_references(case, greedy: bool, sparse_cost: int) -> None:
+    logits, context, table, options, seed = case
+    heads = [reference.candidates(row, options.top_k, options.temperature) for row in logits.tolist()]
+    for m in range(1, len(heads) + 1):
+        expected = reference.survivors(
+            reference.joint_grid(heads[:m], table, options.alpha_c), heads[:m], context, options
+        )
+        if m > 1 and options.eps_b == 1:
+            continue  # `draw` does not even ask
+        with patch.object(otsu, "SPARSE_COST", sparse_cost):  # 0: never the dense grid
+            assert left_over(logits, context, table, options, m) == pytest.approx(expected, rel=1e-9, abs=0)
+    mine = draw(logits, torch.tensor(context), table, options, seeded(seed), greedy)
+    theirs = reference.draw(logits, torch.tensor(context), table, options, seeded(seed), greedy)
+    assert (mine.tokens, mine.backed_off) == (theirs.tokens, theirs.backed_off)
+    assert mine.joint == pytest.approx(theirs.joint, rel=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(cases())
+def test_the_ends_of_the_dial_hold_exactly(case) -> None:
+    logits, context, table, options, seed = case
+    tokens = torch.tensor(context)
+    assert len(draw(logits, tokens, table, replace(options, eps_b=1), seeded(seed)).tokens) == 1
+    heads = [reference.candidates(row, options.top_k, options.temperature) for row in logits.tolist()]
+    assume(any(reference.joint_grid(heads, table, options.alpha_c).values()))
+    assert len(draw(logits, tokens, table, replace(options, eps_b=0), seeded(seed)).tokens) == len(logits)
+
+
+@settings(max_examples=50, deadline=None)
+@given(cases())
+def test_scanning_children_finds_what_searching_finds(case) -> None:
+    logits, _, table, options, _ = case
+    assume(table is not None)
+    ids = Heads.top(logits, options.top_k, 1.0).ids
+    rows = ids[0]
+    for order in range(2, table.order + 1):
+        found = seen_extensions(table, rows, ids[order - 1], order)
+        searched = joint._search(table, rows, ids[order - 1], order)
+        assert sorted(zip(*map(np.ndarray.tolist, found), strict=True)) == list(
+            zip(*map(np.ndarray.tolist, searched), strict=True)
+        )
+        rows = found[2]
+
+
+def test_tables_of_fewer_tokens_than_the_model_know_nothing_of_the_rest() -> None:
+    padded = heads_of([0.25] * 4, [0.25] * 4)
+    options = replace(PLAIN, top_k=4, eps_b=0)
+    assert left_over(padded, [], THREE_TO_ONE, options, 2) == pytest.approx({(0, 1): 0.75, (1, 0): 0.25})
+
+
+# --- drafts -----------------------------------------------------------------------------------------------------------
+
+OPEN = {"alpha_c": 1.0, "temperature": 1.0, "generator": None, "greedy": True}
+
+
+def test_a_draft_is_conditioned_on_the_certain_token() -> None:
+    # p^(1) = 3/9, p^(2) = 2/9, p^(01) = 3/4, p^(02) = 1/4: weights 2.25 and 1.125
+    table = table_of([0, 1], [0, 1], [0, 1], [0, 2], [2], vocab_size=3)
+    result = draft(heads_of([0, 0.5, 0.5]), 0, table, top_k=2, **OPEN)
+    ids, q = result.proposals[0]
+    assert (result.tokens, ids.tolist()) == ([1], [1, 2])
+    assert q.tolist() == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_a_draft_forgets_its_oldest_tokens_until_something_was_seen() -> None:
+    table = table_of([0, 1], [1, 2], vocab_size=3, order=3)  # 01 and 12, no triple
+    result = draft(heads_of([0, 1, 0], [0, 0.9, 0.1], [0, 0.9, 0.1]), 0, table, top_k=2, **OPEN)
+    assert result.tokens == [1, 2, 1]  # after 01: 2, for 12 was seen and 11 was not; after 2 nothing was: head 4 alone
+    assert result.proposals[1][1].tolist() == [0, 1]
+    assert result.proposals[2][1].tolist() == pytest.approx([0.9, 0.1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.booleans(), st.integers(0, 2))
+def test_a_draft_is_the_references(case, greedy: bool, shorter: int) -> None:
+    logits, context, table, options, seed = case
+    settings_ = {"alpha_c": options.alpha_c, "top_k": options.top_k, "temperature": options.temperature}
+    if table is not None and table.order - shorter >= 1:
+        order = table.order - shorter
+        table = Cooccurrence(
+            table.vocab_size, table.keys[:order], table.counts[:order], table.totals[:order], table.min_counts[:order]
+        )
+    mine = draft(logits, context[0], table, generator=seeded(seed), greedy=greedy, **settings_)
+    theirs = reference.draft(logits, context[0], table, generator=seeded(seed), greedy=greedy, **settings_)
+    assert mine.tokens == theirs.tokens
+    for (ids, q), (their_ids, their_q) in zip(mine.proposals, theirs.proposals, strict=True):
+        assert torch.equal(ids, their_ids)
+        torch.testing.assert_close(q, their_q, rtol=1e-9, atol=0)
+        assert q.sum().item() == pytest.approx(1)
