@@ -43,8 +43,8 @@ class RowCache(Cache):
         """Drops all rows but these. rows: (kept,) int64."""
         self.lengths = self.lengths[rows]
         for layer in self.layers:
-            if layer.is_initialized:
-                layer.reorder_cache(rows)
+            if layer.is_initialized:  # type: ignore[union-attr]
+                layer.reorder_cache(rows)  # type: ignore[arg-type]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return int(self.lengths.max()) if len(self.lengths) else 0
@@ -63,7 +63,9 @@ class _RowLayer(CacheLayerMixin):
         self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """(rows, heads, new, width) each -> all slots in use, (rows, heads, slots, width)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -14,7 +14,9 @@ def model_card(model: DynaMoForCausalLM, weights: str) -> str:
     base = config.base_name_or_path or "a model of its own"
     table = model.cooccurrence
     counted = "none" if table is None else f"n-grams up to order {table.order}"
-    named = f"base_model: {base}\n" if config.base_name_or_path and "/" in base and not base.startswith((".", "/")) else ""
+    named = (
+        f"base_model: {base}\n" if config.base_name_or_path and "/" in base and not base.startswith((".", "/")) else ""
+    )
     return f"""---
 library_name: dynamo-lm
 pipeline_tag: text-generation
@@ -23,8 +25,8 @@ tags: [dynamo, multi-token-prediction, speculative-decoding]
 
 # DynaMo heads for {base}
 
-A T{config.num_heads} DynaMo model: {config.num_heads - 1} extra token heads beside the last decoder layer, {model.overhead():.2%}
-more parameters than the base. Weights here: {weights}. Co-occurrence tables: {counted}.
+A T{config.num_heads} DynaMo model: {config.num_heads - 1} extra token heads beside the last decoder layer,
+{model.overhead():.2%} more parameters than the base. Weights here: {weights}. Co-occurrence tables: {counted}.
 
 ```python
 from dynamo_lm import DynaMoForCausalLM

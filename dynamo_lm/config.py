@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -31,7 +31,7 @@ class DynaMoConfig(PreTrainedConfig):
     """
 
     model_type = "dynamo_lm"
-    sub_configs = {"base_config": AutoConfig}
+    sub_configs: ClassVar = {"base_config": AutoConfig}
     has_no_defaults_at_init = True
 
     def __init__(
@@ -64,7 +64,7 @@ class DynaMoConfig(PreTrainedConfig):
         self.base_name_or_path = base_name_or_path
         self.base_fingerprint = base_fingerprint
         kwargs.pop("tie_word_embeddings", None)  # the base ties its own
-        super().__init__(tie_word_embeddings=False, **kwargs)
+        super().__init__(tie_word_embeddings=False, **kwargs)  # type: ignore[call-arg]
         if base_config is not None:
             self._check()
 

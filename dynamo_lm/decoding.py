@@ -26,7 +26,7 @@ from dynamo_lm.model import DynaMoForCausalLM, decoder_layers
 from dynamo_lm.sampling import Algorithm1, check, draft, draw
 from dynamo_lm.verification import Proposal, accept_greedy, accept_sampled
 
-Warp = Callable[[int, Tensor, Tensor], Tensor]  # (row, tokens so far (t,), logits (vocabulary,)) -> what is sampled from
+Warp = Callable[[int, Tensor, Tensor], Tensor]  # row, tokens so far (t,), logits (vocabulary,) -> logits to sample from
 Stop = Callable[[Tensor], bool]  # tokens so far (t,), prompt included -> whether the row ends here
 
 
@@ -138,7 +138,7 @@ def decode(
     """
     context = _check(model, prompts, options)
     n, strict = options.num_heads, options.verify == "strict"
-    base_config, device = model.config.base_config, model.device
+    base_config, device = model.base.config, model.device
     rows = [
         Row(
             number,
@@ -221,7 +221,7 @@ def decode(
                     row.pending += drafted.tokens
                     row.proposals = drafted.proposals
             else:
-                room = max(1, min(n, _left(row, options), context - cache.lengths[r].item()))
+                room = max(1, min(n, _left(row, options), context - int(cache.lengths[r])))
                 heads = torch.cat([logits[r, last[r]][None], ahead[: room - 1, r]])  # (room, vocabulary)
                 drawn = draw(
                     heads,

@@ -1,8 +1,8 @@
 """A DynaMo model on disk: one folder with configuration, weights and co-occurrence tables.
 
 `full` folders hold everything, `heads` folders only what the heads add, beside the name and the fingerprint of their base.
-Weights are safetensors with their checksums beside them; pickles are never read. Every file is written under a temporary
-name and renamed.
+Weights are safetensors with their checksums beside them; pickles are never read. Every file is written under a
+temporary name and renamed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def save(model: DynaMoForCausalLM, folder: str | os.PathLike, weights: str = "fu
     now = fingerprint(model.base)
     if weights == "heads":
         if model.config.base_fingerprint not in (None, now):
-            raise InputError('The base was changed by training, so heads alone would not fit it; save with weights="full".')
+            raise InputError(
+                'The base was changed by training, so heads alone would not fit it; save with weights="full".'
+            )
         if not model.config.base_name_or_path:
             raise InputError('The base has no name or path to be found again by; save with weights="full".')
     push = kwargs.pop("push_to_hub", False)
@@ -75,8 +77,9 @@ def save(model: DynaMoForCausalLM, folder: str | os.PathLike, weights: str = "fu
             if model.cooccurrence is not None:
                 model.cooccurrence.save(staging / TABLE_FILE)
             (staging / "README.md").write_text(model_card(model, weights))
-            written = {file.name: _checksum(file) for file in sorted(staging.glob("*.safetensors")) if file.name != TABLE_FILE}
-            (staging / CHECKSUMS_FILE).write_text(json.dumps(written, indent=2) + "\n")
+            files = sorted(set(staging.glob("*.safetensors")) - {staging / TABLE_FILE})
+            checksums = {file.name: _checksum(file) for file in files}
+            (staging / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2) + "\n")
             names = sorted(file.name for file in staging.iterdir())
             for file in names:
                 os.replace(staging / file, target / file)
@@ -233,4 +236,3 @@ def _find(name: str, file: str) -> str | None:
         return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     except OSError:
         return None
-

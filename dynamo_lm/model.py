@@ -41,14 +41,16 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
     config: DynaMoConfig
     base_model_prefix = "base"
     main_input_name = "input_ids"
-    input_modalities = ("text",)
+    input_modalities = "text"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
 
     def __init__(self, config: DynaMoConfig, base: PreTrainedModel | None = None):
         if config.base_config is None:
-            raise InputError("This DynaMo configuration names no base model; build it with DynaMoForCausalLM.from_base.")
+            raise InputError(
+                "This DynaMo configuration names no base model; build it with DynaMoForCausalLM.from_base."
+            )
         super().__init__(config)
         self.base = base if base is not None else AutoModelForCausalLM.from_config(config.base_config)
         config.base_config = self.base.config
@@ -144,7 +146,9 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         """
         n = self.num_heads if num_heads is None else num_heads
         if not 1 <= n <= self.num_heads:
-            raise InputError(f"{n} heads were asked of a model that has {self.num_heads}; ask for 1 to {self.num_heads}.")
+            raise InputError(
+                f"{n} heads were asked of a model that has {self.num_heads}; ask for 1 to {self.num_heads}."
+            )
         kwargs.setdefault("use_cache", kwargs.get("past_key_values") is not None)
         if n == 1:
             return self.body(input_ids=input_ids, **kwargs).last_hidden_state.unsqueeze(0)
@@ -178,11 +182,12 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         # A shallow twin of the base whose body hands its input through: what remains of its forward is the readout, with
         # whatever soft-cap or scale the architecture applies.
         twin = copy.copy(self.base)
-        twin._modules = {**self.base._modules, self.base.base_model_prefix: _PassThrough()}
+        parts: dict[str, Any] = {**self.base._modules, self.base.base_model_prefix: _PassThrough()}
         if head > 1 and self.config.own_output_embedding:
             output = self.base.get_output_embeddings()
             name = next(name for name, module in self.base._modules.items() if module is output)
-            twin._modules[name] = self.heads[head - 2].output
+            parts[name] = self.heads[head - 2].output
+        twin._modules = parts
         return twin(inputs_embeds=hidden, use_cache=False).logits
 
     def logits(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
@@ -259,7 +264,9 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         return cls(config, loaded)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> DynaMoForCausalLM:
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any
+    ) -> DynaMoForCausalLM:
         """Opens a folder or hub repository written by `save_pretrained`, full or heads-only.
 
         Args:
@@ -273,7 +280,9 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
 
         return load(cls, pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, save_directory: str, weights: str = "full", **kwargs: Any) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str, weights: str = "full", **kwargs: Any
+    ) -> None:
         """Writes a folder that `from_pretrained` opens; see `dynamo_lm.files.save`."""
         from dynamo_lm.files import save
 
@@ -293,7 +302,7 @@ class TokenHead(nn.Module):
             _forget_hooks(layer)
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):
-                    module.layer_idx = cache_index + offset  # its own entry in the shared cache
+                    module.layer_idx = cache_index + offset  # type: ignore[assignment]  # its own entry in the shared cache
             if config.adapter_rank:
                 _adapt(layer, last_layer, config.adapter_rank)
             elif config.init == "random":
@@ -414,7 +423,9 @@ def check_base(base: PreTrainedModel) -> None:
     if getattr(config.get_text_config(), "alibi", False):
         raise InputError(f"{name} uses ALiBi position biases, which DynaMo's attention masks cannot carry.")
     if config.get_text_config().num_hidden_layers < 2:
-        raise InputError(f"{name} has a single decoder layer, so there is no stem to feed heads from; use a deeper base.")
+        raise InputError(
+            f"{name} has a single decoder layer, so there is no stem to feed heads from; use a deeper base."
+        )
     decoder_layers(base)
 
 

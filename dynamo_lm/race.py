@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -124,12 +125,12 @@ def race(
                 regrets[way.name].append((counted.regret, counted.unverified))
                 new = sequence[prompt.shape[1] :].tolist()
                 scores[way.name].append((log_likelihood(model, sequence, prompt.shape[1]), len(new)))
-                pairs = list(zip(new, new[1:], strict=False))
+                pairs = list(pairwise(new))
                 distinct[way.name].append(len(set(pairs)) / max(1, len(pairs)))
                 if repetition == 0:
                     result.sequences.append(sequence.tolist())
                     ends = [sum(counted.step_sizes[:i]) for i in range(len(counted.step_sizes) + 1)]
-                    result.steps.append([new[a:b] for a, b in zip(ends, ends[1:], strict=False)])
+                    result.steps.append([new[a:b] for a, b in pairwise(ends)])
             result.seconds.append(seconds)
             result.tokens.append(tokens)
             result.forwards.append(forwards)

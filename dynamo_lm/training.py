@@ -23,9 +23,9 @@ from torch import Tensor
 
 from dynamo_lm.cache import attention_mask
 from dynamo_lm.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
-from dynamo_lm.packing import Blocks, targets
 from dynamo_lm.errors import InputError
 from dynamo_lm.model import DynaMoForCausalLM
+from dynamo_lm.packing import Blocks, targets
 
 CHUNK = 512  # positions whose logits exist at one time, whatever the number of heads; fits a cache, and is faster for it
 
@@ -104,7 +104,7 @@ def heads_loss(
     n, learn = model.num_heads, options is not None
     order = torch.arange(tokens.shape[1], device=tokens.device)[None]
     mask = attention_mask(
-        model.config.base_config, order, order, model.dtype, query_segments=segments, key_segments=segments
+        model.base.config, order, order, model.dtype, query_segments=segments, key_segments=segments
     )
     scale = options.gradient_scale if options else 1.0
     autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=options is not None and options.bf16)
@@ -168,7 +168,7 @@ def perplexities(model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, b
         tokens, segments, positions = (torch.stack([torch.as_tensor(row[i]) for row in rows]).to(device) for i in range(3))
         order = torch.arange(tokens.shape[1], device=device)[None]
         mask = attention_mask(
-            model.config.base_config, order, order, model.dtype, query_segments=segments, key_segments=segments
+            model.base.config, order, order, model.dtype, query_segments=segments, key_segments=segments
         )
         scored = targets(tokens, segments, n).flatten() != -100
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

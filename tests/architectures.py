@@ -1,4 +1,4 @@
-"""Bases to test on: fourteen tiny architectures with random weights, and a Markov chain whose every probability is known."""
+"""Bases to test on: fourteen tiny architectures with random weights, and a Markov chain of known probabilities."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ BOS = 1
 
 
 def load_model(file: Path) -> LlamaForCausalLM:
-    """The checkpoint as a transformers model: seven int32 (sizes), then float32 tensors, each for all layers at once."""
+    """The checkpoint as a transformers model: seven int32 sizes, then float32 tensors, each for all layers at once."""
     content = file.read_bytes()
     dim, hidden, layers, heads, kv_heads, vocab, context = struct.unpack("7i", content[:28])
     numbers = torch.from_numpy(np.frombuffer(content, np.float32, offset=28).copy())
@@ -83,7 +84,7 @@ class Pieces:
             known = self.ids.get(character.encode())
             tokens += [known] if known is not None else [byte + 3 for byte in character.encode()]  # <0x00> is token 3
         while True:
-            merged = [self.ids.get(self.pieces[a] + self.pieces[b]) for a, b in zip(tokens, tokens[1:], strict=False)]
+            merged = [self.ids.get(self.pieces[a] + self.pieces[b]) for a, b in pairwise(tokens)]
             found = [(self.scores[token], -i) for i, token in enumerate(merged) if token is not None]
             if not found:
                 return [BOS, *tokens]

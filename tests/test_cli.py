@@ -313,9 +313,7 @@ def test_a_run_that_was_killed_or_interrupted_resumes_to_the_same_losses(run, ma
         json.dumps({"text": " ".join(texts(20, seed=1))}) + "\n" + json.dumps({"text": texts(1)[0] * 9}) + "\n"
     )
     again = (*arguments[3:], tmp_path / "killed")
-    assert "other data" in run.refused(
-        "train", made / "base", "--data", other, *again[1:], "--validation-fraction", 0
-    )
+    assert "other data" in run.refused("train", made / "base", "--data", other, *again[1:], "--validation-fraction", 0)
     assert "other model" in run.refused(*arguments, tmp_path / "killed", "--heads", 4)
     assert "lr_m=0.01" in run.refused(*arguments, tmp_path / "killed", "--lr-m", 0.02)
 

@@ -158,7 +158,7 @@ def test_heads_refuse_another_base_of_the_same_shape(tmp_path):
     _, folder = saved(tmp_path, "heads")
     other = base_of("llama")
     decoder_layers(other)[-1].self_attn.q_proj.weight.data.mul_(1.1)
-    with pytest.raises(InputError, match="were trained for the base .* but .* open them with that base"):
+    with pytest.raises(InputError, match=r"were trained for the base .* but .* open them with that base"):
         DynaMoForCausalLM.from_pretrained(str(folder), base=other)
     other.save_pretrained(tmp_path / "base")  # the base was replaced where it lies
     assert "were trained for the base" in refused(folder)
@@ -175,7 +175,7 @@ def test_heads_open_with_the_right_base_from_anywhere(tmp_path):
 def test_a_trained_base_cannot_be_saved_as_heads_alone(tmp_path):
     model = model_on_disk(tmp_path)
     model.last_layer.mlp.up_proj.weight.data.add_(1)
-    with pytest.raises(InputError, match='base was changed by training.*weights="full"'):
+    with pytest.raises(InputError, match=r'base was changed by training.*weights="full"'):
         model.save_pretrained(tmp_path / "model", weights="heads")
     model.save_pretrained(tmp_path / "model")
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), model)

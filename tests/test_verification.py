@@ -19,7 +19,7 @@ TOO_UNLIKELY = 1e-4  # p-value below which a sample is held to come from another
 
 
 def p_value(counts: dict, probabilities: dict) -> float:
-    """Of a chi-square test that `counts` were drawn from `probabilities`; rare outcomes (below 5 expected) are pooled."""
+    """Of a chi-square test that `counts` were drawn from `probabilities`; outcomes below 5 expected are pooled."""
     assert sum(probabilities.values()) == pytest.approx(1, abs=1e-6)
     total = sum(counts.values())
     if set(counts) - {outcome for outcome, p in probabilities.items() if p > 1e-12}:
@@ -199,11 +199,16 @@ def path_probabilities(p: Tensor, start: int, length: int) -> dict[tuple[int, ..
     }
 
 
-def sample(model, runs: int, length: int, seed: int = 0, **options):
+def sample(model, runs: int, seed: int = 0, **options):
+    """Four tokens a run, so that the second and third come from drafts; `paths` then takes the first three."""
     start = torch.full((runs, 1), 2)
     return model.generate(
-        start, max_new_tokens=length, do_sample=True, seed=seed, pad_token_id=0, return_dict_in_generate=True, **options
+        start, max_new_tokens=4, do_sample=True, seed=seed, pad_token_id=0, return_dict_in_generate=True, **options
     )
+
+
+def paths(result) -> list[tuple[int, ...]]:
+    return [tuple(row) for row in result.sequences[:, 1:4].tolist()]
 
 
 @pytest.mark.parametrize(
@@ -213,10 +218,9 @@ def sample(model, runs: int, length: int, seed: int = 0, **options):
 )
 def test_strict_sampling_has_the_bases_distribution(chain, options):
     model, transition = chain
-    result = sample(model, 2500, 3, **({"top_k": 0} | options))
-    paths = [tuple(row) for row in result.sequences[:, 1:].tolist()]
+    result = sample(model, 2500, **({"top_k": 0} | options))
     expected = path_probabilities(warped(transition, **options), 2, 3)
-    assert p_value(tally(paths), expected) > TOO_UNLIKELY
+    assert p_value(tally(paths(result)), expected) > TOO_UNLIKELY
     accepted = np.sum([s.accepted for s in result.statistics], axis=0)
     proposed = np.sum([s.proposed for s in result.statistics], axis=0)
     assert (0.05 * proposed < accepted).all()  # drafts do take part,
@@ -226,15 +230,15 @@ def test_strict_sampling_has_the_bases_distribution(chain, options):
 def test_the_loops_test_rejects_a_loop_that_accepts_everything(chain, monkeypatch):
     model, transition = chain
     monkeypatch.setattr(dynamo_lm.decoding, "accept_sampled", always_accept)
-    paths = [tuple(row) for row in sample(model, 1500, 3, top_k=0).sequences[:, 1:].tolist()]
-    assert p_value(tally(paths), path_probabilities(transition, 2, 3)) < TOO_UNLIKELY
+    result = sample(model, 1500, top_k=0)
+    assert p_value(tally(paths(result)), path_probabilities(transition, 2, 3)) < TOO_UNLIKELY
 
 
 def test_unverified_sampling_is_not_the_bases_distribution(chain):
     model, transition = chain
     options = {"verify": "off", "eps_b": 0.0, "top_k": SIZE, "temperature": 1.0, "repetition_penalty": 1.0}
-    paths = [tuple(row) for row in sample(model, 1500, 3, **options).sequences[:, 1:].tolist()]
-    assert p_value(tally(paths), path_probabilities(transition, 2, 3)) < TOO_UNLIKELY
+    result = sample(model, 1500, **options)
+    assert p_value(tally(paths(result)), path_probabilities(transition, 2, 3)) < TOO_UNLIKELY
 
 
 def test_a_base_with_attention_keeps_its_distribution_too():
@@ -251,7 +255,7 @@ def test_a_base_with_attention_keeps_its_distribution_too():
     expected |= {(a, others): (one[a] * two[a, 8:].sum()).item() for a in range(8)}
     expected[(others, others)] = one[8:].sum().item()
 
-    options = {"max_new_tokens": 2, "do_sample": True, "seed": 0, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
-    pairs = model.generate(prompt.expand(2500, -1), **options)[:, 3:].clamp(max=others).tolist()
+    options = {"max_new_tokens": 4, "do_sample": True, "seed": 0, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
+    pairs = model.generate(prompt.expand(2500, -1), **options)[:, 3:5].clamp(max=others).tolist()
     seen = tally((a, others if a == others else b) for a, b in pairs)
     assert p_value(seen, expected) > TOO_UNLIKELY

@@ -84,11 +84,8 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             ("heads", f"no DynaMo heads; add some with `dynamo-lm train {facts['model']} --data TEXT --out FOLDER`"),
         ]
     extra = facts["num_heads"] - 1
-    kind = (
-        f"rank-{facts['adapter_rank']} adapters"
-        if facts["adapter_rank"]
-        else f"{facts['layers_per_head']} layer(s) each"
-    )
+    rank, layers = facts["adapter_rank"], facts["layers_per_head"]
+    kind = f"rank-{rank} adapters" if rank else f"{layers} layer{'' if layers == 1 else 's'} each"
     kind += ", own output embeddings" if facts["own_output_embedding"] else ""
     fed = "penultimate" if facts["feed"] == "stem" else "last"
     begun = "at random" if facts["init"] == "random" else "as copies of the last layer"
@@ -99,10 +96,7 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("base", f"{facts['base'] or 'a model of its own'} ({facts['architecture']}, {size}), {where}"),
         ("heads", f"{facts['num_heads']} (T{facts['num_heads']}): the base's own and {extra} more, {kind}"),
         ("", f"fed by the {fed} layer" + ("" if rank or not layers else f", begun {begun}")),
-        (
-            "parameters",
-            f"{facts['parameters']:,} + {more}",
-        ),
+        ("parameters", f"{facts['parameters']:,} + {more}"),
         ("dtype", facts["dtype"]),
         ("context", context),
     ]

@@ -51,7 +51,8 @@ def training(steps: int) -> Iterator[Callable[[Step], None]]:
 
         def report(step: Step) -> None:
             nonlocal last
-            said = f"loss {' '.join(f'{loss:.3f}' for loss in step.losses)}  {step.tokens_per_second:,.0f} tok/s"
+            losses = " ".join(f"{loss:.3f}" if loss else "-" for loss in step.losses)  # a frozen base has none
+            said = f"loss {losses}  {step.tokens_per_second:,.0f} tok/s"
             progress.update(task, completed=step.step, description=said)
             due = not screen.is_terminal and time.monotonic() - last >= PAUSE
             if step.validation is not None:
