@@ -39,9 +39,7 @@ def ways(num_heads: int) -> list[Way]:
             found.append(Way(name, {**off, "num_heads": n, "eps_b": eps_b}, DRAWN))
     for eps_b in (0.5, 0.3):
         for part, change in (("no Otsu", {"otsu": False}), ("no blur", {"blur": False}), ("no mask", {"alpha_c": 0.0})):
-            found.append(
-                Way(f"off, n=3, eps_b={eps_b}, {part}", {**off, "num_heads": 3, "eps_b": eps_b, **change}, DRAWN)
-            )
+            found.append(Way(f"off, n=3, eps_b={eps_b}, {part}", {**off, "num_heads": 3, "eps_b": eps_b, **change}, DRAWN))
     return found
 
 

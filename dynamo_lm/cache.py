@@ -63,9 +63,7 @@ class _RowLayer(CacheLayerMixin):
         self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """(rows, heads, new, width) each -> all slots in use, (rows, heads, slots, width)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

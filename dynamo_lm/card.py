@@ -14,9 +14,7 @@ def model_card(model: DynaMoForCausalLM, weights: str) -> str:
     base = config.base_name_or_path or "a model of its own"
     table = model.cooccurrence
     counted = "none" if table is None else f"n-grams up to order {table.order}"
-    named = (
-        f"base_model: {base}\n" if config.base_name_or_path and "/" in base and not base.startswith((".", "/")) else ""
-    )
+    named = f"base_model: {base}\n" if config.base_name_or_path and "/" in base and not base.startswith((".", "/")) else ""
     return f"""---
 library_name: dynamo-lm
 pipeline_tag: text-generation

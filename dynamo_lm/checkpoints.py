@@ -69,9 +69,7 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(
-    path: Path, model: DynaMoForCausalLM, optimizer: torch.optim.Optimizer, options: TrainingOptions
-) -> int:
+def load_checkpoint(path: Path, model: DynaMoForCausalLM, optimizer: torch.optim.Optimizer, options: TrainingOptions) -> int:
     """Restores weights, optimizer and random state; returns the steps done.
 
     Raises:

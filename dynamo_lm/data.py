@@ -69,9 +69,7 @@ def _files(source: str) -> list[Path] | None:
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?", source) and path.suffix.lower() not in SUFFIXES:
         return None
     else:
-        raise InputError(
-            f'"{source}" does not exist; give a file, a folder, a glob or the id of a data set (owner/name).'
-        )
+        raise InputError(f'"{source}" does not exist; give a file, a folder, a glob or the id of a data set (owner/name).')
     files = sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.is_file())
     if not files:
         raise InputError(f"{source} matches no file to read; {readable}.")

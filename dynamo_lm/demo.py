@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -116,31 +117,28 @@ def report(folder: str, texts: list[str], max_new_tokens: int, repetitions: int,
 
 def table(results: list[Result]) -> Table:
     """One row a way; every speed-up with its ceiling, its spread and the quality measured with it."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name, justify in (
-        ("", "left"),
-        ("tokens/s", "right"),
-        ("forwards", "right"),
-        ("tokens/step", "right"),
-        ("of at most", "right"),
-        ("speed-up", "right"),
-        ("spread", "right"),
-        ("same text", "left"),
-        ("log-likelihood", "right"),
-        ("distinct pairs", "right"),
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    table.add_column("")
+    for name in (
+        "tokens\nper s",
+        "forward\npasses",
+        "tokens\nper step",
+        "speed-up\n(spread)",
+        "same\ntext",
+        "log-like-\nlihood",
+        "distinct\npairs",
     ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(name, justify="right")
     for result in results:
         base = result.way.baseline == result.way.name
-        same = {None: "-", True: "identical", False: "NOT identical"}[result.identical]
+        same = {None: "", True: "yes", False: "NO"}[result.identical]
+        spread = f"{result.speed_up:.2f}x ({min(result.speed_ups):.2f}-{max(result.speed_ups):.2f})"
         table.add_row(
             result.way.name,
             f"{result.tokens_per_second:.0f}",
             str(sum(result.forwards)),
-            f"{result.tokens_per_step:.2f}",
-            str(result.ceiling),
-            "1 (baseline)" if base else f"{result.speed_up:.2f}x",
-            "" if base else f"{min(result.speed_ups):.2f}-{max(result.speed_ups):.2f}",
+            f"{result.tokens_per_step:.2f} of {result.ceiling}",
+            "baseline" if base else spread,
             same,
             f"{result.log_likelihood:.3f}",
             f"{result.distinct_bigrams:.2f}",
@@ -159,7 +157,8 @@ def _show(console: Console, tokenizer: object, result: Result, prompt_length: in
         title = f"[bold]{result.way.name}[/]  {result.tokens_per_step:.2f} tokens per step"
         return Panel(text, title=title, title_align="left")
 
-    with Live(panel(), console=console, refresh_per_second=30, auto_refresh=animate) as live:
+    def grow() -> Iterator[None]:
+        nonlocal tokens, said
         for number, step in enumerate(result.steps[0]):
             tokens = tokens + step
             now = tokenizer.decode(tokens, skip_special_tokens=True)  # type: ignore[attr-defined]
@@ -167,7 +166,14 @@ def _show(console: Console, tokenizer: object, result: Result, prompt_length: in
                 continue  # half a character: the next step completes it
             text.append(now[len(said) :], style=COLOURS[number % len(COLOURS)])
             said = now
-            if animate:
-                live.update(panel())
-                time.sleep(pause)
-        live.update(panel(), refresh=True)
+            yield
+
+    if not animate:
+        for _ in grow():
+            pass
+        console.print(panel())
+        return
+    with Live(panel(), console=console, refresh_per_second=30) as live:
+        for _ in grow():
+            live.update(panel())
+            time.sleep(pause)

@@ -52,9 +52,7 @@ def save(model: DynaMoForCausalLM, folder: str | os.PathLike, weights: str = "fu
     now = fingerprint(model.base)
     if weights == "heads":
         if model.config.base_fingerprint not in (None, now):
-            raise InputError(
-                'The base was changed by training, so heads alone would not fit it; save with weights="full".'
-            )
+            raise InputError('The base was changed by training, so heads alone would not fit it; save with weights="full".')
         if not model.config.base_name_or_path:
             raise InputError('The base has no name or path to be found again by; save with weights="full".')
     push = kwargs.pop("push_to_hub", False)

@@ -141,9 +141,7 @@ def generate(
             draft_temperature=(generation_config.temperature or 1.0) if generation_config.do_sample else 1.0,
             end_tokens=frozenset([ends] if isinstance(ends, int) else ends or []),
             warps=warps,
-            stops=tuple(
-                _stop(c) for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))
-            ),
+            stops=tuple(_stop(c) for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))),
         )
 
         def stepped(row: int, tokens: list[int]) -> None:
@@ -190,8 +188,7 @@ def _warps(processors: LogitsProcessorList, off: bool, padding: Sequence[int]) -
         return ()
     rows = [[_without_padding(processor, count) for processor in processors] for count in padding]
     return tuple(
-        lambda row, tokens, logits, i=i: rows[row][i](tokens[None], logits[None].clone())[0]
-        for i in range(len(processors))
+        lambda row, tokens, logits, i=i: rows[row][i](tokens[None], logits[None].clone())[0] for i in range(len(processors))
     )
 
 

@@ -175,9 +175,7 @@ def _child_offsets(table: Cooccurrence, order: int) -> np.ndarray:
     return _offsets[keys]
 
 
-def _search(
-    table: Cooccurrence, rows: np.ndarray, ids: np.ndarray, order: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _search(table: Cooccurrence, rows: np.ndarray, ids: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     device = table.keys[0].device
     grid = table.extend(torch.from_numpy(rows).to(device)[:, None], torch.from_numpy(ids).to(device), order)  # (h, k)
     parent, rank = (grid >= 0).nonzero(as_tuple=True)

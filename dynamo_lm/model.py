@@ -48,9 +48,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: DynaMoConfig, base: PreTrainedModel | None = None):
         if config.base_config is None:
-            raise InputError(
-                "This DynaMo configuration names no base model; build it with DynaMoForCausalLM.from_base."
-            )
+            raise InputError("This DynaMo configuration names no base model; build it with DynaMoForCausalLM.from_base.")
         super().__init__(config)
         self.base = base if base is not None else AutoModelForCausalLM.from_config(config.base_config)
         config.base_config = self.base.config
@@ -146,9 +144,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         """
         n = self.num_heads if num_heads is None else num_heads
         if not 1 <= n <= self.num_heads:
-            raise InputError(
-                f"{n} heads were asked of a model that has {self.num_heads}; ask for 1 to {self.num_heads}."
-            )
+            raise InputError(f"{n} heads were asked of a model that has {self.num_heads}; ask for 1 to {self.num_heads}.")
         kwargs.setdefault("use_cache", kwargs.get("past_key_values") is not None)
         if n == 1:
             return self.body(input_ids=input_ids, **kwargs).last_hidden_state.unsqueeze(0)
@@ -423,9 +419,7 @@ def check_base(base: PreTrainedModel) -> None:
     if getattr(config.get_text_config(), "alibi", False):
         raise InputError(f"{name} uses ALiBi position biases, which DynaMo's attention masks cannot carry.")
     if config.get_text_config().num_hidden_layers < 2:
-        raise InputError(
-            f"{name} has a single decoder layer, so there is no stem to feed heads from; use a deeper base."
-        )
+        raise InputError(f"{name} has a single decoder layer, so there is no stem to feed heads from; use a deeper base.")
     decoder_layers(base)
 
 

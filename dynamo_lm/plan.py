@@ -50,9 +50,7 @@ def memory(model: DynaMoForCausalLM, options: TrainingOptions, block_size: int, 
     return bytes_ | {"total": sum(bytes_.values())}
 
 
-def _saved_by_autograd(
-    model: DynaMoForCausalLM, options: TrainingOptions, rows: int, block_size: int, fused: bool
-) -> int:
+def _saved_by_autograd(model: DynaMoForCausalLM, options: TrainingOptions, rows: int, block_size: int, fused: bool) -> int:
     if options.frozen:
         model.freeze_base()
     weights = {id(p) for p in model.parameters()}

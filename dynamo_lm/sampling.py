@@ -74,8 +74,7 @@ def check(options: Algorithm1, n: int, vocab_size: int, table: Cooccurrence | No
         return
     if table.order < n and options.eps_b < 1:
         raise InputError(
-            f"The model's table has order {table.order} but {n} tokens are drawn; "
-            f"count with --order {n} or set alpha_c=0."
+            f"The model's table has order {table.order} but {n} tokens are drawn; count with --order {n} or set alpha_c=0."
         )
     if table.vocab_size > vocab_size:
         raise InputError(

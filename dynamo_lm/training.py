@@ -103,9 +103,7 @@ def heads_loss(
     """
     n, learn = model.num_heads, options is not None
     order = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    mask = attention_mask(
-        model.base.config, order, order, model.dtype, query_segments=segments, key_segments=segments
-    )
+    mask = attention_mask(model.base.config, order, order, model.dtype, query_segments=segments, key_segments=segments)
     scale = options.gradient_scale if options else 1.0
     autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=options is not None and options.bf16)
     with torch.set_grad_enabled(learn), autocast:
@@ -167,9 +165,7 @@ def perplexities(model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, b
         rows = [blocks.block(0, index) for index in range(start, min(start + batch_size, total))]
         tokens, segments, positions = (torch.stack([torch.as_tensor(row[i]) for row in rows]).to(device) for i in range(3))
         order = torch.arange(tokens.shape[1], device=device)[None]
-        mask = attention_mask(
-            model.base.config, order, order, model.dtype, query_segments=segments, key_segments=segments
-        )
+        mask = attention_mask(model.base.config, order, order, model.dtype, query_segments=segments, key_segments=segments)
         scored = targets(tokens, segments, n).flatten() != -100
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             hidden = model.hidden(tokens, attention_mask=mask, position_ids=positions)

@@ -131,7 +131,7 @@ def ship(
     asset: Path,
 ) -> None:
     """Counts the tables, measures the perplexities of the weights as they ship (bfloat16), and writes the folder."""
-    learn, held_out = store.split(0.01, seed=0)
+    learn, _ = store.split(0.01, seed=0)
     documents_learned = (store.document(int(index)) for index in learn)
     identity = tokenizer_fingerprint(tokenizer)
     model.cooccurrence = count_ngrams(

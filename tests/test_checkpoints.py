@@ -25,9 +25,7 @@ from dynamo_lm.checkpoints import latest_checkpoint, load_checkpoint, save_check
 from dynamo_lm.errors import InputError
 from dynamo_lm.training import TrainingOptions, parameter_groups, train
 
-OPTIONS = TrainingOptions(
-    steps=12, lr_b=1e-3, lr_m=1e-2, lr_mb=2.5e-4, batch_size=4, bf16=False, checkpoint_every=3, keep=2
-)
+OPTIONS = TrainingOptions(steps=12, lr_b=1e-3, lr_m=1e-2, lr_mb=2.5e-4, batch_size=4, bf16=False, checkpoint_every=3, keep=2)
 TWO_STEPS = replace(OPTIONS, steps=2)
 DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
 

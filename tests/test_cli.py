@@ -309,9 +309,7 @@ def test_a_run_that_was_killed_or_interrupted_resumes_to_the_same_losses(run, ma
 
     # The same folder refuses to go on with other data, another model or other rates.
     other = tmp_path / "other.jsonl"
-    other.write_text(
-        json.dumps({"text": " ".join(texts(20, seed=1))}) + "\n" + json.dumps({"text": texts(1)[0] * 9}) + "\n"
-    )
+    other.write_text(json.dumps({"text": " ".join(texts(20, seed=1))}) + "\n" + json.dumps({"text": texts(1)[0] * 9}) + "\n")
     again = (*arguments[3:], tmp_path / "killed")
     assert "other data" in run.refused("train", made / "base", "--data", other, *again[1:], "--validation-fraction", 0)
     assert "other model" in run.refused(*arguments, tmp_path / "killed", "--heads", 4)
@@ -345,9 +343,7 @@ def test_tables_counted_separately_merge_to_the_table_of_both(run, made, tmp_pat
         "--json",
     )
     merged = json.loads(run.out)
-    run(
-        "count", "--merge", tmp_path / "c.safetensors", tmp_path / "c.safetensors", "--out", tmp_path / "cc.safetensors"
-    )
+    run("count", "--merge", tmp_path / "c.safetensors", tmp_path / "c.safetensors", "--out", tmp_path / "cc.safetensors")
     assert "pairs: " in run.out
     whole = json.loads(run("count", made / "base", "--data", made / "text.jsonl", "--out", tmp_path / "d.safetensors",
                            "--json", *everything))  # fmt: skip
@@ -404,8 +400,7 @@ def test_json_has_text_and_statistics_for_every_prompt_of_a_file(run, model, tmp
     for row in rows:
         assert row["text"] == row["prompt"] + row["new_text"]
         assert (
-            sum((i + 1) * count for i, count in enumerate(row["statistics"]["histogram"]))
-            == row["statistics"]["new_tokens"]
+            sum((i + 1) * count for i, count in enumerate(row["statistics"]["histogram"])) == row["statistics"]["new_tokens"]
         )
         assert row["statistics"]["ceiling"] == 3
     assert rows[0]["statistics"]["histogram"][2] == 3  # nine tokens, three a step

@@ -35,9 +35,7 @@ def word_tokenizer(vocabulary=VOCABULARY, template: str = "", **special) -> PreT
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if template:
-        backend.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=[("<bos>", 2), ("<eos>", 1)]
-        )
+        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<bos>", 2), ("<eos>", 1)])
     special = {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", **special}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 

@@ -223,9 +223,7 @@ def test_what_survives_and_what_is_drawn_is_the_references(case, greedy: bool, s
     logits, context, table, options, seed = case
     heads = [reference.candidates(row, options.top_k, options.temperature) for row in logits.tolist()]
     for m in range(1, len(heads) + 1):
-        expected = reference.survivors(
-            reference.joint_grid(heads[:m], table, options.alpha_c), heads[:m], context, options
-        )
+        expected = reference.survivors(reference.joint_grid(heads[:m], table, options.alpha_c), heads[:m], context, options)
         if m > 1 and options.eps_b == 1:
             continue  # `draw` does not even ask
         with patch.object(otsu, "SPARSE_COST", sparse_cost):  # 0: never the dense grid

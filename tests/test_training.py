@@ -72,9 +72,7 @@ ARCHITECTURES = ("gpt_neox", "gpt2", "opt", "llama", "gemma3")
 def tiny(kind: str = "gpt_neox", *, num_heads: int = 3, seed: int = 0, base: dict | None = None, **kwargs):
     """A model small enough to loop over, its weights far enough from 0 that every position matters."""
     torch.manual_seed(seed)
-    model = DynaMoForCausalLM.from_base(
-        AutoModelForCausalLM.from_config(config_of(kind, **base or {})), num_heads, **kwargs
-    )
+    model = DynaMoForCausalLM.from_base(AutoModelForCausalLM.from_config(config_of(kind, **base or {})), num_heads, **kwargs)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)

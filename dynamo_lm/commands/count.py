@@ -123,9 +123,7 @@ def count(
         from dynamo_lm.commands.opening import table_file
 
         if len(names) < 2:
-            raise InputError(
-                "--merge adds up two or more tables; name them, as in `dynamo-lm count --merge A B --out C`."
-            )
+            raise InputError("--merge adds up two or more tables; name them, as in `dynamo-lm count --merge A B --out C`.")
         if data:
             raise InputError("--merge takes tables, not --data; count the text first.")
         if out is None:

@@ -52,9 +52,7 @@ def open_config(name: str) -> PreTrainedConfig:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = (
-            "has a config.json that cannot be read"
-            if path.is_dir()
-            else "is no folder here and not to be had from the hub"
+            "has a config.json that cannot be read" if path.is_dir() else "is no folder here and not to be had from the hub"
         )
         raise InputError(f'"{name}" {what}: {_reason(error)}') from error
 
@@ -157,9 +155,7 @@ def skeleton(config: PreTrainedConfig) -> Any:
     except InputError:
         raise
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(
-            f'A model of type "{config.model_type}" is no causal language model: {_reason(error)}'
-        ) from error
+        raise InputError(f'A model of type "{config.model_type}" is no causal language model: {_reason(error)}') from error
 
 
 def print_json(value: Any) -> None:

@@ -77,9 +77,7 @@ def train(
     ] = None,
     layers_per_head: Annotated[
         int | None,
-        typer.Option(
-            "--layers-per-head", help="Decoder layers of each head, 1 or 2. Default: 1.", rich_help_panel=HEADS
-        ),
+        typer.Option("--layers-per-head", help="Decoder layers of each head, 1 or 2. Default: 1.", rich_help_panel=HEADS),
     ] = None,
     feed: Annotated[
         str | None,
@@ -140,9 +138,7 @@ def train(
     ] = None,
     lr_mb: Annotated[
         float | None,
-        typer.Option(
-            "--lr-mb", help="How fast the new heads may change the base. Default: 1e-6.", rich_help_panel=LEARNING
-        ),
+        typer.Option("--lr-mb", help="How fast the new heads may change the base. Default: 1e-6.", rich_help_panel=LEARNING),
     ] = None,
     warmup: Annotated[
         float, typer.Option(help="Share of the steps in which the rates rise.", rich_help_panel=LEARNING)
@@ -182,9 +178,7 @@ def train(
     ] = None,
     validate_every: Annotated[
         int,
-        typer.Option(
-            "--validate-every", help="Steps between measurements on the held-out text.", rich_help_panel=LENGTH
-        ),
+        typer.Option("--validate-every", help="Steps between measurements on the held-out text.", rich_help_panel=LENGTH),
     ] = 500,
     checkpoint_every: Annotated[
         int,
@@ -285,9 +279,7 @@ def train(
     if isinstance(config, DynaMoConfig):
         for key, value in asked.items():
             if getattr(config, key) != value:
-                raise InputError(
-                    f'"{base}" has {key}={getattr(config, key)}, which cannot become {value}; leave it out.'
-                )
+                raise InputError(f'"{base}" has {key}={getattr(config, key)}, which cannot become {value}; leave it out.')
     if save is None:
         keeps_base = not isinstance(config, DynaMoConfig) or config.weights == "heads"
         save = "heads" if freeze and keeps_base else "full"
@@ -403,9 +395,7 @@ def _rates(
     paper = preset or PRESETS["DynaMo-77M-T3"]
     if freeze:
         if lr_b or lr_mb:
-            raise InputError(
-                "--freeze leaves the base as it is, so --lr-b and --lr-mb have no meaning; leave them out."
-            )
+            raise InputError("--freeze leaves the base as it is, so --lr-b and --lr-mb have no meaning; leave them out.")
         return {"lr_b": 0.0, "lr_m": paper.lr_m if lr_m is None else lr_m, "lr_mb": 0.0}
     chosen = {"lr_b": lr_b, "lr_m": lr_m, "lr_mb": lr_mb}
     return {key: getattr(paper, key) if value is None else value for key, value in chosen.items()}
