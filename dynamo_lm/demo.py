@@ -41,8 +41,12 @@ def demo(
     delay: bool,
     json_output: bool,
     repetitions: int = 3,
+    console: Console | None = None,
+    save: Path | None = None,
 ) -> None:
     """Races one-token, strict and dynamic decoding; prints texts coloured by step and a table, or JSON.
+
+    `console` is where to print, `save` a file for the numbers; see `dynamo-lm demo --help` for the rest.
 
     Raises:
         InputError: no such model, an empty prompt, options that do not fit.
@@ -57,7 +61,7 @@ def demo(
     if any(ids.shape[1] == 0 for ids in prompts):
         raise InputError("The prompt is empty; give a few words to begin with.")
     ways = contenders(network, eps_b, num_heads)
-    console = Console(stderr=json_output, highlight=False)
+    console = console or Console(stderr=json_output, highlight=False)
     with console.status("warming up") as status:
         results = race(
             network,
@@ -68,8 +72,11 @@ def demo(
             seed=seed,
             progress=lambda name: status.update(f"{name}, {len(prompts)} prompt(s) x {max_new_tokens} tokens"),
         )
+    numbers = json.dumps(report(folder, texts, max_new_tokens, repetitions, results), indent=1)
+    if save is not None:
+        save.write_text(numbers + "\n")
     if json_output:
-        print(json.dumps(report(folder, texts, max_new_tokens, repetitions, results), indent=1))
+        print(numbers)
         return
     for result in results:
         if result.way.baseline != result.way.name or result is results[0]:

@@ -1,0 +1,32 @@
+"""The README's picture and its numbers, of one run: `python -m benchmarks.picture docs/demo.svg results/demo.json`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from dynamo_lm.demo import demo
+
+
+def main() -> None:
+    console = Console(record=True, width=100, highlight=False)
+    demo(
+        None,
+        None,
+        max_new_tokens=120,
+        eps_b=None,
+        num_heads=None,
+        seed=0,
+        delay=False,
+        json_output=False,
+        console=console,
+        save=Path(sys.argv[2]),
+        repetitions=5,
+    )
+    console.save_svg(sys.argv[1], title="dynamo-lm demo")
+
+
+if __name__ == "__main__":
+    main()
