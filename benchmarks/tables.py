@@ -1,0 +1,57 @@
+"""The README's tables from the results files: `python -m benchmarks.tables`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def demo_table(results: dict[str, Any]) -> str:
+    """Speed-ups with ceiling, baseline and quality."""
+    lines = [
+        "| decoding | tokens per step (at most) | speed-up (spread) | baseline | same text | log-likelihood | pairs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for way in results["ways"]:
+        speed, base = way["speed_up"], way["baseline"] == way["name"]
+        faster = "1" if base else f"**{speed['median']:.2f}x** ({speed['min']:.2f}-{speed['max']:.2f})"
+        same = {None: "", True: "yes", False: "no"}[way["identical"]]
+        lines.append(
+            f"| {way['name']} | {way['tokens_per_step']:.2f} ({way['ceiling']}) | {faster} "
+            f"| {'' if base else way['baseline']} | {same} | {way['log_likelihood']:.2f} | {way['distinct_bigrams']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def steps_table(results: dict[str, Any]) -> str:
+    """Tokens per step of strict decoding by n and alpha_c, and of Algorithm 1 by n and eps_b."""
+    ways = {way["name"]: way for way in results["ways"]}
+    strengths = ("0.0", "0.5", "1.0")
+    lines = [f"| strict, greedy | {' | '.join(f'alpha_c {s}' for s in strengths)} |", "|---|---|---|---|"]
+    for n in (2, 3, 4):
+        row = [f"{ways[f'strict, greedy, n={n}, alpha_c={s}']['tokens_per_step']:.2f}" for s in strengths]
+        lines.append(f"| n = {n} | {' | '.join(row)} |")
+    sampled = ways["one token, sampled"]
+    lines += [
+        "",
+        f"One token per step, sampled as under `off` (top-k 50, temperature 0.7, repetition penalty 1.1): log-likelihood "
+        f"{sampled['log_likelihood']:.2f}, distinct pairs {sampled['distinct_bigrams']:.2f}.",
+        "",
+        "| off, sampled | tokens per step | log-likelihood | distinct pairs | regret |",
+        "|---|---|---|---|---|",
+    ]
+    for name, way in ways.items():
+        if name.startswith("off"):
+            lines.append(
+                f"| {name.removeprefix('off, ')} | {way['tokens_per_step']:.2f} | {way['log_likelihood']:.2f} "
+                f"| {way['distinct_bigrams']:.2f} | {way['mean_regret']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(demo_table(json.loads((RESULTS / "demo.json").read_text())), end="\n\n")
+    print(steps_table(json.loads((RESULTS / "story.json").read_text())))
