@@ -29,10 +29,12 @@ class RowCache(Cache):
         super().__init__(layers=[_RowLayer(self) for _ in range(num_layers)])
         self.lengths = torch.zeros(rows, dtype=torch.long)
         self.end = 0  # slots in use after the write in progress
+        self.starts = [0] * rows  # where it begins, by row
 
     def begin(self, new: int) -> Tensor:
         """Announces a forward of `new` tokens a row and returns their positions, (rows, new) int64."""
-        self.end = int(self.lengths.max()) + new
+        self.starts = self.lengths.tolist()
+        self.end = max(self.starts) + new
         return self.lengths[:, None] + torch.arange(new)
 
     def keep(self, counts: Tensor) -> None:
@@ -91,8 +93,8 @@ def _write(buffer: Tensor, new: Tensor, cache: RowCache) -> Tensor:
         grown = buffer.new_zeros((*buffer.shape[:2], max(2 * buffer.shape[2], cache.end + GROWTH), buffer.shape[3]))
         grown[:, :, : buffer.shape[2]] = buffer
         buffer = grown
-    starts, width = cache.lengths.tolist(), new.shape[2]
-    if all(start == starts[0] for start in starts):
+    starts, width = cache.starts, new.shape[2]
+    if len(starts) == 1 or all(start == starts[0] for start in starts):
         buffer[:, :, starts[0] : starts[0] + width] = new
     else:
         for row, start in enumerate(starts):
