@@ -27,7 +27,7 @@ PROMPTS = (
     "One day, a small bird found a shiny red button.",
     "Tom was sad because his toy boat was lost.",
 )
-COLOURS = ("bright_cyan", "bright_yellow", "bright_magenta", "bright_green")
+COLOURS = ("#29b6f6", "#ffa726", "#ec407a", "#66bb6a")
 
 
 def demo(

@@ -154,12 +154,21 @@ def ship(
     record = begin([])
     record.update(
         command="python -m recipes.story",
-        data={"sources": [Path(source).name for source in SOURCES], "fingerprint": store.fingerprint, "switch": SWITCH},
+        data={"sources": [Path(source).name for source in SOURCES], "fingerprint": store.fingerprint, "switch": SWITCH}
+        | {"training_tokens": int((store.offsets[learn + 1] - store.offsets[learn]).sum())},
+        steps=options.steps,
         options=asdict(options),
-        perplexities=found,
+        perplexities=headline(found["tinystories"]),
+        by_corpus=found,
     )
     (asset / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     (asset / "README.md").write_text(card(model, store, options, found))
+
+
+def headline(numbers: dict) -> dict[str, float]:
+    """One corpus's perplexities by name, as `dynamo-lm info` prints them."""
+    named = {f"PPL_{i}": value for i, value in enumerate(numbers["PPL"], start=1)}
+    return named | {f"PPL_1:{len(named)}": numbers["PPL_1:n"]}
 
 
 def card(model: DynaMoForCausalLM, store: TokenStore, options: TrainingOptions, found: dict) -> str:
