@@ -1,0 +1,60 @@
+"""The bundled model keeps its promises: the base's own text, in fewer steps, in a package small enough to ship."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm.assets import bundled
+from dynamo_lm.race import Way, log_likelihood, race
+
+OPENINGS = (Path(__file__).parent.parent / "benchmarks" / "prompts.txt").read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def story():
+    return DynaMoForCausalLM.from_pretrained(str(bundled())).eval(), AutoTokenizer.from_pretrained(bundled())
+
+
+def test_the_folder_is_under_48_megabytes():
+    assert sum(file.stat().st_size for file in bundled().iterdir()) < 48e6
+
+
+def test_it_opens_in_float32_whatever_it_is_stored_in(story):
+    assert story[0].dtype == torch.float32
+
+
+def test_strict_greedy_is_transformers_own_greedy_in_less_than_half_the_passes(story):
+    model, tokenizer = story
+    tokens = forwards = 0
+    for opening in OPENINGS[:8]:
+        prompt = tokenizer(opening, return_tensors="pt")
+        own = model.base.generate(**prompt, max_new_tokens=60, do_sample=False)
+        ours = model.generate(**prompt, max_new_tokens=60, return_dict_in_generate=True)
+        assert ours.sequences.tolist() == own.tolist()
+        tokens, forwards = tokens + ours.statistics[0].new_tokens, forwards + ours.statistics[0].forwards
+    assert tokens / forwards > 2.0
+
+
+def test_a_race_counts_what_the_statistics_count_and_scores_by_the_base_alone(story):
+    model, tokenizer = story
+    prompts = [tokenizer(opening, return_tensors="pt").input_ids for opening in OPENINGS[:2]]
+    one = Way("one", {"verify": "strict", "num_heads": 1}, "one")
+    strict = Way("strict", {"verify": "strict"}, "one", same_text_as="one")
+    plain, fast = race(model, prompts, [one, strict], max_new_tokens=20, repetitions=1)
+    assert plain.tokens == fast.tokens == [40] and plain.forwards == [40] and fast.forwards[0] < 40
+    assert fast.identical and plain.speed_ups == [1.0]
+    assert [sum(map(len, steps)) for steps in fast.steps] == [20, 20]
+    total = sum(log_likelihood(model, torch.tensor(s), p.shape[1]) for s, p in zip(plain.sequences, prompts, strict=True))
+    assert plain.log_likelihood == pytest.approx(total / 40)
+    assert plain.log_likelihood == pytest.approx(fast.log_likelihood)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 9])
+def test_the_readout_of_few_rows_is_the_output_embedding(story, rows):
+    model, _ = story
+    hidden = torch.randn(1, rows, model.base.config.hidden_size, generator=torch.Generator().manual_seed(rows))
+    with torch.inference_mode():
+        torch.testing.assert_close(model.readout(hidden), model.base.get_output_embeddings()(hidden))
