@@ -96,7 +96,7 @@ def generate(
         alpha_c=setting("alpha_c", alpha_c, paper.alpha_c),
         otsu=setting("otsu", otsu, paper.otsu),
         blur=setting("blur", blur, paper.blur),
-        top_k=min(setting("top_k", kwargs.get("top_k"), paper.top_k) or paper.top_k, 2**31)
+        top_k=setting("top_k", kwargs.get("top_k"), None) or paper.top_k
         if off
         else min(paper.top_k, model.config.vocab_size),
         temperature=setting("temperature", kwargs.get("temperature"), paper.temperature) if off else 1.0,

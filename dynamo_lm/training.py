@@ -102,19 +102,17 @@ def heads_loss(
     Source: paper, modified-CLM objective; method.md sections 2 and 6.6.
     """
     n, learn = model.num_heads, options is not None
-    order = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    mask = attention_mask(model.base.config, order, order, model.dtype, query_segments=segments, key_segments=segments)
+    counts = counts or target_counts(tokens, segments, n)
     scale = options.gradient_scale if options else 1.0
     autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=options is not None and options.bf16)
     with torch.set_grad_enabled(learn), autocast:
-        hidden = model.hidden(tokens, attention_mask=mask, position_ids=positions, gradient_scale=scale)
+        hidden = packed_hidden(model, tokens, segments, positions, gradient_scale=scale)
         gradient = torch.zeros_like(hidden) if learn else None
         sums = torch.zeros(n)
         for head in range(1, n + 1):
             if options is not None and options.frozen and head == 1:
                 continue
             labels = targets(tokens, segments, head).flatten()
-            count = counts[head - 1] if counts else int((labels != -100).sum())
             at_loss, at_states = (1.0 if head == 1 else scale), 1.0
             if model.config.own_output_embedding:  # it learns at its head's full rate: scale what is sent on
                 at_loss, at_states = at_states, at_loss
@@ -125,11 +123,20 @@ def heads_loss(
                 loss = F.cross_entropy(logits, labels[start : start + CHUNK], ignore_index=-100, reduction="sum")
                 sums[head - 1] += loss.detach().cpu()
                 if gradient is not None:
-                    (loss * (at_loss / max(count, 1))).backward()
+                    (loss * (at_loss / max(counts[head - 1], 1))).backward()
                     gradient[head - 1].flatten(0, 1)[start : start + CHUNK] = at_states * chunk.grad  # type: ignore
     if gradient is not None:
         hidden.backward(gradient)
     return sums
+
+
+def packed_hidden(
+    model: DynaMoForCausalLM, tokens: Tensor, segments: Tensor, positions: Tensor, *, gradient_scale: float = 1.0
+) -> Tensor:
+    """`model.hidden` of packed blocks, (batch, length) each, in which no document sees another."""
+    order = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    mask = attention_mask(model.base.config, order, order, model.dtype, query_segments=segments, key_segments=segments)
+    return model.hidden(tokens, attention_mask=mask, position_ids=positions, gradient_scale=gradient_scale)
 
 
 def target_counts(tokens: Tensor, segments: Tensor, num_heads: int) -> list[int]:
@@ -164,11 +171,9 @@ def perplexities(model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, b
     for start in range(0, total, batch_size):
         rows = [blocks.block(0, index) for index in range(start, min(start + batch_size, total))]
         tokens, segments, positions = (torch.stack([torch.as_tensor(row[i]) for row in rows]).to(device) for i in range(3))
-        order = torch.arange(tokens.shape[1], device=device)[None]
-        mask = attention_mask(model.base.config, order, order, model.dtype, query_segments=segments, key_segments=segments)
         scored = targets(tokens, segments, n).flatten() != -100
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            hidden = model.hidden(tokens, attention_mask=mask, position_ids=positions)
+            hidden = packed_hidden(model, tokens, segments, positions)
             for head in range(1, n + 1):
                 states, labels = hidden[head - 1].flatten(0, 1)[scored], targets(tokens, segments, head).flatten()[scored]
                 for at in range(0, len(labels), CHUNK):
