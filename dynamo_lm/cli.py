@@ -1,4 +1,4 @@
-"""The command line, one verb per capability: `dynamo-lm demo | generate | train | count | info`.
+"""The command line, one verb per capability: `dynamo-lm demo | generate | train | count | info | eval | calibrate | report`.
 
 Input that cannot be used is one sentence on stderr and exit status 2; Ctrl-C is 130; a reader that goes away is silent.
 """
@@ -15,10 +15,16 @@ from collections.abc import Sequence
 
 import typer
 
+from dynamo_lm.commands.calibrate import calibrate
 from dynamo_lm.commands.count import count
 from dynamo_lm.commands.demo import demo
+from dynamo_lm.commands.eval_ablation import ablation
+from dynamo_lm.commands.eval_completion import completion
+from dynamo_lm.commands.eval_nlu import nlu
+from dynamo_lm.commands.eval_perplexity import perplexity
 from dynamo_lm.commands.generate import generate
 from dynamo_lm.commands.info import info
+from dynamo_lm.commands.report import report
 from dynamo_lm.commands.train import train
 from dynamo_lm.errors import InputError
 
@@ -28,13 +34,25 @@ app = typer.Typer(
     name="dynamo-lm",
     help="Language models that predict several tokens per forward pass, with a dial from exact to fast.\n\n"
     "Begin with `dynamo-lm demo`. To do the same to a model of your own: `train` adds heads to it, `count` makes the "
-    "tables that make them agree, `generate` writes with it, `info` says what a folder holds.",
+    "tables that make them agree, `generate` writes with it, `info` says what a folder holds. `eval` measures it, "
+    "`calibrate` chooses its dial, `report` makes a page of it all.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+evaluation = typer.Typer(
+    name="eval",
+    help="Measure a model: how well each head predicts, what it knows, and how much faster it is at the same quality.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+for question in (perplexity, nlu, completion, ablation):
+    evaluation.command()(question)
 for verb in (demo, generate, train, count, info):
+    app.command()(verb)
+app.add_typer(evaluation)
+for verb in (calibrate, report):
     app.command()(verb)
 
 
@@ -64,8 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):  # what typer raises for wrong usage; its class moved between versions
             raise
-        verb = next((word for word in arguments[:1] if not word.startswith("-")), "")
-        return _complain(f"{error.format_message()} See `{' '.join(filter(None, ['dynamo-lm', verb, '--help']))}`.")
+        depth = 2 if arguments[:1] == ["eval"] else 1
+        verbs = [word for word in arguments[:depth] if not word.startswith("-")]
+        return _complain(f"{error.format_message()} See `{' '.join(['dynamo-lm', *verbs, '--help'])}`.")
 
 
 def _complain(message: str) -> int:

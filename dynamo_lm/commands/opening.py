@@ -98,6 +98,30 @@ def open_model(name: str, *, dtype: str = "auto", device: str = "auto", tokenize
     return model.to(where).eval()  # type: ignore[arg-type]
 
 
+def open_for_evaluation(
+    model: str, *, tokenizer: str | None, dtype: str, device: str, threads: int | None = None
+) -> tuple[DynaMoForCausalLM, Any]:
+    """A DynaMo model and its tokenizer; sets the number of CPU threads if one is given.
+
+    Raises:
+        InputError: as the functions above, or a model without heads.
+    """
+    import torch
+
+    from dynamo_lm.config import DynaMoConfig
+
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"--threads is {threads}; give 1 or more.")
+        torch.set_num_threads(threads)
+    name = resolve(model)
+    config = open_config(name)
+    if not isinstance(config, DynaMoConfig):
+        raise InputError(f'"{model}" has no DynaMo heads; add some with `dynamo-lm train {model} --data ...`.')
+    tokens = open_tokenizer(tokenizer or name, vocab_size=config.vocab_size)
+    return open_model(name, dtype=dtype, device=device, tokenizer=tokens), tokens
+
+
 def check_table(table: Any, tokenizer: Any, vocab_size: int, name: str) -> None:
     """Refuses a co-occurrence table that counts other tokens than `tokenizer`'s, or for another vocabulary size."""
     from dynamo_lm.data import tokenizer_fingerprint
