@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import typer
 
@@ -47,13 +47,13 @@ evaluation = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-for question in (perplexity, nlu, completion, ablation):
+questions: tuple[Callable[..., None], ...] = (perplexity, nlu, completion, ablation)
+for question in questions:
     evaluation.command()(question)
-for verb in (demo, generate, train, count, info):
+verbs: tuple[Callable[..., None], ...] = (demo, generate, train, count, info, calibrate, report)
+for verb in verbs:
     app.command()(verb)
 app.add_typer(evaluation)
-for verb in (calibrate, report):
-    app.command()(verb)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,8 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not hasattr(error, "format_message"):  # what typer raises for wrong usage; its class moved between versions
             raise
         depth = 2 if arguments[:1] == ["eval"] else 1
-        verbs = [word for word in arguments[:depth] if not word.startswith("-")]
-        return _complain(f"{error.format_message()} See `{' '.join(['dynamo-lm', *verbs, '--help'])}`.")
+        typed = [word for word in arguments[:depth] if not word.startswith("-")]
+        return _complain(f"{error.format_message()} See `{' '.join(['dynamo-lm', *typed, '--help'])}`.")
 
 
 def _complain(message: str) -> int:
