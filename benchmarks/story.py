@@ -18,7 +18,7 @@ from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.assets import bundled
 from dynamo_lm.race import Way, race
 
-PROMPTS = Path(__file__).with_name("prompts.txt")
+PROMPTS = Path(__file__).with_name("openings.txt")
 ONE = "one token, greedy"
 DRAWN = "one token, sampled"
 

@@ -10,7 +10,7 @@ from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.assets import bundled
 from dynamo_lm.race import Way, log_likelihood, race
 
-OPENINGS = (Path(__file__).parent.parent / "benchmarks" / "prompts.txt").read_text().splitlines()
+OPENINGS = (Path(__file__).parent.parent / "benchmarks" / "openings.txt").read_text().splitlines()
 
 
 @pytest.fixture(scope="module")

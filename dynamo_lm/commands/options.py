@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from dynamo_lm.errors import InputError
+
 MACHINE = "Input, output and machine"
 
 Model = Annotated[
@@ -28,3 +30,24 @@ Threads = Annotated[
     int | None, typer.Option(help="CPU threads to compute with. Default: torch's own choice.", rich_help_panel=MACHINE)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=MACHINE)]
+
+
+def grid(text: str, option: str) -> list[float]:
+    """Numbers as "0,0.5,1" or, from, to and by, as "0:1:0.1".
+
+    Raises:
+        InputError: anything else.
+    """
+    try:
+        if ":" in text:
+            start, end, step = (float(part) for part in text.split(":"))
+            if step <= 0 or end < start:
+                raise ValueError
+            found = [round(start + index * step, 10) for index in range(int((end - start) / step + 1e-9) + 1)]
+        else:
+            found = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f'{option} is "{text}"; give numbers as 0,0.5,1 or as FROM:TO:STEP.') from None
+    if any(not 0 <= value <= 1 for value in found):
+        raise InputError(f'{option} is "{text}"; every number must lie from 0 to 1.')
+    return sorted(set(found))

@@ -38,6 +38,31 @@ def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
+def counting() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that is told what is being done, how much of it is done and of how much. In a file: a line now and then."""
+    screen = console()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} of {task.total:,}"))
+    last = time.monotonic() - PAUSE
+    with Progress(
+        *columns, TimeRemainingColumn(), console=screen, transient=True, disable=not screen.is_terminal
+    ) as progress:
+        task = progress.add_task("", total=None)
+        name = ""
+
+        def report(what: str, done: int, total: int) -> None:
+            nonlocal last, name
+            if what != name:
+                progress.reset(task, description=what, total=total)
+                name = what
+            progress.update(task, completed=done, total=total)
+            if not screen.is_terminal and time.monotonic() - last >= PAUSE:
+                screen.print(f"{what}: {done:,} of {total:,}", soft_wrap=True)
+                last = time.monotonic()
+
+        yield report
+
+
+@contextmanager
 def training(steps: int) -> Iterator[Callable[[Step], None]]:
     """Losses by head, speed, time left; every validation stays as a line. In a file: a line now and then."""
     screen = console()
