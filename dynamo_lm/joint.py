@@ -147,7 +147,7 @@ def seen_extensions(
         return _search(table, rows, ids, order)
     sorted_keys, vocab_size = keys.numpy(), table.vocab_size
     floors = rows * vocab_size  # the smallest key of each row's children
-    offsets = _child_offsets(table, order)
+    offsets = child_offsets(table, order)
     start = offsets.take(rows, mode="clip")  # a token the table does not know has no children
     size = offsets.take(rows + 1, mode="clip") - start
     ends = np.cumsum(size)
@@ -166,7 +166,7 @@ def seen_extensions(
     return np.repeat(np.arange(rows.size), size)[hit], rank[hit].astype(np.int64), row[hit]
 
 
-def _child_offsets(table: Cooccurrence, order: int) -> np.ndarray:
+def child_offsets(table: Cooccurrence, order: int) -> np.ndarray:
     """(rows + 1,) int64: where the children of each row of level order - 1 start at level `order`. Kept for reuse."""
     keys = table.keys[order - 1]
     if keys not in _offsets:

@@ -181,13 +181,13 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         # A shallow twin of the base whose body hands its input through: what remains of its forward is the readout, with
         # whatever soft-cap or scale the architecture applies.
         twin = copy.copy(self.base)
-        parts: dict[str, Any] = {**self.base._modules, self.base.base_model_prefix: _PassThrough()}
+        parts: dict[str, Any] = {**self.base._modules, self.base.base_model_prefix: PassThrough()}
         output = self.base.get_output_embeddings()
         name = next(name for name, module in self.base._modules.items() if module is output)
         if head > 1 and self.config.own_output_embedding:
             output = self.heads[head - 2].output
         rows = hidden.shape[0] * hidden.shape[1]
-        parts[name] = _FewRows(output) if 1 < rows <= 8 and _plain_on_cpu(output) else output
+        parts[name] = FewRows(output) if 1 < rows <= 8 and plain_on_cpu(output) else output
         twin._modules = parts
         return twin(inputs_embeds=hidden, use_cache=False).logits
 
@@ -372,7 +372,7 @@ class _ScaleGradient(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
-class _PassThrough(nn.Module):
+class PassThrough(nn.Module):
     """Stands in for the base's body, and for any part of it that the base calls: hands its embeddings through."""
 
     def forward(self, input_ids: None = None, *, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
@@ -382,8 +382,8 @@ class _PassThrough(nn.Module):
         return self  # OPT calls model.decoder
 
 
-class _FewRows(nn.Module):
-    """A bias-free linear layer for 2 to 8 rows in float32 on a CPU, where weight @ x^T takes a third of the time of
+class FewRows(nn.Module):
+    """A bias-free linear layer for a few rows in float32 on a CPU, where weight @ x^T takes a third of the time of
     x @ weight^T once the weight does not fit the cache (LOG.md)."""
 
     def __init__(self, linear: nn.Linear):
@@ -394,7 +394,7 @@ class _FewRows(nn.Module):
         return (self.weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
 
 
-def _plain_on_cpu(output: nn.Module | None) -> bool:
+def plain_on_cpu(output: nn.Module | None) -> bool:
     return (
         type(output) is nn.Linear
         and output.bias is None

@@ -106,7 +106,7 @@ def draw(
     present[context.cpu().numpy()] = True
     n = logits.shape[0]
     widest = 1 if options.eps_b == 1 else n  # a penalty below 1 may lift an entry above 1, but 1 means: one token
-    joints = Joints(heads, table, options.alpha_c, least=_floor(options.eps_b, n))
+    joints = Joints(heads, table, options.alpha_c, least=static_threshold(options.eps_b, n))
     for m in range(widest, 0, -1):
         joint = joints[m]
         left = survivors(joint, heads, present, options, m)
@@ -126,7 +126,7 @@ def survivors(joint: Joint, heads: Heads, present: np.ndarray, options: Algorith
     """
     # 1. Static threshold: eps_b^(m-1), which is also what the largest entry must exceed.
     k, penalty = options.top_k, options.repetition_penalty
-    joint = joint.at_least(_floor(options.eps_b, m) if m > 1 else 0.0)
+    joint = joint.at_least(static_threshold(options.eps_b, m) if m > 1 else 0.0)
     cells, values = joint.cells, joint.values
     limit = options.eps_b ** (m - 1) * (1 + ROUNDING) if m > 1 else 0.0
     if not cells.size or (penalty >= 1 and values.max() <= limit):  # such a penalty only lowers it
@@ -221,7 +221,7 @@ def _largest(values: np.ndarray) -> int:
     return int(np.argmax(values >= values.max() * (1 - ROUNDING)))
 
 
-def _floor(eps_b: float, m: int) -> float:
+def static_threshold(eps_b: float, m: int) -> float:
     """The static threshold of length m, less rounding."""
     return eps_b ** (m - 1) * (1 - ROUNDING)
 

@@ -191,12 +191,10 @@ def _judge(
     price_out: float | None,
     device: str,
 ) -> Judge | None:
-    from dynamo_lm.commands.opening import choose_device, resolve
-
     if reference is not None:
         from dynamo_lm.evaluation.judges import ReferenceJudge
 
-        return ReferenceJudge(resolve(reference), device=choose_device(device), cache=out / "judge.reference.jsonl")
+        return ReferenceJudge(reference, device=device, cache=out / "judge.reference.jsonl")
     if endpoint is None:
         return None
     if judge_model is None:

@@ -224,11 +224,10 @@ def _mauve(judge: Judge, completions: Completions, facts: dict[str, Any], base: 
     if features is None:
         return
     chosen = [*completions.role("again"), *completions.role("ladder"), *completions.role("candidate")]
-    own = features([completion for _, completion in completions.items(base)])
+    own = features(completions.items(base))
     for number, arm in enumerate(chosen):
         say("MAUVE", number, len(chosen))
-        theirs = features([completion for _, completion in completions.items(arm.name)])
-        facts[arm.name]["diversity"]["mauve"] = mauve(theirs, own)
+        facts[arm.name]["diversity"]["mauve"] = mauve(features(completions.items(arm.name)), own)
 
 
 def _rate(text: Text) -> float:

@@ -134,7 +134,7 @@ def write_texts(
                         continue
                     if fresh:  # first calls pay for what is set up once
                         for other in chosen:
-                            model.generate(ids, max_new_tokens=8, seed=0, **other.arguments, **ends)
+                            model.generate(ids, max_new_tokens=4, seed=0, **other.arguments, **ends)
                         fresh = False
                     text = _complete(model, tokenizer, ids, arm, prompt, number, seed, max_new_tokens, ends)
                     done[arm.name, prompt, number] = text

@@ -1,0 +1,145 @@
+"""How varied text is: the other half of every quality number, since lowering the temperature makes text likelier and duller.
+
+Pure functions of token ids or strings. Shares run from 0 to 1. They depend on the length of the texts and on how many are
+pooled, so they compare only arms with the same prompts, the same number of seeds and the same `max_new_tokens`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+MAUVE_TEXTS = 50  # below, its clusters (a tenth of the texts) would be fewer than five
+MAUVE_SEED = 25
+BLEU_ORDER = 4
+
+
+def distinct(tokens: Sequence[int], n: int) -> float:
+    """Different n-grams over n-grams of one text (Li et al. 2016); 0 if it is shorter than n."""
+    return pooled_distinct([tokens], n)
+
+
+def pooled_distinct(texts: Sequence[Sequence[int]], n: int) -> float:
+    """Different n-grams over n-grams of all texts together; 0 if there are none.
+
+    Falls with the amount of text pooled. A bootstrap must resample whole pools (prompts): drawing texts with replacement
+    would put copies into a pool.
+    """
+    total = sum(max(0, len(text) - n + 1) for text in texts)
+    seen = {gram for text in texts for gram in _grams(text, n)}
+    return len(seen) / total if total else 0.0
+
+
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """Share of a text's n-grams that occurred earlier in it; 0 if it is shorter than n."""
+    return 1 - distinct(tokens, n) if len(tokens) >= n else 0.0
+
+
+def self_bleu(texts: Sequence[str]) -> float | None:
+    """Mean sentence BLEU of each text against the others (Zhu et al. 2018), 0 (nothing shared) to 1 (all alike).
+
+    sacrebleu's tokenizer, smoothing and effective order; equals its `sentence_score` / 100 of each text with the others as
+    references, but counts every text once. None with fewer than two texts.
+    """
+    if len(texts) < 2:
+        return None
+    from sacrebleu.metrics import BLEU
+
+    bleu = BLEU(effective_order=True)
+    words = [bleu._preprocess_segment(text).split() for text in texts]
+    counts = [Counter(gram for n in range(1, BLEU_ORDER + 1) for gram in _grams(row, n)) for row in words]
+    most: dict[tuple, tuple[int, int, int]] = {}  # n-gram: (its highest count, in which text, the next highest count)
+    for index, count in enumerate(counts):
+        for gram, times in count.items():
+            highest, owner, second = most.get(gram, (0, -1, 0))
+            if times > highest:
+                most[gram] = (times, index, highest)
+            elif times > second:
+                most[gram] = (highest, owner, times)
+    scores = []
+    for index, (row, count) in enumerate(zip(words, counts, strict=True)):
+        correct, total = [0] * BLEU_ORDER, [0] * BLEU_ORDER
+        for gram, times in count.items():
+            highest, owner, second = most[gram]
+            total[len(gram) - 1] += times
+            correct[len(gram) - 1] += min(times, second if owner == index else highest)
+        others = [len(other) for number, other in enumerate(words) if number != index]
+        nearest = min(others, key=lambda length: (abs(length - len(row)), length))
+        score = BLEU.compute_bleu(correct, total, len(row), nearest, smooth_method="exp", effective_order=True)
+        scores.append(score.score / 100)
+    return float(np.mean(scores))
+
+
+def measure(texts_by_prompt: Sequence[Sequence[tuple[Sequence[int], str]]]) -> dict[str, float | None]:
+    """All measures of one arm; `texts_by_prompt[p]` are its completions of prompt p as (token ids, text).
+
+    Returns:
+        distinct_1..3 and repetition, means over the texts that are long enough; pooled_distinct_2 and self_bleu, over the
+        completions of a prompt, means over prompts. None where no text or prompt could be measured.
+    """
+    tokens = [tokens for texts in texts_by_prompt for tokens, _ in texts]
+    pools = [[tokens for tokens, _ in texts] for texts in texts_by_prompt]
+    return {
+        "distinct_1": _mean([distinct(text, 1) for text in tokens if len(text) >= 1]),
+        "distinct_2": _mean([distinct(text, 2) for text in tokens if len(text) >= 2]),
+        "distinct_3": _mean([distinct(text, 3) for text in tokens if len(text) >= 3]),
+        "pooled_distinct_2": _mean([pooled_distinct(pool, 2) for pool in pools if any(len(text) >= 2 for text in pool)]),
+        "self_bleu": _mean([self_bleu([text for _, text in texts]) for texts in texts_by_prompt]),
+        "repetition": _mean([repetition(text) for text in tokens if len(text) >= 4]),
+    }
+
+
+def mauve(candidate: np.ndarray, base: np.ndarray) -> float | None:
+    """MAUVE (Pillutla et al. 2021) between two piles of texts: 0 (nothing in common) to 1 (one distribution).
+
+    Args:
+        candidate: features of the candidate's texts, (texts, features), as `ReferenceJudge.features` makes them.
+        base: features of the base model's, (texts, features).
+
+    Returns:
+        The score on a fixed seed; None with fewer than 50 texts on a side, where its histogram over clusters (a tenth as
+        many as texts) says more about chance than about the texts. It falls with fewer texts, so that only piles of one
+        size compare, and the base against a second sample of itself is its ceiling, not 1.
+    """
+    if min(len(candidate), len(base)) < MAUVE_TEXTS:
+        return None
+    with _quiet():  # faiss writes to file descriptor 2 that a hundred points are few
+        import faiss
+        from mauve import compute_mauve
+
+        threads = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(1)  # so that sums have one order
+        try:
+            found = compute_mauve(p_features=candidate, q_features=base, seed=MAUVE_SEED, verbose=False)
+        finally:
+            faiss.omp_set_num_threads(threads)
+    return float(np.clip(found.mauve, 0, 1))
+
+
+def _grams(row: Sequence[Any], n: int) -> Iterator[tuple]:
+    return zip(*(row[start:] for start in range(n)), strict=False)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing reaches the process's standard error from C++."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
