@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_cli import Run, byte_tokenizer, neox, texts
+from commandline import Run, byte_tokenizer, neox, texts
 from test_training import random_blocks, tiny
 
 from dynamo_lm.errors import InputError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import dynamo_of, random_tokens
-from test_cli import Run, byte_tokenizer, neox, texts
+from commandline import Run, byte_tokenizer, neox, texts
 
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.counting import count

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import random
 import shutil
 import signal
 import subprocess
@@ -14,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, BertConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, T5Config
+from commandline import SMALL, Run, byte_tokenizer, neox, texts
+from transformers import AutoTokenizer, BertConfig, GPTNeoXForCausalLM, T5Config
 
 from dynamo_lm import DynaMoForCausalLM, training
 from dynamo_lm.cli import main
@@ -23,81 +22,6 @@ from dynamo_lm.commands import opening
 from dynamo_lm.commands.generate import _Writer
 from dynamo_lm.commands.train import train as train_verb
 from dynamo_lm.data import tokenizer_fingerprint
-
-WORDS = [
-    "the",
-    "fox",
-    "ran",
-    "to",
-    "a",
-    "red",
-    "house",
-    "and",
-    "saw",
-    "one",
-    "little",
-    "bird",
-    "with",
-    "big",
-    "eyes",
-    "then",
-    "it",
-    "was",
-    "happy",
-    ".",
-    "sad",
-    "day",
-    "night",
-    "sun",
-]
-END = "<|end|>"
-SMALL = ("--block-size", "32", "--batch-size", "4", "--validation-fraction", "0.1")
-
-
-def texts(count: int = 60, seed: int = 0) -> list[str]:
-    draw = random.Random(seed)
-    return [" ".join(draw.choice(WORDS) for _ in range(draw.randint(20, 60))) for _ in range(count)]
-
-
-def byte_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(texts(), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END)
-
-
-def neox(vocab_size: int = 300, **kwargs) -> GPTNeoXForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
-    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=vocab_size, max_position_embeddings=128, **sizes | kwargs))
-
-
-class Run:
-    """A command line carried out in this process: exit status, stdout, stderr."""
-
-    def __init__(self, capfd: pytest.CaptureFixture):
-        self.capfd = capfd
-
-    def __call__(self, *arguments: object, status: int = 0) -> str:
-        self.capfd.readouterr()
-        found = main([str(argument) for argument in arguments])
-        self.out, self.err = self.capfd.readouterr()
-        assert found == status, self.err
-        return self.out
-
-    def refused(self, *arguments: object) -> str:
-        """The one sentence that bad input must get."""
-        assert self(*arguments, status=2) == ""
-        assert "Traceback" not in self.err
-        lines = self.err.strip().splitlines()
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("dynamo-lm: ")
-        return lines[0]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import cycle, markov_dynamo
-from test_cli import END, byte_tokenizer
+from commandline import END, byte_tokenizer
 
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation import prompts as benches

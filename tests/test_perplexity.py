@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from architectures import dynamo_of, markov_dynamo, random_tokens
+from commandline import Run, byte_tokenizer, neox, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli import Run, byte_tokenizer, neox, texts
 
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.counting import count
