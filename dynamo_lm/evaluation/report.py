@@ -31,10 +31,10 @@ MEASURED = {  # kind: what it is, and the command behind `dynamo-lm`
         "Speed at the base model's quality, decoding ablations, diversity",
         "eval completion {model} --out {folder}",
     ),
-    "perplexity": ("Perplexities, fixed and dynamic", "eval perplexity {model} --out {folder}"),
-    "calibration": ("A calibrated dial", "calibrate {model} --out {folder}"),
+    "perplexity": ("Perplexities, fixed and dynamic", "eval perplexity {model} --data TEXT --out {folder}"),
+    "calibration": ("A calibrated dial", "calibrate {model} --data TEXT --out {folder}"),
     "nlu": ("Benchmarks of understanding, base beside DynaMo", "eval nlu {model} --out {folder}"),
-    "ablation": ("Training ablations", "eval ablation {model} --out {folder}"),
+    "ablation": ("Training ablations", "eval ablation {model} --data TEXT --out {folder}"),
     "heatmap": ("The joint distribution for a prompt", "report {folder} --model {model} --prompt TEXT"),
     "samples": ("Sample texts by step", "report {folder} --model {model}"),
 }
@@ -66,7 +66,7 @@ def assemble(folder: Path, *, title: str | None = None) -> Page:
         bench = kind.partition("-")[2]
         sections += build(kind, partial(report_completion.sections, entry, prefix=bench and f"{bench}-", bench=bench))
         banners += build(kind, partial(report_completion.banners, entry))
-    main = completions.get("completion") or next(iter(completions.values()), None)
+    main = max(completions.values(), key=lambda entry: len(entry["prompts"]), default=None)  # the surest numbers
     if main is not None:
         kind = next(kind for kind, entry in completions.items() if entry is main)
         headlines = build(kind, partial(report_completion.headlines, main))
