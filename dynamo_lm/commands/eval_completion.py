@@ -68,8 +68,7 @@ def completion(
     endpoint: Annotated[
         str | None,
         typer.Option(
-            help="URL of an OpenAI-compatible endpoint as the judge; needs --judge-model. The key is taken from the "
-            "environment variable OPENAI_API_KEY.",
+            help="URL of an OpenAI-compatible endpoint as the judge; needs --judge-model.",
             rich_help_panel=JUDGE,
         ),
     ] = None,
@@ -86,6 +85,12 @@ def completion(
     price_out: Annotated[
         float | None, typer.Option("--price-out", help="Its price per million tokens written.", rich_help_panel=JUDGE)
     ] = None,
+    key_from: Annotated[
+        str | None,
+        typer.Option(
+            "--key-from", help='Environment variable with its key; "" for an endpoint without.', rich_help_panel=JUDGE
+        ),
+    ] = "OPENAI_API_KEY",
     yes: Annotated[
         bool, typer.Option("--yes", help="Do not ask before questions to --endpoint cost money.", rich_help_panel=JUDGE)
     ] = False,
@@ -138,7 +143,7 @@ def completion(
     command = context.find_root().obj or []
     found = records.begin(kind, command, network, model, seed=seed, settings=settings)
     records.check_folder(out, found["model"])
-    judge = _judge(out, reference, endpoint, judge_model, requests_per_minute, price_in, price_out, device)
+    judge = _judge(out, reference, endpoint, judge_model, requests_per_minute, price_in, price_out, key_from, device)
 
     # 3. The texts.
     chosen = arms(ceiling, [PAPER], dial, strict=strict)
@@ -189,6 +194,7 @@ def _judge(
     requests_per_minute: float | None,
     price_in: float | None,
     price_out: float | None,
+    key_from: str | None,
     device: str,
 ) -> Judge | None:
     if reference is not None:
@@ -204,6 +210,7 @@ def _judge(
     return EndpointJudge(
         judge_model,
         base_url=endpoint,
+        key_from=key_from or None,
         requests_per_minute=requests_per_minute,
         price_in=price_in,
         price_out=price_out,
@@ -222,12 +229,12 @@ def _agree(judge: Any, completions: Completions, yes: bool) -> None:
     singles = (len(completions.role("candidate")) + 1) * every
     lengths = [len(text.text) for rows in completions.texts.values() for row in rows for text in row]
     estimate = judge.estimate(pairs, singles, sum(lengths) / len(lengths))
-    cost = f", about {estimate['cost']:.2f} at the prices given" if estimate.get("cost") is not None else ""
-    typer.echo(
-        f"{estimate['requests']:,} questions at most, about {estimate['tokens']:,} tokens{cost}; "
-        "verdicts of an earlier run are not asked for again.",
-        err=True,
-    )
+    said = f"{estimate['requests']:,} questions at most, about {estimate['tokens_in'] + estimate['tokens_out']:,} tokens"
+    if estimate["cost"] is not None:
+        said += f", {estimate['cost']:.2f} at the prices given"
+    if estimate["minutes"] is not None:
+        said += f", {estimate['minutes']:.0f} minutes at the rate given"
+    typer.echo(f"{said}; verdicts of an earlier run are not asked for again.", err=True)
     if not yes and sys.stdin.isatty() and not typer.confirm("Ask them?", err=True):
         raise typer.Abort
 
@@ -244,37 +251,20 @@ def _show(found: dict[str, Any]) -> None:
         checked = judge["sanity"]
         console.print(f"judge {judge['name']}. {judge['caveat']}")
         for name, asked in (("shuffled", "the base over its own words shuffled"), ("same", "one base sample over another")):
-            console.print(f"  prefers {asked}: {checked[name]['share']:.0%} {_range(checked[name]['interval'], '.0%')}")
+            share = checked[name]["share"]
+            answer = "no verdict" if share is None else f"{share:.0%} {_range(checked[name]['interval'], '.0%')}"
+            console.print(f"  prefers {asked}: {answer}")
         if not checked["useful"]:
             console.print(f"  [bold]This judge is useless here: {checked['reason']}[/] Its verdicts are not shown.")
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
-    for heading in (
-        "",
-        "eps_b",
-        f"tokens\nper step\n(at most {found['ceiling']})",
-        "speed-up",
-        "win rate",
-        "win rate,\nmatched",
-    ):
-        table.add_column(heading, justify="right" if heading else "left")
-    table.add_column("base at\ntempe-\nrature", justify="right")
-    table.add_column("pairs,\npooled", justify="right")
     for method, results in found["methods"].items():
+        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1), title=method, title_justify="left")
+        for heading in ("eps_b", f"tokens/step\nof {found['ceiling']}", "speed-up", "win rate", "win rate,\nmatched"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("base's\ntemp.", justify="right")
+        table.add_column("pairs", justify="right")
         for point in results["points"]:
-            speed = point["speed_up"]
-            spread = _range([speed["low"], speed["high"]] if speed["low"] is not None else None, ".2f")
-            plain, matched = point["plain"], point["matched"]
-            table.add_row(
-                method,
-                "" if point["eps_b"] is None else f"{point['eps_b']:g}",
-                f"{point['tokens_per_step']:.2f}",
-                f"{speed['median']:.2f}x {spread}",
-                f"{plain['win_rate']:.2f} {_range(plain['interval'], '.2f')}" if plain else "",
-                f"{matched['win_rate']:.2f} {_range(matched['interval'], '.2f')}" if matched else "",
-                f"{matched['temperature']:.2f}" if matched else "",
-                f"{point['diversity']['pooled_distinct_2']:.2f}",
-            )
-    console.print(table)
+            table.add_row(*_cells(point))
+        console.print(table)
     for method, results in found["methods"].items():
         for against in ("matched", "plain") if results["same_quality"] else ():
             same = results["same_quality"][against]
@@ -288,7 +278,25 @@ def _show(found: dict[str, Any]) -> None:
                 console.print(
                     f"{method}, same-quality speed-up, {against}: {', '.join(said)} of at most {found['ceiling']}{note}"
                 )
-    console.print(f"Baseline: {found['baseline']}. Win rate: wins over losses, ties shared.", style="dim")
+    console.print(
+        f"Baseline: {found['baseline']}. Win rate: wins over losses, ties shared; matched: against the base at the "
+        "temperature at which it is as diverse. pairs: different token pairs in all completions of a prompt.",
+        style="dim",
+    )
+
+
+def _cells(point: dict[str, Any]) -> list[str]:
+    """One setting of the dial."""
+    speed, plain, matched = point["speed_up"], point["plain"], point["matched"]
+    return [
+        "" if point["eps_b"] is None else f"{point['eps_b']:g}",
+        f"{point['tokens_per_step']:.2f}",
+        f"{speed['median']:.2f} {_range([speed['low'], speed['high']] if speed['low'] is not None else None, '.2f')}",
+        f"{plain['win_rate']:.2f} {_range(plain['interval'], '.2f')}" if plain else "",
+        f"{matched['win_rate']:.2f} {_range(matched['interval'], '.2f')}" if matched else "",
+        f"{matched['temperature']:.2f}" if matched else "",
+        f"{point['diversity']['pooled_distinct_2']:.2f}",
+    ]
 
 
 def _quality(same: dict[str, Any]) -> str:

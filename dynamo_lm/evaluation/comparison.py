@@ -194,8 +194,9 @@ def _likelihoods(judge: Judge, completions: Completions, facts: dict[str, Any], 
     if score is None:
         return
     for number, arm in enumerate(completions.arms):
-        say("likelihood under the reference", number, len(completions.arms))
-        found = [value for value in score(completions.items(arm.name)) if value is not None]
+        items = completions.items(arm.name)
+        progress = _within(say, "likelihood under the reference", number, len(completions.arms), len(items))
+        found = [value for value in score(items, progress=progress) if value is not None]
         facts[arm.name]["log_likelihood_per_byte"] = float(np.mean(found)) if found else None
 
 
@@ -204,8 +205,8 @@ def _verdicts(judge: Judge, completions: Completions, say: Say) -> dict[tuple[st
     found = {}
     asked = duels(completions, every_rung=free)
     for number, (arm, other) in enumerate(asked):
-        say("comparing", number, len(asked))
-        values = judge.pairs(completions.pairs(arm, other))
+        pairs = completions.pairs(arm, other)
+        values = judge.pairs(pairs, progress=_within(say, "comparing", number, len(asked), len(pairs)))
         filled = [np.nan if value is None else float(value) for value in values]
         found[arm, other] = np.array(filled).reshape(len(completions.prompts), completions.seeds)
     return found
@@ -214,8 +215,9 @@ def _verdicts(judge: Judge, completions: Completions, say: Say) -> dict[tuple[st
 def _scores(judge: Judge, completions: Completions, facts: dict[str, Any], say: Say) -> None:
     chosen = [*completions.role("base"), *completions.role("candidate")]
     for number, arm in enumerate(chosen):
-        say("scoring", number, len(chosen))
-        found = [value for value in judge.singles(completions.items(arm.name)) if value is not None]
+        items = completions.items(arm.name)
+        values = judge.singles(items, progress=_within(say, "scoring", number, len(chosen), len(items)))
+        found = [value for value in values if value is not None]
         facts[arm.name]["score"] = float(np.mean(found)) if found else None
 
 
@@ -228,6 +230,11 @@ def _mauve(judge: Judge, completions: Completions, facts: dict[str, Any], base: 
     for number, arm in enumerate(chosen):
         say("MAUVE", number, len(chosen))
         facts[arm.name]["diversity"]["mauve"] = mauve(features(completions.items(arm.name)), own)
+
+
+def _within(say: Say, what: str, number: int, rounds: int, each: int) -> Callable[[int], None]:
+    """Progress of round `number` of so many, as progress of the whole."""
+    return lambda done: say(what, number * each + done, rounds * each)
 
 
 def _rate(text: Text) -> float:

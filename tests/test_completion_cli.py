@@ -1,0 +1,97 @@
+"""`dynamo-lm eval completion` as a user runs it: results, judges that fail, resuming, and bad input."""
+
+import json
+
+import pytest
+from commandline import Run, byte_tokenizer, neox
+from test_judges import Server, error, serve  # noqa: F401
+
+from dynamo_lm import DynaMoForCausalLM
+
+FEW = ("--seeds", "1", "--max-new-tokens", "4", "--eps-b", "0,1", "--no-strict")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model without tables, and five prompts."""
+    made = tmp_path_factory.mktemp("made")
+    DynaMoForCausalLM.from_base(neox(), num_heads=2, init="copy").save_pretrained(str(made / "model"))
+    byte_tokenizer().save_pretrained(made / "model")
+    (made / "mine.txt").write_text("the fox\na red house\none day\nsad bird\nsun and night\n")
+    return made
+
+
+@pytest.fixture
+def ask(capfd, folder, tmp_path):
+    run = Run(capfd)
+    arguments = ("eval", "completion", folder / "model", "--bench", folder / "mine.txt", "--out", tmp_path / "out", *FEW)
+
+    def asked(*more, status=0):
+        run(*arguments, *more, status=status)
+        return run
+
+    return asked
+
+
+def test_without_a_judge_there_are_speeds_and_a_second_run_writes_nothing_new(ask, tmp_path):
+    said = ask().out
+    assert "No judge was named" in said and "mask+Otsu+blur" in said
+    found = json.loads((tmp_path / "out" / "completion-mine.json").read_text())
+    assert found["ceiling"] == 2 and found["judge"] is None and len(found["prompts"]) == 5
+    slow, fast = found["methods"]["mask+Otsu+blur"]["points"][::-1]
+    assert slow["tokens_per_step"] == 1 and fast["tokens_per_step"] > 1.2 and slow["matched"] is None
+    texts = (tmp_path / "out" / "completion-mine.texts.jsonl").read_bytes()
+    again = json.loads(ask("--json").out)
+    assert (tmp_path / "out" / "completion-mine.texts.jsonl").read_bytes() == texts
+    assert again["methods"] == found["methods"]
+
+
+def test_a_judge_that_answers_garbage_is_reported_as_useless(ask, serve, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    server = serve(lambda body: "I would rather not say.")
+    said = ask("--endpoint", server.url, "--judge-model", "tiny", "--price-in", "1", "--price-out", "2")
+    assert "questions at most" in said.err and "at the prices given" in said.err
+    assert "useless" in said.out
+    found = json.loads((tmp_path / "out" / "completion-mine.json").read_text())
+    assert found["judge"]["sanity"]["useful"] is False
+    assert found["methods"]["mask+Otsu+blur"]["points"][0]["plain"] is None
+    assert "sk-secret" not in json.dumps(found)
+
+
+def test_a_judge_without_quota_ends_in_one_sentence_and_keeps_the_texts(ask, serve, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    server: Server = serve(lambda body: (429, error("insufficient_quota")))
+    said = ask("--endpoint", server.url, "--judge-model", "tiny", status=2)
+    assert "Traceback" not in said.err and "quota" in said.err.strip().splitlines()[-1]
+    texts = (tmp_path / "out" / "completion-mine.texts.jsonl").read_text().splitlines()
+    assert len(texts) == 1 + 5 * (1 + 1 + 8 + 2)
+    assert not (tmp_path / "out" / "completion-mine.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--eps-b", "0:2:0.5"), "from 0 to 1"),
+        (("--eps-b", "many"), "FROM:TO:STEP"),
+        (("--seeds", "0"), "--seeds"),
+        (("--heads", "9"), "2 to 2"),
+        (("--mauve",), "--reference"),
+        (("--reference", "a", "--endpoint", "b"), "one judge"),
+        (("--endpoint", "http://127.0.0.1:9/v1"), "--judge-model"),
+        (("--bench", "nowhere.txt"), "cannot be read"),
+        (("--reference", "nowhere/at/all"), "nowhere/at/all"),
+    ],
+)
+def test_bad_input_gets_one_sentence(ask, options, said):
+    run = ask(*options, status=2)
+    assert said in run.err and len(run.err.strip().splitlines()) == 1, run.err
+
+
+def test_results_of_another_model_are_not_mixed_in(ask, folder, capfd, tmp_path):
+    ask()
+    other = folder / "other"
+    DynaMoForCausalLM.from_base(neox(), num_heads=2).save_pretrained(str(other))
+    byte_tokenizer().save_pretrained(other)
+    run = Run(capfd)
+    run("eval", "completion", other, "--bench", folder / "mine.txt", "--out", tmp_path / "out", *FEW, status=2)
+    assert "another model" in run.err
