@@ -70,9 +70,10 @@ def perplexity(record: Record) -> Section:
 
 
 def _dynamic(dynamic: list[Record], ceiling: int) -> list[Any]:
-    lines, speeds = [], []
+    lines: list[Any] = []
+    speeds: list[Any] = []
     panels: list[Figure] = []
-    for masked, name in ((True, "with mask"), (False, "without mask")):
+    for masked, name in ((True, "scored with the mask"), (False, "scored by the product")):  # of the same steps
         rows = sorted((row for row in dynamic if bool(row.get("masked", True)) == masked), key=lambda row: row["eps_b"])
         if not rows:
             continue
@@ -82,14 +83,16 @@ def _dynamic(dynamic: list[Record], ceiling: int) -> list[Any]:
             for row, e in zip(rows, error, strict=True)
         ]
         lines.append((name, points))
-        speeds.append((name, [figures.Point(row["eps_b"], row["tokens_per_step"]) for row in rows]))
+        if speeds:
+            continue
+        speeds.append(("", [figures.Point(row["eps_b"], row["tokens_per_step"]) for row in rows]))
         with_shares = [row for row in rows if row.get("shares")]
         if with_shares:
             svg = partial(
                 figures.shares, [f"{row['eps_b']:g}" for row in with_shares], [row["shares"] for row in with_shares]
             )
-            label = f"Share of steps of 1 to {ceiling} tokens on held-out text, {name}, for every eps_b."
-            panels.append(Figure(f"walk-shares-{len(panels)}", f"Steps on held-out text, {name}", label, svg))
+            label = f"Share of steps of 1 to {ceiling} tokens on held-out text, for every eps_b."
+            panels.append(Figure("walk-shares", "Steps on held-out text", label, svg))
     ends = f"from {lines[0][1][0].y:.1f} at eps_b {lines[0][1][0].x:g} to {lines[0][1][-1].y:.1f} at {lines[0][1][-1].x:g}"
     pictures = [
         Figure(
@@ -107,15 +110,22 @@ def _dynamic(dynamic: list[Record], ceiling: int) -> list[Any]:
             ),
         ),
     ]
-    columns = ["eps_b", "mask", "PPL_d", "tokens per step", *(f"{size}-token steps" for size in range(1, ceiling + 1))]
+    columns = [
+        "eps_b",
+        "scored with the mask",
+        "PPL_d",
+        "tokens per step",
+        *(f"{size}-token steps" for size in range(1, ceiling + 1)),
+    ]
     cells = []
     for row in sorted(dynamic, key=lambda row: (not row.get("masked", True), row["eps_b"])):
         share = [percent(part) for part in row.get("shares") or [None] * ceiling]
-        mask = "yes" if row.get("masked", True) else "no"
+        mask = "with the mask" if row.get("masked", True) else "by the product"
         cells.append([f"{row['eps_b']:g}", mask, spread(row["ppl"], row.get("se")), number(row["tokens_per_step"]), *share])
     caption = (
         "Dynamic perplexity and tokens per step as the dial turns from fastest (0) to one token at a time (1): the text is "
-        "walked with the generator's own decisions. Bars: 95 % intervals."
+        "walked with the generator's own decisions, and the true tokens of each step are scored by the product of heads or "
+        "with the co-occurrence mask. Bars: 95 % intervals."
     )
     made: list[Any] = [Gallery(pictures, caption, Table("Dynamic perplexity", columns, cells, folded=True))]
     if panels:
