@@ -1,5 +1,7 @@
 """Win rates, matched diversity and same-quality speed-ups: small numbers by hand, and lines whose crossing is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -83,7 +85,7 @@ def test_the_line_is_least_squares_of_the_log_rate():
 )
 def test_the_same_quality_speed_up_is_where_the_line_meets_a_win_rate_of_one(log_rates, estimate, theoretical, capped):
     x, rates = np.array([[1.0, 2.0, 3.0]]), np.exp(np.array([log_rates]))
-    found = speed_up_at_same_quality(x, rates, 4)
+    found = speed_up_at_same_quality(x, rates, np.array([4.0]))
     assert found["estimate"] == pytest.approx(estimate, abs=1e-3)
     assert (found["theoretical"], found["capped"]) == (theoretical, capped)
     assert found["interval"] is None
@@ -94,7 +96,7 @@ def test_the_same_quality_speed_up_is_where_the_line_meets_a_win_rate_of_one(log
 def test_at_the_same_quality_speed_up_the_line_is_at_one_or_an_end_was_reached(intercept, slope, ceiling):
     x = np.array([[1.0, 1.7, 2.2]])
     line = fit(x, np.exp(intercept + slope * x))
-    found = same_quality(line, ceiling)[0]
+    found = same_quality(line, np.array([ceiling]))[0]
     value = line.at(np.array([found]))[0, 0]
     assert 1 <= found <= ceiling
     assert found in (1.0, ceiling) or value == pytest.approx(0, abs=1e-6)
@@ -132,6 +134,14 @@ def test_an_analysis_states_both_win_rates_and_both_speed_ups():
     assert 1 < quality["tokens_per_step"]["estimate"] < 3 and quality["tokens_per_step"]["interval"][0] >= 1
     assert quality["wall_clock"]["estimate"] < quality["tokens_per_step"]["estimate"]
     assert len(quality["band"]["x"]) == len(quality["band"]["low"]) == 41
+
+
+def test_wall_clock_is_capped_at_full_steps_of_what_the_fastest_setting_costs():
+    given = points(20, np.random.default_rng(0))
+    winning = np.stack([np.full((3, 20), 6), np.zeros((3, 20)), np.full((3, 20), 4)], axis=-1)
+    found = analyse(replace(given, plain=winning), 4, seed=0)["same_quality"]["plain"]
+    assert found["tokens_per_step"]["estimate"] == pytest.approx(4)
+    assert found["wall_clock"]["estimate"] == pytest.approx(2 * 4 / 3)  # 2x at 3 tokens a step
 
 
 def test_an_analysis_of_few_prompts_says_so_and_gives_no_interval():

@@ -91,19 +91,19 @@ def fit(x: np.ndarray, rates: np.ndarray) -> Line:
     return Line(mean_y - slope * mean_x, slope)
 
 
-def same_quality(line: Line, ceiling: float) -> np.ndarray:
-    """The largest speed-up in [1, ceiling] at which the line is still at win rate 1 or above: (rows,).
+def same_quality(line: Line, ceiling: np.ndarray) -> np.ndarray:
+    """The largest speed-up in [1, ceiling] at which the line is still at win rate 1 or above; ceiling, result: (rows,).
 
     1 where it is below everywhere: no speed-up comes at the same quality.
     """
-    at_one, at_end = line.at(np.array([1.0, ceiling])).T
+    at_one, at_end = line.intercept + line.slope, line.intercept + line.slope * ceiling
     with np.errstate(divide="ignore", invalid="ignore"):
         crossing = -line.intercept / line.slope
     return np.where(at_end >= 0, ceiling, np.where(at_one < 0, 1.0, np.clip(crossing, 1.0, ceiling)))
 
 
-def speed_up_at_same_quality(x: np.ndarray, rates: np.ndarray, ceiling: int) -> dict[str, Any]:
-    """The paper's same-quality speed-up, of one kind of speed-up; x, rates: (rows, points).
+def speed_up_at_same_quality(x: np.ndarray, rates: np.ndarray, ceiling: np.ndarray) -> dict[str, Any]:
+    """The paper's same-quality speed-up, of one kind of speed-up; x, rates: (rows, points), ceiling: (rows,).
 
     "theoretical": the line had to be followed beyond the fastest point measured. "capped": it is at win rate 1 or above all
     the way to the ceiling.
@@ -113,8 +113,8 @@ def speed_up_at_same_quality(x: np.ndarray, rates: np.ndarray, ceiling: int) -> 
     return {
         "estimate": estimate,
         "interval": interval(found),
-        "theoretical": bool(estimate > x[0].max() + 1e-9),
-        "capped": bool(estimate >= ceiling),
+        "theoretical": bool(estimate > x[0].max() + 1e-3),
+        "capped": bool(estimate >= ceiling[0]),
     }
 
 
@@ -198,10 +198,13 @@ def quality(per_step: np.ndarray, wall: np.ndarray, rates: np.ndarray, ceiling: 
         nothing = {"estimate": None, "interval": None, "theoretical": False, "capped": False}
         note = "fewer than three points of the dial: no regression"
         return {"tokens_per_step": nothing, "wall_clock": nothing, "band": None, "note": note}
+    rows, fastest = np.arange(len(wall)), per_step.argmax(1)
+    most = np.full(len(wall), float(ceiling))
+    at_most = wall[rows, fastest] * ceiling / per_step[rows, fastest]  # steps of the fastest setting, n tokens in each
     few = "" if len(rates) > 1 else f"fewer than {LEAST_PROMPTS} prompts: no interval"
     return {
-        "tokens_per_step": speed_up_at_same_quality(per_step, rates, ceiling),
-        "wall_clock": speed_up_at_same_quality(wall, rates, ceiling),
+        "tokens_per_step": speed_up_at_same_quality(per_step, rates, most),
+        "wall_clock": speed_up_at_same_quality(wall, rates, at_most.clip(1, ceiling)),
         "band": band(per_step, rates, ceiling),
         "note": few,
     }
