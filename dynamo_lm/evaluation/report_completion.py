@@ -62,6 +62,12 @@ def headlines(record: Record) -> list[Headline]:
             detail += "; extrapolated (theoretical)" if value.get("theoretical") else ""
             detail += "; capped at the ceiling" if value.get("capped") else ""
             shown = DASH if value["estimate"] is None else f"{value['estimate']:.2f}{unit}"
+            if bounds is not None and bounds[0] <= 1 < bounds[1]:  # a large number would claim what is not known
+                detail = (
+                    f"regression {shown}, but its 95 % interval holds 1: too few samples to tell"
+                    + detail.partition(interval(bounds))[2]
+                )
+                shown = f"{bounds[0]:.2f} to {bounds[1]:.2f}{unit}"
             found.append(Headline(shown, f"{name}, {VERSIONS[version]}", detail, small))
     return found
 
@@ -295,22 +301,22 @@ def _diversity(record: Record, prefix: str) -> list[Any]:
     )
 
     def at(entry: Record, label: str = "") -> figures.Point:
-        return figures.Point(entry["diversity"]["distinct_2"], entry["log_likelihood_per_byte"], label=label)
+        return figures.Point(entry["diversity"]["pooled_distinct_2"], entry["log_likelihood_per_byte"], label=label)
 
-    usable = [rung for rung in ladder if (rung.get("diversity") or {}).get("distinct_2") is not None]
+    usable = [rung for rung in ladder if (rung.get("diversity") or {}).get("pooled_distinct_2") is not None]
     clouds = [
-        (method, [at(p) for p in entry["points"] if (p.get("diversity") or {}).get("distinct_2") is not None])
+        (method, [at(p) for p in entry["points"] if (p.get("diversity") or {}).get("pooled_distinct_2") is not None])
         for method, entry in record["methods"].items()
     ]
     picture = Figure(
         f"{prefix}frontier",
         "Likelihood against diversity",
-        "Log-likelihood per byte over distinct bigrams: the base at several temperatures as a line, the methods as points.",
+        "Log-likelihood per byte over pooled distinct bigrams: the base by temperature as a line, the methods as points.",
         partial(
             figures.frontier,
             [at(rung, f"{rung['temperature']:g}") for rung in usable],
             [cloud for cloud in clouds if cloud[1]],
-            x_label="distinct bigrams (share, higher is livelier)",
+            x_label="distinct bigrams in all completions of a prompt",
             y_label="log-likelihood, nats per byte",
         ),
     )

@@ -181,8 +181,8 @@ def nlu(record: Record) -> Section:
     """Benchmarks, base beside DynaMo."""
     rows = []
     for task, entry in record.get("tasks", {}).items():
-        for metric, base in entry["base"].items():
-            mine = entry["dynamo"].get(metric) or {"value": None, "stderr": None}
+        for metric, mine in entry["dynamo"].items():
+            base = (entry.get("base") or {}).get(metric) or {"value": None, "stderr": None}  # none: trained with its heads
             change = DASH if mine["value"] is None or base["value"] is None else f"{mine['value'] - base['value']:+.3f}"
             values = [spread(value["value"], value.get("stderr"), 3) for value in (base, mine)]
             rows.append([task, metric, *values, change, f"{entry['samples']:,}" if entry.get("samples") else DASH])
@@ -205,8 +205,24 @@ def nlu(record: Record) -> Section:
     ]
     if rows:
         columns = ["task", "arm", "accuracy", "tokens per step", "wall clock", "ceiling"]
-        blocks.append(Table("Answers that are written out", columns, rows, "Against one token per step in the same loop."))
+        numbers = Table("Answers that are written out", columns, rows, "Against one token per step in the same loop.")
+        lines = [(task, _accuracies(runs)) for task, runs in record["generation"].items()]
+        svg = partial(figures.curves, lines, x_label="speed-up (wall clock)", y_label="accuracy")
+        picture = Figure(
+            "accuracy", "Accuracy against speed-up", "Accuracy of every task over the speed-up of its arms.", svg
+        )
+        blocks.append(Gallery([picture], "Answers that are written out. Bars: 95 % intervals.", numbers))
     return Section("nlu", "Benchmarks", blocks, Source(record["command"], [("seed", str(record["seed"]))]))
+
+
+def _accuracies(runs: list[Record]) -> list[figures.Point]:
+    """One task's arms by rising speed-up; the one-token arm is its own baseline."""
+    points = []
+    for run in sorted(runs, key=lambda run: run.get("speed_up") or 1.0):
+        error = 1.96 * (run.get("stderr") or 0)
+        value = run["accuracy"]
+        points.append(figures.Point(run.get("speed_up") or 1.0, value, max(0.0, value - error), min(1.0, value + error)))
+    return points
 
 
 def ablation(record: Record) -> Section:
