@@ -52,6 +52,29 @@ def steps_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def quality_table(results: dict[str, Any], dials: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9)) -> str:
+    """What the text is worth at some settings of the dial: both win rates of the paper's method, and strict sampling."""
+    lines = [
+        f"| `eps_b` | tokens per step (of {results['ceiling']}) | speed-up | win rate, base as it is "
+        "| win rate, base at the same diversity | that temperature |",
+        "|---|---|---|---|---|---|",
+    ]
+    points = [(f"{p['eps_b']:g}", p) for p in results["methods"]["mask+Otsu+blur"]["points"] if p["eps_b"] in dials]
+    for name, point in [*points, ("strict", results["methods"]["strict"]["points"][0])]:
+        speed, matched = point["speed_up"], point["matched"]
+        lines.append(
+            f"| {name} | {point['tokens_per_step']:.2f} | {speed['median']:.2f}x ({speed['low']:.2f}-{speed['high']:.2f}) "
+            f"| {_rate(point['plain'])} | {_rate(matched)} | {matched['temperature']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _rate(rate: dict[str, Any]) -> str:
+    low, high = rate["interval"]
+    return f"{rate['win_rate']:.2f} ({low:.2f}-{high:.2f})"
+
+
 if __name__ == "__main__":
     print(demo_table(json.loads((RESULTS / "demo.json").read_text())), end="\n\n")
     print(steps_table(json.loads((RESULTS / "story.json").read_text())))
+    print("", quality_table(json.loads((RESULTS / "story" / "completion-openings.json").read_text())), sep="\n")

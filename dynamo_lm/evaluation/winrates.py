@@ -198,7 +198,7 @@ def quality(per_step: np.ndarray, wall: np.ndarray, rates: np.ndarray, ceiling: 
         nothing = {"estimate": None, "interval": None, "theoretical": False, "capped": False}
         note = "fewer than three points of the dial: no regression"
         return {"tokens_per_step": nothing, "wall_clock": nothing, "band": None, "note": note}
-    rows, fastest = np.arange(len(wall)), per_step.argmax(1)
+    rows, fastest = np.arange(len(wall)), wall.argmax(1)
     most = np.full(len(wall), float(ceiling))
     at_most = wall[rows, fastest] * ceiling / per_step[rows, fastest]  # steps of the fastest setting, n tokens in each
     few = "" if len(rates) > 1 else f"fewer than {LEAST_PROMPTS} prompts: no interval"
