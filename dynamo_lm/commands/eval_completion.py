@@ -258,10 +258,9 @@ def _show(found: dict[str, Any]) -> None:
             console.print(f"  [bold]This judge is useless here: {checked['reason']}[/] Its verdicts are not shown.")
     for method, results in found["methods"].items():
         table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1), title=method, title_justify="left")
-        for heading in ("eps_b", f"tokens/step\nof {found['ceiling']}", "speed-up", "win rate", "win rate,\nmatched"):
+        for heading in ("eps_b", f"tokens\nof {found['ceiling']}", "speed-up", "win rate", "win rate,\nmatched"):
             table.add_column(heading, justify="right", no_wrap=True)
         table.add_column("base's\ntemp.", justify="right")
-        table.add_column("pairs", justify="right")
         for point in results["points"]:
             table.add_row(*_cells(point))
         console.print(table)
@@ -279,8 +278,8 @@ def _show(found: dict[str, Any]) -> None:
                     f"{method}, same-quality speed-up, {against}: {', '.join(said)} of at most {found['ceiling']}{note}"
                 )
     console.print(
-        f"Baseline: {found['baseline']}. Win rate: wins over losses, ties shared; matched: against the base at the "
-        "temperature at which it is as diverse. pairs: different token pairs in all completions of a prompt.",
+        f"tokens: per step. Baseline: {found['baseline']}. Win rate: wins over losses, ties shared; matched: against the "
+        "base at the temperature at which it is as diverse.",
         style="dim",
     )
 
@@ -295,7 +294,6 @@ def _cells(point: dict[str, Any]) -> list[str]:
         f"{plain['win_rate']:.2f} {_range(plain['interval'], '.2f')}" if plain else "",
         f"{matched['win_rate']:.2f} {_range(matched['interval'], '.2f')}" if matched else "",
         f"{matched['temperature']:.2f}" if matched else "",
-        f"{point['diversity']['pooled_distinct_2']:.2f}",
     ]
 
 
