@@ -33,7 +33,7 @@ def ask(capfd, folder, tmp_path):
     return asked
 
 
-def test_without_a_judge_there_are_speeds_and_a_second_run_writes_nothing_new(ask, tmp_path):
+def test_without_a_judge_there_are_speeds_and_a_second_run_writes_nothing_new(ask, capfd, tmp_path):
     said = ask().out
     assert "No judge was named" in said and "mask+Otsu+blur" in said
     found = json.loads((tmp_path / "out" / "completion-mine.json").read_text())
@@ -44,9 +44,11 @@ def test_without_a_judge_there_are_speeds_and_a_second_run_writes_nothing_new(as
     again = json.loads(ask("--json").out)
     assert (tmp_path / "out" / "completion-mine.texts.jsonl").read_bytes() == texts
     assert again["methods"] == found["methods"]
+    Run(capfd)("report", tmp_path / "out")
+    assert "No judge was asked" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_a_judge_that_answers_garbage_is_reported_as_useless(ask, serve, monkeypatch, tmp_path):  # noqa: F811
+def test_a_judge_that_answers_garbage_is_reported_as_useless(ask, serve, monkeypatch, capfd, tmp_path):  # noqa: F811
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     server = serve(lambda body: "I would rather not say.")
     said = ask("--endpoint", server.url, "--judge-model", "tiny", "--price-in", "1", "--price-out", "2")
@@ -56,6 +58,8 @@ def test_a_judge_that_answers_garbage_is_reported_as_useless(ask, serve, monkeyp
     assert found["judge"]["sanity"]["useful"] is False
     assert found["methods"]["mask+Otsu+blur"]["points"][0]["plain"] is None
     assert "sk-secret" not in json.dumps(found)
+    Run(capfd)("report", tmp_path / "out")
+    assert "This judge is useless here" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_judge_without_quota_ends_in_one_sentence_and_keeps_the_texts(ask, serve, monkeypatch, tmp_path):  # noqa: F811

@@ -510,3 +510,17 @@ def test_the_results_of_another_model_are_not_explained_with_this_one(story, ful
     with pytest.raises(InputError, match="is not the model that was measured"):
         report.look_closer(full, *story, "story", command=["report"], prompt=None)
     assert not (full / "heatmap.json").exists()
+
+
+def test_a_run_without_a_judge_is_shown_without_win_rates(story, tmp_path):
+    write_results(tmp_path, *story, kinds={"completion"})
+    file = tmp_path / "completion.json"
+    entry = json.loads(file.read_text())
+    entry["judge"] = None
+    for method in entry["methods"].values():
+        method["same_quality"] = None
+        for point in method["points"]:
+            point["plain"] = point["matched"] = None
+    file.write_text(json.dumps(entry))
+    page = report.markdown(report.assemble(tmp_path))
+    assert "No judge was asked" in page and "useless" not in page and "win rate, matched" not in page

@@ -105,6 +105,8 @@ def describe(completions: Completions) -> dict[str, Any]:
         arm.name: {
             "diversity": measure([[(text.tokens, text.text) for text in row] for row in completions.texts[arm.name]])
             | {"mauve": None},
+            "log_likelihood_per_byte": None,
+            "score": None,
             "mean_tokens": float(completions.total(arm.name, lambda text: len(text.tokens)).mean() / completions.seeds),
         }
         for arm in completions.arms

@@ -228,10 +228,11 @@ def _facts(model: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _lead(entry: dict[str, Any], quoted: bool) -> list[str]:
-    said = [
-        f"At most {entry['ceiling']} tokens per step. Baseline: {entry['baseline']}.",
-        f"Judge: {entry['judge']['name']}.",
-    ]
+    said = [f"At most {entry['ceiling']} tokens per step. Baseline: {entry['baseline']}."]
+    bench = (entry.get("settings") or {}).get("bench", "paper")
+    counted = f"{len(entry['prompts'])} prompts x {entry['seeds']}"
+    judge = f"Judge: {entry['judge']['name']}." if entry.get("judge") else "No judge."
+    said.append(f'{judge} Benchmark: "{bench}", {counted}.')
     return [report_completion.WHY_MATCHED, *said] if quoted else said
 
 

@@ -39,8 +39,8 @@ HIDDEN = "Without a useful judge there is no win rate, and so no speed-up at the
 
 
 def useful(record: Record) -> bool:
-    """Whether the judge passed its own check."""
-    return bool(record["judge"]["sanity"]["useful"])
+    """Whether there was a judge and it passed its own check."""
+    return bool(record["judge"] and record["judge"]["sanity"]["useful"])
 
 
 def headlines(record: Record) -> list[Headline]:
@@ -74,9 +74,9 @@ def headlines(record: Record) -> list[Headline]:
 
 def banners(record: Record) -> list[Banner]:
     """What a reader must see before any number."""
-    if useful(record):
-        return []
     judge = record["judge"]
+    if judge is None or useful(record):
+        return []
     text = f"The judge {judge['name']} failed its own check: {_sentence(judge['sanity'].get('reason') or 'no reason given')}"
     return [Banner("This judge is useless here", f"{text} {HIDDEN}")]
 
@@ -87,7 +87,10 @@ def source(record: Record, *, short: bool = False) -> Source:
     facts.append(("ceiling", f"{record['ceiling']} tokens per step"))
     if not short:
         facts.append(("prompts x seeds", f"{len(record['prompts'])} x {record['seeds']}"))
-        facts += [("new tokens", f"at most {record['max_new_tokens']}"), ("judge", record["judge"]["name"])]
+        facts += [
+            ("new tokens", f"at most {record['max_new_tokens']}"),
+            ("judge", record["judge"]["name"] if record["judge"] else "none"),
+        ]
     return Source(record["command"], facts)
 
 
@@ -187,6 +190,8 @@ def _same_quality_table(record: Record) -> Table:
 
 def _judge(record: Record) -> list[Any]:
     judge = record["judge"]
+    if judge is None:
+        return [Prose("No judge was asked: speeds and diversity only. Name one with --reference or --endpoint.")]
     sanity, rows = judge["sanity"], []
     for key, name in (("shuffled", "base against its own words shuffled"), ("same", "base against the base, another seed")):
         check = sanity.get(key)
@@ -303,11 +308,14 @@ def _diversity(record: Record, prefix: str) -> list[Any]:
     def at(entry: Record, label: str = "") -> figures.Point:
         return figures.Point(entry["diversity"]["pooled_distinct_2"], entry["log_likelihood_per_byte"], label=label)
 
-    usable = [rung for rung in ladder if (rung.get("diversity") or {}).get("pooled_distinct_2") is not None]
-    clouds = [
-        (method, [at(p) for p in entry["points"] if (p.get("diversity") or {}).get("pooled_distinct_2") is not None])
-        for method, entry in record["methods"].items()
-    ]
+    def placed(entry: Record) -> bool:
+        diversity = (entry.get("diversity") or {}).get("pooled_distinct_2")
+        return diversity is not None and entry.get("log_likelihood_per_byte") is not None
+
+    usable = [rung for rung in ladder if placed(rung)]
+    if not usable:
+        return [table]
+    clouds = [(method, [at(p) for p in entry["points"] if placed(p)]) for method, entry in record["methods"].items()]
     picture = Figure(
         f"{prefix}frontier",
         "Likelihood against diversity",
