@@ -29,6 +29,10 @@ from dynamo_lm.commands.train import train
 from dynamo_lm.errors import InputError
 
 WRONG, INTERRUPTED, READER_GONE = 2, 130, 141  # exit statuses, as shells know them
+EXTRAS = {  # packages that only some verbs need: which extra brings them
+    "eval": ("lm_eval", "accelerate", "datasets", "matplotlib", "jinja2", "openai", "mauve", "faiss", "sacrebleu"),
+    "train": ("tensorboard", "pyarrow"),
+}
 
 app = typer.Typer(
     name="dynamo-lm",
@@ -66,6 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status if isinstance(status, int) else 0
     except InputError as error:
         return _complain(str(error))
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if missing in packages), None)
+        if extra is None:
+            raise
+        return _complain(f'This needs the package {missing}; install it with: pip install "dynamo-lm[{extra}]"')
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):  # so that the interpreter's last flush finds a reader
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,7 @@
 """`dynamo-lm eval completion` as a user runs it: results, judges that fail, resuming, and bad input."""
 
 import json
+import sys
 
 import pytest
 from commandline import Run, byte_tokenizer, neox
@@ -99,3 +100,9 @@ def test_results_of_another_model_are_not_mixed_in(ask, folder, capfd, tmp_path)
     run = Run(capfd)
     run("eval", "completion", other, "--bench", folder / "mine.txt", "--out", tmp_path / "out", *FEW, status=2)
     assert "another model" in run.err
+
+
+def test_a_package_that_is_not_installed_is_named_with_the_extra_that_brings_it(ask, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)  # what Python does where it is missing
+    run = ask(status=2)
+    assert 'pip install "dynamo-lm[eval]"' in run.err

@@ -111,6 +111,8 @@ def completion(
 
     `dynamo-lm eval completion story --reference gpt2-large --out results/story`
     """
+    import sacrebleu  # noqa: F401  # needed behind the long part: better missed now
+
     from dynamo_lm.commands.opening import open_for_evaluation, print_json
     from dynamo_lm.commands.progress import counting
     from dynamo_lm.evaluation import prompts as benches
