@@ -29,13 +29,17 @@ class RowCache(Cache):
         super().__init__(layers=[_RowLayer(self) for _ in range(num_layers)])
         self.lengths = torch.zeros(rows, dtype=torch.long)
         self.end = 0  # slots in use after the write in progress
-        self.starts = [0] * rows  # where it begins, by row
+        self.start: int | None = 0  # where it begins, if in all rows at the same slot; else
+        self.places: tuple[Tensor, Tensor] | None = None  # row (rows, 1) and slot (rows, new) of every token written
 
     def begin(self, new: int) -> Tensor:
         """Announces a forward of `new` tokens a row and returns their positions, (rows, new) int64."""
-        self.starts = self.lengths.tolist()
-        self.end = max(self.starts) + new
-        return self.lengths[:, None] + torch.arange(new)
+        starts = self.lengths.tolist()
+        self.end = max(starts) + new
+        positions = self.lengths[:, None] + torch.arange(new)
+        self.start = starts[0] if min(starts) == max(starts) else None
+        self.places = (torch.arange(len(starts))[:, None], positions) if self.start is None else None
+        return positions
 
     def keep(self, counts: Tensor) -> None:
         """Ends a forward: of the tokens just written, row r keeps the first `counts[r]`. counts: (rows,) int64."""
@@ -93,12 +97,11 @@ def _write(buffer: Tensor, new: Tensor, cache: RowCache) -> Tensor:
         grown = buffer.new_zeros((*buffer.shape[:2], max(2 * buffer.shape[2], cache.end + GROWTH), buffer.shape[3]))
         grown[:, :, : buffer.shape[2]] = buffer
         buffer = grown
-    starts, width = cache.starts, new.shape[2]
-    if len(starts) == 1 or all(start == starts[0] for start in starts):
-        buffer[:, :, starts[0] : starts[0] + width] = new
+    if cache.start is not None:
+        buffer[:, :, cache.start : cache.start + new.shape[2]] = new
     else:
-        for row, start in enumerate(starts):
-            buffer[row, :, start : start + width] = new[row]
+        rows, slots = cache.places  # type: ignore[misc]
+        buffer[rows, :, slots] = new.transpose(1, 2)  # (rows, new, heads, width): one write for rows of any lengths
     return buffer
 
 

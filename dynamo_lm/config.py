@@ -25,6 +25,9 @@ class DynaMoConfig(PreTrainedConfig):
         init: "random" (the paper's choice) or "copy" of the base's last layer.
         own_output_embedding: whether each extra head has an output embedding of its own, copied from the base's.
         adapter_rank: rank of a low-rank adapter on a shared last layer, in place of a new layer; 0 for none.
+        residual_block: whether each extra head passes its final state through x + SiLU(W x + b) before its own output
+            embedding; with `MEDUSA`'s other settings, the heads of Medusa (arXiv 2401.10774).
+        coupling_rank: rank of the learned coupling between heads, see `dynamo_lm.coupling`; 0 for none.
         weights: what a saved folder holds, "full" or "heads".
         base_name_or_path: where the base of a heads-only folder comes from.
         base_fingerprint: identity of that base, see `dynamo_lm.model.fingerprint`.
@@ -44,6 +47,8 @@ class DynaMoConfig(PreTrainedConfig):
         init: str = "random",
         own_output_embedding: bool = False,
         adapter_rank: int = 0,
+        residual_block: bool = False,
+        coupling_rank: int = 0,
         weights: str = "full",
         base_name_or_path: str | None = None,
         base_fingerprint: str | None = None,
@@ -60,6 +65,8 @@ class DynaMoConfig(PreTrainedConfig):
         self.init = init
         self.own_output_embedding = own_output_embedding
         self.adapter_rank = adapter_rank
+        self.residual_block = residual_block
+        self.coupling_rank = coupling_rank
         self.weights = weights
         self.base_name_or_path = base_name_or_path
         self.base_fingerprint = base_fingerprint
@@ -81,6 +88,12 @@ class DynaMoConfig(PreTrainedConfig):
             raise InputError("adapter_rank must be 0 or positive, and goes with layers_per_head=1.")
         if self.num_heads > 1 and self.layers_per_head == 0 and not self.own_output_embedding:
             raise InputError("A head with no layer needs own_output_embedding=True, or it would repeat head 1.")
+        if self.residual_block and not self.own_output_embedding:
+            raise InputError("residual_block goes with own_output_embedding=True, whose states it prepares.")
+        if not isinstance(self.coupling_rank, int) or self.coupling_rank < 0:
+            raise InputError(f"coupling_rank is {self.coupling_rank}; give a positive number, or 0 for no coupling.")
+        if self.coupling_rank and self.num_heads == 1:
+            raise InputError("coupling_rank joins heads, so it needs num_heads of 2 or more.")
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The base's text configuration: what generation asks for vocabulary size, layers and window."""
@@ -96,6 +109,11 @@ class DynaMoConfig(PreTrainedConfig):
     def max_context(self) -> int | None:
         """Longest sequence in tokens that the base has positions for, or None where it states none."""
         return getattr(self.get_text_config(), "max_position_embeddings", None)
+
+
+# Heads of the Medusa kind: no decoder layer, no cache entry; a residual block on the last layer's normed state and an output
+# embedding copied from the base's. With a frozen base they are Medusa-1.
+MEDUSA: dict[str, Any] = {"layers_per_head": 0, "feed": "last", "own_output_embedding": True, "residual_block": True}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import os
 import zlib
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from dynamo_lm.errors import InputError
+from dynamo_lm.lookup import Lookup
 
 MAX_ORDER = 4
 MAX_VOCAB = 2**20  # leaves 2^43 rows per level before `parent * vocab_size + token` outgrows 63 bits
@@ -50,6 +52,11 @@ class Cooccurrence:
         logs = [(count.double() / max(total, 1)).log() for count, total in zip(self.counts, self.totals, strict=True)]
         on_device = tuple(log.float().to(keys.device) for log, keys in zip(logs, self.keys, strict=True))
         object.__setattr__(self, "log_frequencies", on_device)
+
+    @cached_property
+    def lookup(self) -> Lookup:
+        """The table as arrays on the CPU, for the sampler; made when it is first asked for."""
+        return Lookup(self)
 
     @property
     def order(self) -> int:

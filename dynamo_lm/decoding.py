@@ -6,6 +6,7 @@ In: a model, prompts as token ids, and how to choose. Out: tokens and statistics
 * `verify="strict"`: the base's own next token, certain, and a draft of the following ones from the masked joint. The next
   forward, which absorbs them, also yields the base's distribution behind each: drafts that pass the exact rejection rule
   stay, the rest is forgotten by not counting it in the cache.
+* `verify=B`: the same, but a draft that fails stays while the log-likelihood lost so far is at most B nats per token.
 * one head (`num_heads=1`): the base model, one token a step, by the same code.
 
 Knows nothing about text; rows of a batch have their own lengths and do not see each other.
@@ -13,17 +14,20 @@ Knows nothing about text; rows of a batch have their own lengths and do not see 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dynamo_lm.cache import RowCache, attention_mask
 from dynamo_lm.errors import InputError
+from dynamo_lm.joint import Heads, Link
 from dynamo_lm.model import DynaMoForCausalLM, decoder_layers
-from dynamo_lm.sampling import Algorithm1, check, draft, draw
+from dynamo_lm.sampling import Algorithm1, check, draft_from, draw_from
 from dynamo_lm.verification import Proposal, accept_greedy, accept_sampled
 
 Warp = Callable[[int, Tensor, Tensor], Tensor]  # row, tokens so far (t,), logits (vocabulary,) -> logits to sample from
@@ -36,7 +40,7 @@ class DecodingOptions:
 
     max_new_tokens: int
     num_heads: int  # heads used, 1..n: the ceiling on tokens per step
-    verify: str = "strict"  # or "off"
+    verify: str | float = "strict"  # or "off", or a budget in nats per token, of which 0 is "strict"
     sample: bool = False  # else the most likely: of the base under "strict", of the joint under "off"
     algorithm: Algorithm1 = field(default_factory=Algorithm1)  # under "off"; its alpha_c and top_k shape drafts, too
     draft_temperature: float = 1.0  # under "strict" with sampling: near the temperature that the base samples at
@@ -45,10 +49,25 @@ class DecodingOptions:
     stops: tuple[Stop, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.verify not in ("strict", "off"):
-            raise InputError(f'verify is "{self.verify}"; give "strict" (exact) or "off" (the paper\'s Algorithm 1).')
+        check_verify(self.verify)
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; give 1 or more.")
+
+    @property
+    def budget(self) -> float:
+        """Nats per token that drafts may cost."""
+        return 0.0 if isinstance(self.verify, str) else float(self.verify)
+
+
+def check_verify(verify: str | float) -> None:
+    """Refuses what is no place on the dial. Raises InputError."""
+    if verify in ("strict", "off"):
+        return
+    if isinstance(verify, (str, bool)) or not 0 <= verify < math.inf:
+        raise InputError(
+            f'verify is "{verify}"; give "strict" (exact), "off" (the paper\'s Algorithm 1) or a budget in nats per token, '
+            "such as 0.1 (0 = exact)."
+        )
 
 
 @dataclass
@@ -67,8 +86,8 @@ class Statistics:
     accepted: list[int] = field(default_factory=list)  # of those, kept
     log_likelihood: float = 0.0  # of the emitted tokens that were scored
     scored: int = 0  # emitted tokens whose base distribution was seen; the last step's drafts never are
-    regret: float = 0.0  # of unverified tokens: log p(the base's first choice) - log p(the token), summed
-    unverified: int = 0  # scored tokens that were emitted without verification
+    regret: float = 0.0  # what unverified tokens cost: log p(the base's choice) - log p(the token), summed
+    unverified: int = 0  # scored tokens that were emitted without verification, or in spite of it (on a budget)
     seconds: float = 0.0  # from the first forward to this row's end; shared by the rows of a batch
 
     @property
@@ -92,8 +111,8 @@ class Statistics:
 
     @property
     def mean_regret(self) -> float:
-        """Nats per unverified token."""
-        return self.regret / self.unverified if self.unverified else 0.0
+        """Nats per scored token: what a budget bounds."""
+        return self.regret / self.scored if self.scored else 0.0
 
 
 @dataclass
@@ -107,6 +126,7 @@ class Row:
     statistics: Statistics
     pending: list[int]  # what the next forward absorbs: the prompt, then last step's tokens
     proposals: list[Proposal] = field(default_factory=list)  # the distributions pending[1:] were drafted from
+    present: np.ndarray | None = None  # under "off", (vocabulary,) bool: the tokens that are there already
     finished: bool = False
 
     @property
@@ -137,7 +157,8 @@ def decode(
         InputError: an empty prompt, a prompt longer than the context, options that do not fit the model.
     """
     context = _check(model, prompts, options)
-    n, strict = options.num_heads, options.verify == "strict"
+    model = model.for_decoding()
+    n, off, algorithm = options.num_heads, options.verify == "off", options.algorithm
     base_config, device = model.base.config, model.device
     rows = [
         Row(
@@ -147,6 +168,7 @@ def decode(
             torch.Generator().manual_seed(seed),
             Statistics(n, proposed=[0] * (n - 1), accepted=[0] * (n - 1)),
             pending=list(prompt),
+            present=_present(prompt, model.config.vocab_size) if off else None,
         )
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
@@ -175,71 +197,79 @@ def decode(
             logits = model.readout(hidden[0, index, ends][:, None]).float().cpu()  # (rows, 1, vocabulary)
         else:
             logits = model.readout(hidden[0]).float().cpu()  # (rows, width, vocabulary)
-        log_p = logits.log_softmax(-1)
+        scores = Scores(logits)
 
         # 2. Judge: how many of the absorbed tokens stay, and the base's next token behind them.
         emitted: list[list[int]] = []
+        costs: list[list[float]] = []  # of the emitted tokens, where they were verified
         last: list[int] = []  # index in `logits` of the last position that stays
         for r, row in enumerate(running):
             row.statistics.forwards += 1
-            kept = 0 if first else len(row.pending) - 1
-            if strict:
-                warped = _warp(row, logits[r], options) if options.warps else logits[r]
-                drafts = [] if first else row.pending[1:]
-                if options.sample:
-                    kept, token = accept_sampled(warped, drafts, row.proposals, row.generator)
-                else:
-                    kept, token = accept_greedy(warped, drafts)
-                for position in range(len(drafts)):
-                    row.statistics.proposed[position] += position <= kept  # after a refusal nothing is looked at
-                    row.statistics.accepted[position] += position < kept
-                emitted.append([*drafts[:kept], token])
-            elif not first:
-                _score(row.statistics, log_p[r], row.pending[1:], verified=False)
+            drafts = [] if first else row.pending[1:]
+            if off:
+                scores.add(row.statistics, r, drafts)
+                last.append(len(drafts))
+                continue
+            warped = _warp(row, logits[r], options) if options.warps else logits[r]
+            allowance = _allowance(row, options, len(drafts))
+            if options.sample:
+                kept, token, spent = accept_sampled(warped, drafts, row.proposals, row.generator, allowance)
+            else:
+                kept, token, spent = accept_greedy(warped, drafts, allowance)
+            for position in range(len(drafts)):
+                row.statistics.proposed[position] += position <= kept  # after a refusal nothing is looked at
+                row.statistics.accepted[position] += position < kept
+            emitted.append([*drafts[:kept], token])
+            costs.append([*spent, 0.0])
             last.append(kept)
         counts = [len(row.pending) if first else at + 1 for row, at in zip(running, last, strict=True)]
         cache.keep(torch.tensor(counts))
 
         # 3. Choose: from all heads at that position, a draft of the tokens behind the certain one, or m tokens at once.
         at = ends if first else torch.tensor(last, device=device)
-        ahead = _read_heads(model, hidden[1:, index, at])  # (n-1, rows, vocabulary)
+        states = hidden[1:, index, at]  # (n-1, rows, hidden)
+        ahead = _read_heads(model, states)  # (n-1, rows, vocabulary)
+        if off:  # rows that may still emit fewer than n tokens use fewer heads
+            candidates = torch.cat([logits[index.cpu(), torch.tensor(last)][None], ahead])  # (n, rows, vocabulary)
+            tops = Heads.top(candidates.transpose(0, 1).flatten(0, 1), algorithm.top_k, algorithm.temperature)
+        elif n > 1:
+            tops = Heads.top(ahead.transpose(0, 1).flatten(0, 1), algorithm.top_k, options.draft_temperature)
         for r, row in enumerate(running):
-            if strict:
+            link = _link(model, states[:, r]) if n > 1 and model.coupling is not None else None
+            if off:
+                room = max(1, min(n, _left(row, options), context - int(cache.lengths[r])))
+                heads = tops.of(r * n, r * n + room)
+                if link is not None and room > 1:
+                    heads = heads.coupled(link, algorithm.temperature)
+                assert row.present is not None
+                drawn = draw_from(
+                    heads, row.present, model.cooccurrence, algorithm, row.generator, greedy=not options.sample
+                )
+                row.pending = list(drawn.tokens)
+                scores.add(row.statistics, r, drawn.tokens[:1], behind=last[r])
+                emitted.append(row.pending)
+            else:
                 room = min(n, min(context - len(row.tokens), _left(row, options)) - len(emitted[r])) - 1
                 row.pending, row.proposals = [emitted[r][-1]], []
                 if room > 0:
-                    drafted = draft(
-                        ahead[:room, r],
+                    drafted = draft_from(
+                        tops.of(r * (n - 1), r * (n - 1) + room),
                         emitted[r][-1],
                         model.cooccurrence,
-                        alpha_c=options.algorithm.alpha_c,
-                        top_k=options.algorithm.top_k,
+                        alpha_c=algorithm.alpha_c,
                         temperature=options.draft_temperature,
                         generator=row.generator,
                         greedy=not options.sample,
+                        link=link,
                     )
                     row.pending += drafted.tokens
                     row.proposals = drafted.proposals
-            else:
-                room = max(1, min(n, _left(row, options), context - int(cache.lengths[r])))
-                heads = torch.cat([logits[r, last[r]][None], ahead[: room - 1, r]])  # (room, vocabulary)
-                drawn = draw(
-                    heads,
-                    torch.tensor(row.tokens),
-                    model.cooccurrence,
-                    options.algorithm,
-                    row.generator,
-                    greedy=not options.sample,
-                )
-                row.pending = list(drawn.tokens)
-                _score(row.statistics, log_p[r, last[r]][None], drawn.tokens[:1], verified=False)
-                emitted.append(row.pending)
 
         # 4. Emit, as far as no stop rule cuts it short.
         for r, (row, new) in enumerate(zip(running, emitted, strict=True)):
             count = _emit(row, new, options, context)
-            if strict:
-                _score(row.statistics, log_p[r], new[:count], verified=True)
+            if not off:
+                scores.add(row.statistics, r, new[:count], costs=costs[r][:count])
             row.statistics.step_sizes.append(count)
             row.statistics.new_tokens += count
             row.statistics.seconds = time.perf_counter() - began
@@ -251,6 +281,36 @@ def decode(
             running = [running[r] for r in going]
             cache.select(torch.tensor(going, dtype=torch.long))
     return rows
+
+
+class Scores:
+    """What the base says of tokens, from its logits behind each absorbed one."""
+
+    def __init__(self, logits: Tensor):
+        """logits: (rows, width, vocabulary) float32 on the CPU."""
+        self.logits, self.normaliser = logits.numpy(), logits.logsumexp(-1).numpy()
+
+    def add(
+        self,
+        statistics: Statistics,
+        row: int,
+        tokens: Sequence[int],
+        *,
+        behind: int = 0,
+        costs: Sequence[float] | None = None,
+    ) -> None:
+        """Adds the log-likelihood and the regret of tokens[i] behind absorbed token `behind` + i of a row.
+
+        `costs` are the regrets of tokens that were verified; without them nobody looked, and the regret is against the
+        base's first choice.
+        """
+        for i, token in enumerate(tokens):
+            line = self.logits[row, behind + i]
+            statistics.log_likelihood += float(line[token] - self.normaliser[row, behind + i])
+            statistics.scored += 1
+            regret = float(line.max() - line[token]) if costs is None else costs[i]
+            statistics.regret += regret
+            statistics.unverified += costs is None or regret > 0
 
 
 def _check(model: DynaMoForCausalLM, prompts: Sequence[Sequence[int]], options: DecodingOptions) -> int:
@@ -302,21 +362,38 @@ def _warp(row: Row, logits: Tensor, options: DecodingOptions) -> Tensor:
     return torch.stack(result)
 
 
-def _score(statistics: Statistics, log_p: Tensor, tokens: Sequence[int], *, verified: bool) -> None:
-    """Adds tokens[i] under log_p[i], (width, vocabulary), to the log-likelihood, and its regret if nobody checked it."""
-    for line, token in zip(log_p, tokens, strict=False):
-        likelihood = line[token].item()
-        statistics.log_likelihood += likelihood
-        statistics.scored += 1
-        if not verified:
-            statistics.regret += line.max().item() - likelihood
-            statistics.unverified += 1
+def _allowance(row: Row, options: DecodingOptions, drafts: int) -> list[float]:
+    """What the drafts up to each may cost, in nats: the budget of all tokens so far, less what is spent. Empty if exact."""
+    if options.budget == 0:
+        return []
+    emitted = row.statistics.new_tokens
+    return [options.budget * (emitted + position) - row.statistics.regret for position in range(1, drafts + 1)]
+
+
+def _link(model: DynaMoForCausalLM, states: Tensor) -> Link:
+    """The learned coupling at one row's position; states: final hidden states of heads 2.., (heads, hidden)."""
+
+    def bonus(head: int, previous: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        before, here = (torch.from_numpy(ids).to(states.device) for ids in (previous, candidates))
+        assert model.coupling is not None
+        added = model.coupling.bonus(head, states[head - 2], before, here, model.output_weight(head))
+        return added.double().cpu().numpy()
+
+    return bonus
+
+
+def _present(tokens: Sequence[int], vocab_size: int) -> np.ndarray:
+    present = np.zeros(vocab_size, bool)
+    present[list(tokens)] = True
+    return present
 
 
 def _emit(row: Row, new: Sequence[int], options: DecodingOptions, context: int) -> int:
     """Appends tokens to the row until one ends it; returns how many."""
     for count, token in enumerate(new, start=1):
         row.tokens.append(token)
+        if row.present is not None:
+            row.present[token] = True
         ended = token in options.end_tokens or _left(row, options) <= 0 or len(row.tokens) >= context
         if ended or (options.stops and any(stop(torch.tensor(row.tokens)) for stop in options.stops)):
             row.finished = True

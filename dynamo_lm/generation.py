@@ -69,7 +69,7 @@ def generate(
     *,
     streamer: Any = None,
     tokenizer: Any = None,
-    verify: str | None = None,
+    verify: str | float | None = None,
     num_heads: int | None = None,
     eps_b: float | None = None,
     alpha_c: float | None = None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +22,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from dynamo_lm.config import DynaMoConfig
 from dynamo_lm.cooccurrence import Cooccurrence
+from dynamo_lm.coupling import Coupling
 from dynamo_lm.errors import InputError
+from dynamo_lm.few_rows import few_rows
 
 
 class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
@@ -34,6 +36,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
     Attributes:
         base: the Hugging Face causal language model, untouched.
         heads: the extra heads, `heads[0]` is head 2.
+        coupling: the learned coupling of the heads (`dynamo_lm.coupling`), or None.
         cooccurrence: n-gram tables for the mask (method.md section 3), or None.
     """
 
@@ -57,6 +60,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         self.heads = nn.ModuleList(
             TokenHead(config, self.base, self.last_layer, index) for index in range(config.num_heads - 1)
         )
+        rank = config.coupling_rank
+        self.coupling = Coupling(config.num_heads, rank, self.output_weight()) if rank else None
         self.cooccurrence: Cooccurrence | None = None
         self.generation_config = copy.deepcopy(self.base.generation_config)
         self.generation_config._from_model_config = False  # else transformers drops settings of our own, like eps_b
@@ -108,16 +113,21 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.base.set_output_embeddings(new_embeddings)
 
+    def output_weight(self, head: int = 1) -> Tensor:
+        """The output embedding that head 1..n reads its logits with, (vocabulary, hidden)."""
+        own = head > 1 and self.config.own_output_embedding
+        output: Any = self.heads[head - 2].output if own else self.base.get_output_embeddings()
+        return output.weight
+
     def freeze_base(self) -> DynaMoForCausalLM:
         """Stops all gradients into the base (variant "-H", method.md section 7) and returns self."""
         self.base.requires_grad_(False)
         return self
 
     def overhead(self) -> float:
-        """Parameters of the extra heads over the base's (method.md section 1, table)."""
-        shared = {id(p) for p in self.base.parameters()}
-        extra = sum(p.numel() for p in self.heads.parameters() if id(p) not in shared)
-        return extra / sum(p.numel() for p in self.base.parameters())
+        """Parameters of the extra heads and their coupling over the base's (method.md section 1, table)."""
+        base = {id(p): p.numel() for p in self.base.parameters()}
+        return sum(p.numel() for p in self.parameters() if id(p) not in base) / sum(base.values())
 
     # ------------------------------------------------------------------ forward
 
@@ -182,12 +192,10 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         # whatever soft-cap or scale the architecture applies.
         twin = copy.copy(self.base)
         parts: dict[str, Any] = {**self.base._modules, self.base.base_model_prefix: PassThrough()}
-        output = self.base.get_output_embeddings()
-        name = next(name for name, module in self.base._modules.items() if module is output)
         if head > 1 and self.config.own_output_embedding:
-            output = self.heads[head - 2].output
-        rows = hidden.shape[0] * hidden.shape[1]
-        parts[name] = FewRows(output) if 1 < rows <= 8 and plain_on_cpu(output) else output
+            output, own = self.base.get_output_embeddings(), cast(Any, self.heads[head - 2])
+            name = next(name for name, module in self.base._modules.items() if module is output)
+            parts[name], hidden = own.output, own.block(hidden)
         twin._modules = parts
         return twin(inputs_embeds=hidden, use_cache=False).logits
 
@@ -203,7 +211,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         tokenizer, streamer, processors, do_sample, temperature, top_k, ...), and:
 
         Args:
-            verify: "strict" (default: exactly the base model, token for token or in distribution) or "off" (Algorithm 1).
+            verify: "strict" (default: exactly the base model, token for token or in distribution), "off" (Algorithm 1), or a
+                budget: the nats per token that the base model's log-likelihood may lose, 0 being "strict".
             num_heads: heads to use, the ceiling on tokens per step; all by default, 1 is the base model.
             eps_b, alpha_c, otsu, blur: Algorithm 1's switches; see `dynamo_lm.sampling.Algorithm1`. Under "off" top_k,
                 temperature and repetition_penalty default to the paper's 50, 0.7 and 1.1; do_sample=False takes the most
@@ -221,6 +230,12 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
 
         return generate(self, inputs, *args, **kwargs)
 
+    def for_decoding(self) -> DynaMoForCausalLM:
+        """The same model over the same tensors, arranged for steps of a few tokens; see `dynamo_lm.few_rows`."""
+        twin = few_rows(self)
+        twin._last_layer = (decoder_layers(twin.base)[-1],)
+        return twin
+
     # ------------------------------------------------------------------ construction and files
 
     @classmethod
@@ -234,6 +249,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         init: str = "random",
         own_output_embedding: bool = False,
         adapter_rank: int = 0,
+        residual_block: bool = False,
+        coupling_rank: int = 0,
         **kwargs: Any,
     ) -> DynaMoForCausalLM:
         """Adds heads 2..num_heads to a causal language model (method.md sections 1 and 7).
@@ -241,7 +258,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             base: a hub id, a local folder, or a loaded transformers model.
             num_heads: n, head 1 included.
-            layers_per_head, feed, init, own_output_embedding, adapter_rank: see `DynaMoConfig`.
+            layers_per_head, feed, init, own_output_embedding, adapter_rank, residual_block, coupling_rank: see
+                `DynaMoConfig`; `**dynamo_lm.config.MEDUSA` gives heads of the Medusa kind.
             **kwargs: handed to `AutoModelForCausalLM.from_pretrained` when `base` is a name (dtype, revision, ...).
 
         Raises:
@@ -258,6 +276,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
             init=init,
             own_output_embedding=own_output_embedding,
             adapter_rank=adapter_rank,
+            residual_block=residual_block,
+            coupling_rank=coupling_rank,
             base_name_or_path=name,
             base_fingerprint=fingerprint(loaded),
             dtype=loaded.dtype,
@@ -313,6 +333,7 @@ class TokenHead(nn.Module):
         self.layers = nn.ModuleList(layers)
         if config.own_output_embedding:
             self.output = copy.deepcopy(base.get_output_embeddings()).requires_grad_(True)
+        self.block = ResidualBlock(base.get_output_embeddings().weight) if config.residual_block else nn.Identity()
 
     def forward(self, state: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """(batch, length, hidden) -> the same; args and kwargs are what the base passed to its last layer."""
@@ -320,6 +341,22 @@ class TokenHead(nn.Module):
             output = layer(state, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"})
             state = output[0] if isinstance(output, tuple) else output
         return state
+
+
+class ResidualBlock(nn.Module):
+    """x + SiLU(W x + b), the identity at the start; acts on a head's final (normed) state in `readout`.
+
+    Source: Medusa, arXiv 2401.10774, section 2.1.1.
+    """
+
+    def __init__(self, output_weight: Tensor):
+        super().__init__()
+        size, like = output_weight.shape[1], {"dtype": output_weight.dtype, "device": output_weight.device}
+        self.weight = nn.Parameter(torch.zeros(size, size, **like))  # type: ignore[call-overload]
+        self.bias = nn.Parameter(torch.zeros(size, **like))  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.silu(nn.functional.linear(x, self.weight, self.bias))
 
 
 class _LowRank(nn.Module):
@@ -380,28 +417,6 @@ class PassThrough(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         return self  # OPT calls model.decoder
-
-
-class FewRows(nn.Module):
-    """A bias-free linear layer for a few rows in float32 on a CPU, where weight @ x^T takes a third of the time of
-    x @ weight^T once the weight does not fit the cache (LOG.md)."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight = linear.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
-
-
-def plain_on_cpu(output: nn.Module | None) -> bool:
-    return (
-        type(output) is nn.Linear
-        and output.bias is None
-        and output.weight.device.type == "cpu"
-        and output.weight.dtype == torch.float32
-        and not torch.is_grad_enabled()
-    )
 
 
 class _OnlyHidden(BaseModelOutputWithPast):

@@ -5,7 +5,6 @@ float64. The grid is built only when most of it would be touched anyway.
 """
 
 from functools import lru_cache
-from itertools import product
 
 import numpy as np
 
@@ -73,26 +72,36 @@ def blurred_grid(grid: np.ndarray) -> np.ndarray:
 
 
 def blurred_entries(cells: np.ndarray, values: np.ndarray, k: int, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """`blurred_grid` for few entries: the cells (b,), ascending, that the blur reaches, and their values (b,)."""
-    shares, targets = values[:, None], cells[:, None]  # (h, 3^axes)
-    for axis in range(m):
+    """`blurred_grid` for few entries: the cells (b,), ascending, that the blur reaches, and their values (b,).
+
+    One axis after the other, so that what falls on the same cell is added up before it spreads again.
+    """
+    for axis in reversed(range(m)):
         stride = k ** (m - 1 - axis)
-        share = _spread(k)[cells // stride % k]  # (h, 3)
-        shares = (shares[:, :, None] * share[:, None, :]).reshape(cells.size, -1)
-        targets = (targets[:, :, None] + np.array([-stride, 0, stride])).reshape(cells.size, -1)
-    inside = shares > 0
-    where, slot = np.unique(targets[inside], return_inverse=True)
-    return where, np.bincount(slot, weights=shares[inside])
+        at = cells // stride % k
+        left, centre, right = _spread(k)
+        lower, upper = np.flatnonzero(at > 0), np.flatnonzero(at < k - 1)
+        targets = np.concatenate([cells.take(lower) - stride, cells, cells.take(upper) + stride])  # three ascending runs
+        shares = np.concatenate(
+            [
+                values.take(lower) * left.take(at.take(lower)),
+                values * centre,
+                values.take(upper) * right.take(at.take(upper)),
+            ]
+        )
+        order = np.argsort(targets, kind="stable")  # which merges runs
+        targets = targets.take(order)
+        first = np.flatnonzero(np.diff(targets, prepend=-1))
+        cells, values = targets.take(first), np.add.reduceat(shares.take(order), first)
+    return cells, values
 
 
 @lru_cache(maxsize=16)
-def _spread(k: int) -> np.ndarray:
-    """(k, 3): the share of position x that the blur sends to x - 1, x and x + 1; 0 beyond the border."""
+def _spread(k: int) -> tuple[np.ndarray, float, np.ndarray]:
+    """The shares of each position's value that the blur sends to the left, (k,), keeps, and sends to the right, (k,)."""
     if k == 1:
-        return np.array([[0.0, 1.0, 0.0]])
-    shares = np.zeros((k, 3))
-    shares[:, 1] = 0.5
-    for x, step in product(range(k), (-1, 1)):  # x reads from its neighbours, reflected
-        source = x + step if 0 <= x + step < k else x - step
-        shares[source, 1 + x - source] += 0.25
-    return shares
+        return np.zeros(1), 1.0, np.zeros(1)
+    left, right = np.full(k, 0.25), np.full(k, 0.25)
+    left[1] += 0.25  # reflected: position 0 reads its right neighbour twice,
+    right[k - 2] += 0.25  # and the last its left one
+    return left, 0.5, right

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dynamo_lm.cooccurrence import Cooccurrence
 from dynamo_lm.errors import InputError
-from dynamo_lm.joint import Heads, Joint, Joints
+from dynamo_lm.joint import Heads, Joint, Joints, Link
 from dynamo_lm.otsu import ROUNDING, foreground
 
 MAX_GRID = 2**26  # entries: 0.5 GB
@@ -101,10 +101,21 @@ def draw(
 
     The options must have passed `check`. Raises InputError for too few tokens for top_k and for non-finite logits.
     """
-    heads = Heads.top(logits, options.top_k, options.temperature)
     present = np.zeros(logits.shape[-1], bool)
     present[context.cpu().numpy()] = True
-    n = logits.shape[0]
+    return draw_from(Heads.top(logits, options.top_k, options.temperature), present, table, options, generator, greedy)
+
+
+def draw_from(
+    heads: Heads,
+    present: np.ndarray,
+    table: Cooccurrence | None,
+    options: Algorithm1,
+    generator: torch.Generator | None,
+    greedy: bool = False,
+) -> Draw:
+    """`draw` from candidates that were already found; present (V,) bool marks the tokens of the context."""
+    n = len(heads.ids)
     widest = 1 if options.eps_b == 1 else n  # a penalty below 1 may lift an entry above 1, but 1 means: one token
     joints = Joints(heads, table, options.alpha_c, least=static_threshold(options.eps_b, n))
     for m in range(widest, 0, -1):
@@ -175,34 +186,49 @@ def draft(
     """
     _check_weighting(alpha_c, top_k, temperature)
     heads = Heads.top(logits, top_k, temperature)
-    longest = table.order - 1 if table is not None and alpha_c > 0 else 0
+    return draft_from(heads, first, table, alpha_c=alpha_c, temperature=temperature, generator=generator, greedy=greedy)
+
+
+def draft_from(
+    heads: Heads,
+    first: int,
+    table: Cooccurrence | None,
+    *,
+    alpha_c: float,
+    temperature: float,
+    generator: torch.Generator | None,
+    greedy: bool,
+    link: Link | None = None,
+) -> Draft:
+    """`draft` from candidates of heads 2 .. n that were already found.
+
+    With a `link` (a learned coupling) f_i(x) is the coupled
+    f_i(x | the token before it).
+    """
+    lookup = table.lookup if table is not None and alpha_c > 0 else None
     history, proposals = [first], []
-    for ids, probs in zip(heads.ids, heads.probs, strict=True):
-        q = probs
-        for length in range(min(longest, len(history)), 0, -1):
-            assert table is not None
-            scores = _log_conditional(table, history[-length:], ids) * alpha_c
-            with np.errstate(divide="ignore"):
-                scores = np.log(probs) + scores
-            if scores.max() > -np.inf:
-                q = np.exp(scores - scores.max())
-                q /= q.sum()
-                break
+    for i, (ids, q) in enumerate(zip(heads.ids, heads.probs, strict=True)):
+        scores = heads.log_probs[i]
+        if link is not None:
+            scores = scores + link(i + 2, np.array(history[-1:]), ids)[0] / temperature
+            q = _normalised(scores)
+        for length in range(min(lookup.order - 1, len(history)) if lookup else 0, 0, -1):
+            row = lookup.row(history[-length:])  # type: ignore[union-attr]
+            if row >= 0:
+                weight = lookup.log_after(row, ids, length + 1) - np.maximum(lookup.unigram(ids), -1e30)  # type: ignore
+                weighted = scores + alpha_c * weight
+                if weighted.max() > -np.inf:
+                    q = _normalised(weighted)
+                    break
         history.append(int(ids[_choose(q, generator, greedy)]))
         proposals.append((torch.from_numpy(ids), torch.from_numpy(q)))
     return Draft(history[1:], proposals)
 
 
-def _log_conditional(table: Cooccurrence, history: list[int], ids: np.ndarray) -> np.ndarray:
-    """log p^(history, x) - log p^(x) for x in `ids` (k,); -inf where unseen. p^(history) is the same for all x."""
-    device, order = table.keys[0].device, len(history) + 1
-    tokens = torch.from_numpy(ids).to(device)
-    rows = torch.tensor(history[:1], device=device)
-    for length, token in enumerate(history[1:], start=2):
-        rows = table.extend(rows, torch.tensor([token], device=device), length)
-    joint = table.log_p(table.extend(rows, tokens, order), order).double().cpu().numpy()
-    alone = table.log_p(tokens, 1).double().cpu().numpy()
-    return np.where(joint > -np.inf, joint - np.maximum(alone, -1e30), -np.inf)
+def _normalised(scores: np.ndarray) -> np.ndarray:
+    """Softmax of log weights (k,), of which one at least is finite."""
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()
 
 
 def _choose(values: np.ndarray, generator: torch.Generator | None, greedy: bool) -> int:

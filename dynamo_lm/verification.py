@@ -1,13 +1,17 @@
-"""Exact verification of drafts: which of them the base model would have produced itself.
+"""Verification of drafts: which of them the base model would have produced itself, or nearly.
 
 Pure functions of the base's logits behind each absorbed token; no model, no tokenizer. Under greedy decoding a draft stays
 if it is the base's first choice; under sampling by the rejection rule of speculative sampling (Leviathan et al. 2023,
 Chen et al. 2023), after which the emitted tokens have the base's own distribution, whatever the draft was.
+
+With an allowance (architecture.md, the budget dial) a draft that fails stays all the same while the log-likelihood that
+the base loses by it, summed over the tokens so far, is within what is allowed at its place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,44 +19,75 @@ from torch import Tensor
 Proposal = tuple[Tensor, Tensor]  # candidate ids (k,) int64 and their probabilities (k,)
 
 
-def accept_greedy(logits: Tensor, drafts: Sequence[int]) -> tuple[int, int]:
+class Verdict(NamedTuple):
+    """What one step keeps."""
+
+    kept: int  # drafts that stay, from the first
+    token: int  # the base's own, behind them
+    costs: list[float]  # of each kept draft: 0 if the exact rule kept it, else the regret in nats
+
+
+def accept_greedy(logits: Tensor, drafts: Sequence[int], allowance: Sequence[float] = ()) -> Verdict:
     """How many drafts are the base's first choices, and its first choice behind them.
 
     Args:
         logits: the base's, behind the certain token and behind each draft, (at least drafts + 1, vocabulary).
         drafts: the drafted tokens, in order.
+        allowance: by draft, how many nats all drafts up to it may cost together; empty: none, the exact rule alone.
 
     Returns:
-        (kept, token). Ties go to the lowest id, as `torch.argmax` does for the base.
+        Ties go to the lowest id, as `torch.argmax` does for the base. A draft that is not the first choice x costs
+        log p(x) - log p(draft).
     """
     best = logits[: len(drafts) + 1].argmax(-1).tolist()
-    kept = 0
-    while kept < len(drafts) and drafts[kept] == best[kept]:
-        kept += 1
-    return kept, best[kept]
+    costs: list[float] = []
+    for position, draft in enumerate(drafts):
+        cost = 0.0
+        if draft != best[position]:
+            cost = (logits[position, best[position]].double() - logits[position, draft].double()).item()
+            if not _allowed(cost, costs, allowance):
+                break
+        costs.append(cost)
+    return Verdict(len(costs), best[len(costs)], costs)
 
 
 def accept_sampled(
-    logits: Tensor, drafts: Sequence[int], proposals: Sequence[Proposal], generator: torch.Generator
-) -> tuple[int, int]:
+    logits: Tensor,
+    drafts: Sequence[int],
+    proposals: Sequence[Proposal],
+    generator: torch.Generator,
+    allowance: Sequence[float] = (),
+) -> Verdict:
     """The exact rejection rule: how many drafts stay, and the token behind them.
 
     Args:
         logits: what the base samples from behind the certain token and behind each draft, (at least drafts + 1, vocabulary).
         drafts: the drafted tokens.
         proposals: the distribution that each was drawn from, given the ones before it.
-        generator: one uniform number a draft looked at, and one for the token behind.
+        generator: one uniform number a draft looked at, and one for the token behind or in place of a refused draft.
+        allowance: as in `accept_greedy`.
 
     Returns:
-        (kept, token), so that drafts[:kept] and token are distributed as the base's own samples.
+        Without an allowance drafts[:kept] and token are distributed as the base's own samples. A draft that the rule refuses
+        in favour of a token x costs log p(x) - log p(draft), at least 0.
     """
+    costs: list[float] = []
     for position, (token, (ids, probs)) in enumerate(zip(drafts, proposals, strict=True)):
         p = logits[position].double().softmax(-1)
         q = torch.zeros_like(p).index_put_((ids,), probs.double())
+        cost = 0.0
         # q <= p: always accept; else with probability p / q
         if torch.rand((), generator=generator, dtype=torch.float64) * q[token] >= p[token]:
-            return position, _pick((p - q).clamp(min=0), generator)
-    return len(drafts), _pick(logits[len(drafts)].double().softmax(-1), generator)
+            own = _pick((p - q).clamp(min=0), generator)
+            cost = max(0.0, (p[own].log() - p[token].log()).item())
+            if not _allowed(cost, costs, allowance):
+                return Verdict(position, own, costs)
+        costs.append(cost)
+    return Verdict(len(drafts), _pick(logits[len(drafts)].double().softmax(-1), generator), costs)
+
+
+def _allowed(cost: float, costs: list[float], allowance: Sequence[float]) -> bool:
+    return bool(allowance) and sum(costs) + cost <= allowance[len(costs)]
 
 
 def _pick(weights: Tensor, generator: torch.Generator) -> int:

@@ -12,11 +12,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dynamo_lm import joint, otsu, reference
+from dynamo_lm import otsu, reference
 from dynamo_lm.cooccurrence import Cooccurrence
 from dynamo_lm.counting import count
 from dynamo_lm.errors import InputError
-from dynamo_lm.joint import Heads, Joint, Joints, seen_extensions
+from dynamo_lm.joint import Heads, Joint, Joints
 from dynamo_lm.otsu import foreground
 from dynamo_lm.sampling import Algorithm1, check, draft, draw, survivors
 
@@ -253,8 +253,8 @@ def test_scanning_children_finds_what_searching_finds(case) -> None:
     ids = Heads.top(logits, options.top_k, 1.0).ids
     rows = ids[0]
     for order in range(2, table.order + 1):
-        found = seen_extensions(table, rows, ids[order - 1], order)
-        searched = joint._search(table, rows, ids[order - 1], order)
+        found = table.lookup.seen(rows, ids[order - 1], order)
+        searched = table.lookup._search(rows, ids[order - 1], order)
         assert sorted(zip(*map(np.ndarray.tolist, found), strict=True)) == list(
             zip(*map(np.ndarray.tolist, searched), strict=True)
         )

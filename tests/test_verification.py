@@ -67,15 +67,15 @@ def test_the_chi_square_test_knows_a_fair_die_from_a_loaded_one():
     ],
 )
 def test_greedy_drafts_stay_up_to_the_first_that_is_not_the_bases_choice(best, drafts, expected):
-    assert accept_greedy(torch.eye(5)[best], drafts) == expected
+    assert accept_greedy(torch.eye(5)[best], drafts)[:2] == expected
 
 
 def test_equal_logits_go_to_the_lowest_token_as_argmax_does():
-    assert accept_greedy(torch.tensor([[0.0, 2.0, 2.0]]), []) == (0, 1)
+    assert accept_greedy(torch.tensor([[0.0, 2.0, 2.0]]), [])[:2] == (0, 1)
 
 
 def test_positions_beyond_the_drafts_are_not_looked_at():
-    assert accept_greedy(torch.eye(5)[[3, 1, 0, 0]], [3]) == (1, 1)
+    assert accept_greedy(torch.eye(5)[[3, 1, 0, 0]], [3])[:2] == (1, 1)
 
 
 # ---------------------------------------------------------------- sampled
@@ -91,7 +91,7 @@ def draw_and_accept(rule, runs: int) -> list[tuple[int, ...]]:
     outcomes = []
     for _ in range(runs):
         drafts = [int(ids[torch.multinomial(probs, 1, generator=generator)]) for ids, probs in proposals]
-        kept, token = rule(P.log(), drafts, proposals, generator)
+        kept, token, *_ = rule(P.log(), drafts, proposals, generator)
         stands = [*drafts[:kept], token]
         while len(stands) < 2:  # what the base itself would go on with
             stands.append(int(torch.multinomial(P[1], 1, generator=generator)))
@@ -99,8 +99,9 @@ def draw_and_accept(rule, runs: int) -> list[tuple[int, ...]]:
     return outcomes
 
 
-def always_accept(logits, drafts, proposals, generator):
-    return len(drafts), int(torch.multinomial(logits[len(drafts)].softmax(-1), 1, generator=generator))
+def always_accept(logits, drafts, proposals, generator, allowance=()):
+    token = int(torch.multinomial(logits[len(drafts)].softmax(-1), 1, generator=generator))
+    return len(drafts), token, [0.0] * len(drafts)
 
 
 def redraw_from_p(logits, drafts, proposals, generator):
@@ -152,7 +153,7 @@ def test_a_draft_from_the_bases_own_distribution_always_stays():
 def test_a_token_the_base_cannot_say_never_stays():
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
-        kept, token = accept_sampled(P.log(), [4], [(torch.tensor([4]), torch.ones(1).double())], generator)
+        kept, token, _ = accept_sampled(P.log(), [4], [(torch.tensor([4]), torch.ones(1).double())], generator)
         assert kept == 0
         assert token != 4
 

@@ -36,8 +36,10 @@ def generate(
     verify: Annotated[
         str,
         typer.Option(
+            metavar="strict|off|NATS",
             help="strict: exactly what the model would write one token at a time. "
-            "off: the paper's dynamic sampling, faster, and as good as --eps-b lets it be.",
+            "off: the paper's dynamic sampling, faster, and as good as --eps-b lets it be. "
+            "A number: as strict, but the text may be less likely than the model's own choices by that many nats a token.",
             rich_help_panel=SPEED,
         ),
     ] = "strict",
@@ -169,20 +171,20 @@ def generate(
     import torch
 
     from dynamo_lm.commands.opening import open_config, open_model, open_tokenizer, resolve
+    from dynamo_lm.commands.options import verification
     from dynamo_lm.config import DynaMoConfig
 
     # 1. What to continue, before the wait for the model.
     texts = _prompts(prompt, prompts)
-    if verify not in ("strict", "off"):
-        raise InputError(f'--verify is "{verify}"; give strict (exact) or off (the paper\'s dynamic sampling).')
-    if verify == "strict" and any(value is not None for value in (eps_b, otsu, blur)):
-        raise InputError("--eps-b, --otsu and --blur belong to --verify off; strict decoding is always exact.")
+    dial = verification(verify)
+    if dial != "off" and any(value is not None for value in (eps_b, otsu, blur)):
+        raise InputError("--eps-b, --otsu and --blur belong to --verify off; verified decoding has no use for them.")
     if verify == "off" and top_p is not None:
         raise InputError("--top-p does not apply to --verify off; use --top-k, or --verify strict.")
     if stop and "" in stop:
         raise InputError("--stop is empty; give the string that ends the text, or leave it out.")
     drawn = verify == "off" if sample is None else sample
-    if not drawn and verify == "strict" and any(value is not None for value in (temperature, top_k, top_p)):
+    if not drawn and dial != "off" and any(value is not None for value in (temperature, top_k, top_p)):
         raise InputError("--temperature, --top-k and --top-p choose at random, so they need --sample.")
 
     # 2. The model and its tokenizer.
@@ -227,7 +229,7 @@ def generate(
         network,
         ids,
         attention_mask=mask,
-        verify=verify,
+        verify=dial,
         num_heads=heads,
         eps_b=eps_b,
         alpha_c=alpha_c,
@@ -288,9 +290,9 @@ def _sentence(statistics: Statistics) -> str:
         f"log-likelihood {statistics.mean_log_likelihood:.3f}"
     )
     if statistics.unverified:
-        return f"{said}; regret {statistics.mean_regret:.3f} nats per unverified token"
+        said += f"; regret {statistics.mean_regret:.3f} nats per token"
     accepted = " ".join(f"{share:.0%}" for share in statistics.acceptance)
-    return f"{said}; drafts accepted by head: {accepted}" if accepted else said
+    return f"{said}; drafts accepted by head: {accepted}" if any(statistics.proposed) else said
 
 
 class _Writer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,21 @@ Threads = Annotated[
     int | None, typer.Option(help="CPU threads to compute with. Default: torch's own choice.", rich_help_panel=MACHINE)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=MACHINE)]
+
+
+def verification(text: str) -> str | float:
+    """The dial of --verify: "strict", "off" or a budget in nats per token.
+
+    Raises:
+        InputError: anything else.
+    """
+    from dynamo_lm.decoding import check_verify
+
+    dial: str | float = text
+    with suppress(ValueError):
+        dial = float(text)
+    check_verify(dial)
+    return dial
 
 
 def grid(text: str, option: str) -> list[float]:

@@ -5,7 +5,7 @@ and the task files of `dynamo_lm.evaluation.tasks`, through
 
     python -m dynamo_lm.evaluation.harness --model dynamo-lm --model_args pretrained=FOLDER --tasks local_arc_easy,piqa
 
-which hands every argument over to `lm_eval`; `--model_args` also takes verify=strict|off, eps_b, heads. Head 1 is the
+which hands every argument over to `lm_eval`; `--model_args` also takes verify=strict|off|NATS, eps_b, heads. Head 1 is the
 base's own last layer, so a model whose base was frozen in training scores as its base. Knows nothing about terminals.
 """
 
@@ -95,7 +95,7 @@ class DynaMoLM(Head1):
         pretrained: str | DynaMoForCausalLM,
         tokenizer: Any = None,
         *,
-        verify: str = "strict",
+        verify: str | float = "strict",
         eps_b: float | None = None,
         heads: int | None = None,
         seed: int = 0,

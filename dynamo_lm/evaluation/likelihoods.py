@@ -37,7 +37,8 @@ class Reader:
         Raises:
             InputError: what it says of a token depends on later ones, so its numbers are no likelihoods.
         """
-        from dynamo_lm.model import FewRows, PassThrough, plain_on_cpu
+        from dynamo_lm.few_rows import few_rows
+        from dynamo_lm.model import PassThrough
 
         self._model = model
         config = model.config.get_text_config()
@@ -55,8 +56,7 @@ class Reader:
             if not names or self._body is None or self._body is model:
                 return
             twin = copy.copy(model)
-            fast = FewRows(output) if plain_on_cpu(output) else output
-            parts: dict[str, nn.Module] = {model.base_model_prefix: PassThrough(), names[0]: fast}
+            parts: dict[str, nn.Module] = {model.base_model_prefix: PassThrough(), names[0]: few_rows(output)}
             twin._modules = {**model._modules, **parts}
             hidden = self._body(input_ids=ids, use_cache=False).last_hidden_state
             mine = twin(inputs_embeds=hidden, use_cache=False).logits

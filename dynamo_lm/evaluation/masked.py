@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 from dynamo_lm.cooccurrence import Cooccurrence
-from dynamo_lm.joint import child_offsets
 
 SMOOTHING = 0.1
 
@@ -78,7 +77,7 @@ class Mask:
         rows = torch.from_numpy(history[:, 0])
         for length in range(2, order):
             rows = table.extend(rows, torch.from_numpy(history[:, length - 1]), length)
-        offsets, known = child_offsets(table, order), rows.numpy()
+        offsets, known = table.lookup.offsets(order), rows.numpy()
         known = np.where(known < table.num_rows(order - 1), known, -1)
         start = offsets[known]
         size = np.where(known >= 0, offsets[known + 1] - start, 0)

@@ -1,0 +1,57 @@
+"""A model whose linear layers take the shape that a few rows are fastest in, on a CPU in float32.
+
+A decoding step hands each layer one row per new token. In float32 a library's x @ weight^T with 2 to 4 rows takes 1.5 to
+4 times what it takes with one, although the weight is read once in both; weight @ x^T has a kernel for exactly 4 columns
+that costs little more than one (LOG.md, `benchmarks/rows.py`). In: a model. Out: a shallow twin that shares every tensor
+with it and only multiplies differently, up to rounding. The model itself is never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LARGE = 2**18  # entries of a weight that no longer sits in the caches near a core; smaller ones are best left alone
+HUGE = 2**23  # entries from which on up to eight rows are better transposed; output embeddings, mostly
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class FewRows(nn.Linear):
+    """A linear layer that multiplies 2 to 4 rows (8, if the weight is huge) as weight @ x^T, 3 of them filled up to 4."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        size = self.weight.numel()
+        rows = x.numel() // self.in_features
+        if not 1 < rows <= (8 if size >= HUGE else 4) or size < LARGE or torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        columns = x.reshape(rows, self.in_features).t()  # (in, rows)
+        if rows % 4 == 3:
+            columns = F.pad(columns, (0, 1))
+        bias = self.bias
+        out = self.weight @ columns if bias is None else torch.addmm(bias[:, None], self.weight, columns)
+        return out[:, :rows].t().contiguous().unflatten(0, x.shape[:-1])
+
+
+def few_rows(model: M) -> M:
+    """The model itself, or its twin with `FewRows` for linear layers where those help: on a CPU, in float32."""
+    first = next(model.parameters(), None)
+    if first is None or first.device.type != "cpu" or first.dtype != torch.float32:
+        return model
+    return _twin(model, {})
+
+
+def _twin(module: M, made: dict[int, nn.Module]) -> M:
+    """A shallow copy of a tree of modules; what is shared in it stays shared."""
+    if id(module) in made:
+        return made[id(module)]  # type: ignore[return-value]
+    twin = made[id(module)] = copy.copy(module)
+    if type(twin) is nn.Linear:
+        twin.__class__ = FewRows  # type: ignore[assignment]  # of this copy: same attributes, another product
+    twin._modules = {name: child if child is None else _twin(child, made) for name, child in module._modules.items()}
+    return twin

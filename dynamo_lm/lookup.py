@@ -1,0 +1,107 @@
+"""One step's look-ups in a co-occurrence table, on the CPU and in microseconds.
+
+In: rows of the table's trie and candidate tokens. Out: which of them were seen, as rows, and their log frequencies. The
+arrays are the table's own where it lies on the CPU, plus the place where each row's children begin. `Cooccurrence.extend`
+and `.log_p` say the same one binary search at a time, on any device; the tests hold the two together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from dynamo_lm.cooccurrence import Cooccurrence
+
+SCAN_LIMIT = 16  # children scanned per binary search saved (measured); beyond it, searching is faster
+
+
+class Lookup:
+    """A table's trie as arrays; made once per table by `Cooccurrence.lookup`."""
+
+    def __init__(self, table: Cooccurrence) -> None:
+        self.vocab_size = table.vocab_size
+        self.keys = [keys.cpu().numpy() for keys in table.keys]  # per level: (rows,) int64, ascending
+        self.logs = [logs.cpu().numpy() for logs in table.log_frequencies]  # per level: (rows,) float32
+        self.unigrams = np.append(self.logs[0].astype(np.float64), -np.inf)  # one more for tokens the table does not know
+        self._offsets: dict[int, np.ndarray] = {}
+
+    @property
+    def order(self) -> int:
+        """The longest n-gram in the table."""
+        return len(self.keys)
+
+    def unigram(self, ids: np.ndarray) -> np.ndarray:
+        """Log frequencies of single tokens, float64; -inf for those that were never counted or are unknown."""
+        return self.unigrams.take(ids, mode="clip")
+
+    def log_p(self, rows: np.ndarray, order: int) -> np.ndarray:
+        """Log frequencies of rows of level `order`, (h,) -> (h,) float64. The rows must exist."""
+        return self.logs[order - 1].take(rows).astype(np.float64)
+
+    def offsets(self, order: int) -> np.ndarray:
+        """(rows + 1,) int64: where the children of each row of level order - 1 start at level `order`."""
+        if order not in self._offsets:
+            floors = np.arange(self.keys[order - 2].size + 1) * self.vocab_size
+            self._offsets[order] = np.searchsorted(self.keys[order - 1], floors)
+        return self._offsets[order]
+
+    def row(self, tokens: list[int]) -> int:
+        """The row of an n-gram at the level of its length; -1 if it is not in the table."""
+        row = tokens[0] if tokens[0] < self.vocab_size else -1
+        for order, token in enumerate(tokens[1:], start=2):
+            if row < 0 or token >= self.vocab_size:
+                return -1
+            keys, key = self.keys[order - 1], row * self.vocab_size + token
+            found = int(keys.searchsorted(key))
+            row = found if found < keys.size and keys[found] == key else -1
+        return row
+
+    def log_after(self, row: int, ids: np.ndarray, order: int) -> np.ndarray:
+        """Log frequencies of the n-grams `row` (of level order - 1) followed by each of `ids`, (k,) float64; -inf unseen."""
+        offsets = self.offsets(order)
+        start, end = offsets[row], offsets[row + 1]
+        if start == end:
+            return np.full(ids.size, -np.inf)
+        children = self.keys[order - 1][start:end]
+        wanted = ids + row * self.vocab_size  # a token beyond the vocabulary falls behind the last child
+        found = children.searchsorted(wanted)
+        found[found == children.size] = 0
+        logs = self.logs[order - 1][start:end].take(found).astype(np.float64)
+        logs[children.take(found) != wanted] = -np.inf
+        return logs
+
+    def seen(self, rows: np.ndarray, ids: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Which of `rows` (h,) of level order - 1 were seen followed by which of the distinct tokens `ids` (k,).
+
+        Returns three arrays (hits,), in any order: for every n-gram that is in the table the index into `rows`, the index
+        into `ids` and its own row. What `Cooccurrence.extend(rows[:, None], ids)` would find, but most rows have few
+        children, and looking at all of them is far cheaper than k binary searches.
+        """
+        keys, offsets = self.keys[order - 1], self.offsets(order)
+        start = offsets.take(rows, mode="clip")  # a token the table does not know has no children
+        size = offsets.take(rows + 1, mode="clip") - start
+        children = int(size.sum())
+        if children > SCAN_LIMIT * rows.size * ids.size:
+            return self._search(rows, ids, order)
+        rank_of = np.full(self.vocab_size, -1, np.int32)
+        known = np.flatnonzero(ids < self.vocab_size)
+        rank_of[ids[known]] = known
+        ends = np.cumsum(size)
+        row = np.repeat(start - ends + size, size)  # (children,) of the first row, then of the second, ..
+        row += np.arange(children)
+        token = keys.take(row)
+        token -= np.repeat(rows * self.vocab_size, size)
+        rank = rank_of.take(token)
+        hit = np.flatnonzero(rank >= 0)
+        return np.searchsorted(ends, hit, side="right"), rank.take(hit).astype(np.int64), row.take(hit)
+
+    def _search(self, rows: np.ndarray, ids: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`seen` by one binary search per pair."""
+        keys = self.keys[order - 1]
+        wanted = rows[:, None] * self.vocab_size + ids
+        found = np.minimum(keys.searchsorted(wanted), max(keys.size - 1, 0))
+        hit = (keys.take(found) == wanted) & (ids < self.vocab_size)
+        parent, rank = hit.nonzero()
+        return parent, rank, found[parent, rank]
