@@ -2,7 +2,8 @@
 
 The only file that knows transformers' cache classes and mask conventions. In a `RowCache` slot j of a row holds the row's
 position j, always: there is no padding on the left and nothing to crop. A step writes its tokens behind each row's length;
-keeping fewer than were written only means that the length grows by less, and the next step overwrites the rest. Sliding
+keeping fewer than were written only means that the length grows by less, and the next step overwrites the rest. An entry
+may hold every row several times, once for each head of a `WideLayer`. Sliding
 layers keep the whole context (their window is in the mask), so memory grows with the context, not with the window.
 """
 
@@ -32,6 +33,10 @@ class RowCache(Cache):
         self.start: int | None = 0  # where it begins, if in all rows at the same slot; else
         self.places: tuple[Tensor, Tensor] | None = None  # row (rows, 1) and slot (rows, new) of every token written
 
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
     def begin(self, new: int) -> Tensor:
         """Announces a forward of `new` tokens a row and returns their positions, (rows, new) int64."""
         starts = self.lengths.tolist()
@@ -47,10 +52,10 @@ class RowCache(Cache):
 
     def select(self, rows: Tensor) -> None:
         """Drops all rows but these. rows: (kept,) int64."""
-        self.lengths = self.lengths[rows]
         for layer in self.layers:
             if layer.is_initialized:  # type: ignore[union-attr]
                 layer.reorder_cache(rows)  # type: ignore[arg-type]
+        self.lengths = self.lengths[rows]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return int(self.lengths.max()) if len(self.lengths) else 0
@@ -78,7 +83,8 @@ class _RowLayer(CacheLayerMixin):
         return self.keys[:, :, : self.cache.end], self.values[:, :, : self.cache.end]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        rows = beam_idx.to(self.device)
+        copies = len(self.keys) // self.cache.rows  # type: ignore[arg-type]
+        rows = _copied(beam_idx, copies, self.cache.rows).to(self.device)
         self.keys = self.keys.index_select(0, rows)  # type: ignore[union-attr]
         self.values = self.values.index_select(0, rows)  # type: ignore[union-attr]
 
@@ -92,6 +98,11 @@ class _RowLayer(CacheLayerMixin):
         return -1
 
 
+def _copied(rows: Tensor, copies: int, total: int) -> Tensor:
+    """Row numbers, (rows, ...), in an entry that holds all `total` rows `copies` times, one copy after the other."""
+    return rows if copies == 1 else torch.cat([rows + copy * total for copy in range(copies)])
+
+
 def _write(buffer: Tensor, new: Tensor, cache: RowCache) -> Tensor:
     if buffer.shape[2] < cache.end:
         grown = buffer.new_zeros((*buffer.shape[:2], max(2 * buffer.shape[2], cache.end + GROWTH), buffer.shape[3]))
@@ -101,6 +112,8 @@ def _write(buffer: Tensor, new: Tensor, cache: RowCache) -> Tensor:
         buffer[:, :, cache.start : cache.start + new.shape[2]] = new
     else:
         rows, slots = cache.places  # type: ignore[misc]
+        copies = len(buffer) // len(rows)
+        rows, slots = _copied(rows, copies, cache.rows), slots.repeat(copies, 1)
         buffer[rows, :, slots] = new.transpose(1, 2)  # (rows, new, heads, width): one write for rows of any lengths
     return buffer
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from dynamo_lm.cache import RowCache, attention_mask
 from dynamo_lm.errors import InputError
 from dynamo_lm.joint import Heads, Link
-from dynamo_lm.model import DynaMoForCausalLM, decoder_layers
+from dynamo_lm.model import DynaMoForCausalLM
 from dynamo_lm.sampling import Algorithm1, check, draft_from, draw_from
 from dynamo_lm.verification import Proposal, accept_greedy, accept_sampled
 
@@ -157,7 +157,7 @@ def decode(
         InputError: an empty prompt, a prompt longer than the context, options that do not fit the model.
     """
     context = _check(model, prompts, options)
-    model = model.for_decoding()
+    model = model.for_decoding(options.num_heads)
     n, off, algorithm = options.num_heads, options.verify == "off", options.algorithm
     base_config, device = model.base.config, model.device
     rows = [
@@ -173,8 +173,7 @@ def decode(
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
     running = list(rows)
-    layers = len(decoder_layers(model.base)) + (n - 1) * model.config.layers_per_head
-    cache = RowCache(layers, len(rows))
+    cache = RowCache(model.cache_entries, len(rows))
     began = time.perf_counter()
 
     while running:

@@ -30,28 +30,22 @@ class FewRows(nn.Linear):
         rows = x.numel() // self.in_features
         if not 1 < rows <= (8 if size >= HUGE else 4) or size < LARGE or torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
-        columns = x.reshape(rows, self.in_features).t()  # (in, rows)
-        if rows % 4 == 3:
-            columns = F.pad(columns, (0, 1))
-        bias = self.bias
+        flat, bias = x.reshape(rows, self.in_features), self.bias
+        columns = (F.pad(flat, (0, 0, 0, 1)) if rows % 4 == 3 else flat).t()  # (in, rows): filled up, then transposed
         out = self.weight @ columns if bias is None else torch.addmm(bias[:, None], self.weight, columns)
         return out[:, :rows].t().contiguous().unflatten(0, x.shape[:-1])
 
 
 def few_rows(model: M) -> M:
-    """The model itself, or its twin with `FewRows` for linear layers where those help: on a CPU, in float32."""
-    first = next(model.parameters(), None)
-    if first is None or first.device.type != "cpu" or first.dtype != torch.float32:
-        return model
+    """A shallow copy of a tree of modules, with `FewRows` for linear layers where those help: on a CPU, in float32."""
     return _twin(model, {})
 
 
 def _twin(module: M, made: dict[int, nn.Module]) -> M:
-    """A shallow copy of a tree of modules; what is shared in it stays shared."""
-    if id(module) in made:
+    if id(module) in made:  # what is shared stays shared
         return made[id(module)]  # type: ignore[return-value]
     twin = made[id(module)] = copy.copy(module)
-    if type(twin) is nn.Linear:
+    if type(twin) is nn.Linear and twin.weight.device.type == "cpu" and twin.weight.dtype == torch.float32:
         twin.__class__ = FewRows  # type: ignore[assignment]  # of this copy: same attributes, another product
     twin._modules = {name: child if child is None else _twin(child, made) for name, child in module._modules.items()}
     return twin

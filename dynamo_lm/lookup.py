@@ -26,6 +26,7 @@ class Lookup:
         self.logs = [logs.cpu().numpy() for logs in table.log_frequencies]  # per level: (rows,) float32
         self.unigrams = np.append(self.logs[0].astype(np.float64), -np.inf)  # one more for tokens the table does not know
         self._offsets: dict[int, np.ndarray] = {}
+        self._tokens: dict[int, np.ndarray] = {}
 
     @property
     def order(self) -> int:
@@ -46,6 +47,12 @@ class Lookup:
             floors = np.arange(self.keys[order - 2].size + 1) * self.vocab_size
             self._offsets[order] = np.searchsorted(self.keys[order - 1], floors)
         return self._offsets[order]
+
+    def tokens(self, order: int) -> np.ndarray:
+        """The last token of each row of level `order`, (rows,) int32."""
+        if order not in self._tokens:
+            self._tokens[order] = (self.keys[order - 1] % self.vocab_size).astype(np.int32)
+        return self._tokens[order]
 
     def row(self, tokens: list[int]) -> int:
         """The row of an n-gram at the level of its length; -1 if it is not in the table."""
@@ -79,7 +86,7 @@ class Lookup:
         into `ids` and its own row. What `Cooccurrence.extend(rows[:, None], ids)` would find, but most rows have few
         children, and looking at all of them is far cheaper than k binary searches.
         """
-        keys, offsets = self.keys[order - 1], self.offsets(order)
+        offsets = self.offsets(order)
         start = offsets.take(rows, mode="clip")  # a token the table does not know has no children
         size = offsets.take(rows + 1, mode="clip") - start
         children = int(size.sum())
@@ -91,9 +98,7 @@ class Lookup:
         ends = np.cumsum(size)
         row = np.repeat(start - ends + size, size)  # (children,) of the first row, then of the second, ..
         row += np.arange(children)
-        token = keys.take(row)
-        token -= np.repeat(rows * self.vocab_size, size)
-        rank = rank_of.take(token)
+        rank = rank_of.take(self.tokens(order).take(row))
         hit = np.flatnonzero(rank >= 0)
         return np.searchsorted(ends, hit, side="right"), rank.take(hit).astype(np.int64), row.take(hit)
 

@@ -25,6 +25,7 @@ from dynamo_lm.cooccurrence import Cooccurrence
 from dynamo_lm.coupling import Coupling
 from dynamo_lm.errors import InputError
 from dynamo_lm.few_rows import few_rows
+from dynamo_lm.wide import WideLayer, can_widen
 
 
 class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
@@ -63,6 +64,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         rank = config.coupling_rank
         self.coupling = Coupling(config.num_heads, rank, self.output_weight()) if rank else None
         self.cooccurrence: Cooccurrence | None = None
+        self._plain_readout = False  # known of a model that was arranged for decoding
         self.generation_config = copy.deepcopy(self.base.generation_config)
         self.generation_config._from_model_config = False  # else transformers drops settings of our own, like eps_b
         mine = {id(parameter): f"base.{name}" for name, parameter in self.base.named_parameters()}
@@ -157,8 +159,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         if not 1 <= n <= self.num_heads:
             raise InputError(f"{n} heads were asked of a model that has {self.num_heads}; ask for 1 to {self.num_heads}.")
         kwargs.setdefault("use_cache", kwargs.get("past_key_values") is not None)
-        if n == 1:
-            return self.body(input_ids=input_ids, **kwargs).last_hidden_state.unsqueeze(0)
+        if n == 1 or isinstance(self.last_layer, WideLayer):
+            return self.body(input_ids=input_ids, **kwargs).last_hidden_state.unflatten(0, (n, -1))
         learning = torch.is_grad_enabled()
         frozen = learning and not any(p.requires_grad for p in self.base.parameters())
 
@@ -188,6 +190,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         Returns:
             (batch, length, vocabulary).
         """
+        if self._plain_readout and (head == 1 or not self.config.own_output_embedding):
+            return self.base.get_output_embeddings()(hidden)
         # A shallow twin of the base whose body hands its input through: what remains of its forward is the readout, with
         # whatever soft-cap or scale the architecture applies.
         twin = copy.copy(self.base)
@@ -230,11 +234,31 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
 
         return generate(self, inputs, *args, **kwargs)
 
-    def for_decoding(self) -> DynaMoForCausalLM:
-        """The same model over the same tensors, arranged for steps of a few tokens; see `dynamo_lm.few_rows`."""
+    def for_decoding(self, num_heads: int) -> DynaMoForCausalLM:
+        """The same model over the same tensors, arranged for steps of a few tokens with heads 1..num_heads.
+
+        See `dynamo_lm.few_rows` and `dynamo_lm.wide`; its results are this model's, up to rounding.
+        """
         twin = few_rows(self)
-        twin._last_layer = (decoder_layers(twin.base)[-1],)
+        layers = decoder_layers(twin.base)
+        twin._last_layer = (layers[-1],)
+        if num_heads > 1 and self.config.feed == "stem" and self.config.layers_per_head == 1:
+            extra = [cast(TokenHead, head).layers[0] for head in twin.heads[: num_heads - 1]]
+            together = [layers[-1], *extra]
+            if can_widen(together):
+                layers[-1] = WideLayer(together)
+                twin._last_layer = (layers[-1],)
+        # Where the base's output path is its output embedding and nothing else, which one state shows, take that alone.
+        weight = twin.output_weight()
+        state = torch.linspace(-4, 4, weight.shape[1], dtype=weight.dtype, device=weight.device)[None, None]
+        twin._plain_readout = torch.equal(twin.readout(state), twin.base.get_output_embeddings()(state))
         return twin
+
+    @property
+    def cache_entries(self) -> int:
+        """Layers that a cache must have room for: the base's, and the heads' that are not part of a `WideLayer`."""
+        apart = 0 if isinstance(self.last_layer, WideLayer) else (self.num_heads - 1) * self.config.layers_per_head
+        return len(decoder_layers(self.base)) + apart
 
     # ------------------------------------------------------------------ construction and files
 

@@ -8,10 +8,12 @@ import math
 from itertools import product
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dynamo_lm.cooccurrence import Cooccurrence
+from dynamo_lm.joint import Link
 from dynamo_lm.otsu import BINS, ROUNDING
 from dynamo_lm.sampling import Algorithm1, Draft, Draw
 
@@ -26,11 +28,12 @@ def draw(
     options: Algorithm1,
     generator: torch.Generator | None,
     greedy: bool = False,
+    link: Link | None = None,
 ) -> Draw:
     """Back off from m = n to 1; emit the first m that has survivors (method.md section 4)."""
     heads = [candidates(row, options.top_k, options.temperature) for row in logits.tolist()]
     for m in range(len(heads), 0, -1):
-        joint = joint_grid(heads[:m], table, options.alpha_c)
+        joint = joint_grid(heads[:m], table, options.alpha_c, link, options.temperature)
         left = survivors(joint, heads, context.tolist(), options)
         if left:
             break
@@ -70,11 +73,24 @@ def candidates(logits: list[float], k: int, temperature: float) -> Head:
     return [(token, power / sum(powers)) for token, power in zip(tokens, powers, strict=True)]
 
 
-def joint_grid(heads: list[Head], table: Cooccurrence | None, alpha_c: float) -> Grid:
+def coupled(head: Head, number: int, previous: int, link: Link | None, temperature: float) -> Head:
+    """Head `number`'s candidates, as a learned coupling sees them behind the token `previous`."""
+    if link is None:
+        return head
+    bonus = link(number, np.array([previous]), np.array([token for token, _ in head]))[0]
+    powers = [probability * math.exp(more / temperature) for (_, probability), more in zip(head, bonus, strict=True)]
+    return [(token, power / sum(powers)) for (token, _), power in zip(head, powers, strict=True)]
+
+
+def joint_grid(
+    heads: list[Head], table: Cooccurrence | None, alpha_c: float, link: Link | None = None, temperature: float = 1.0
+) -> Grid:
     """J: the heads' product times the co-occurrence weight, normalised over the grid; all 0 if nothing was seen."""
     grid = {}
     for cell in product(*(range(len(head)) for head in heads)):
-        chosen = [head[rank] for head, rank in zip(heads, cell, strict=True)]
+        chosen = [heads[0][cell[0]]]
+        for number, (head, rank) in enumerate(zip(heads[1:], cell[1:], strict=True), start=2):
+            chosen.append(coupled(head, number, chosen[-1][0], link, temperature)[rank])
         grid[cell] = math.prod(probability for _, probability in chosen)
         if table is not None and alpha_c > 0 and len(heads) > 1:
             tokens = [token for token, _ in chosen]
@@ -152,11 +168,12 @@ def draft(
     temperature: float,
     generator: torch.Generator | None,
     greedy: bool,
+    link: Link | None = None,
 ) -> Draft:
     """Token by token from f_i(x) * (p^(h, x) / (p^(h) p^(x)))^alpha_c, with the longest history h that was seen."""
     tokens, proposals = [first], []
-    for row in logits.tolist():
-        head = candidates(row, top_k, temperature)
+    for number, row in enumerate(logits.tolist(), start=2):
+        head = coupled(candidates(row, top_k, temperature), number, tokens[-1], link, temperature)
         history = tokens if table is None or alpha_c == 0 else tokens[max(0, len(tokens) - (table.order - 1)) :]
         q = conditional(head, history, table, alpha_c)
         while sum(q) == 0:

@@ -90,6 +90,7 @@ def draw(
     options: Algorithm1,
     generator: torch.Generator | None,
     greedy: bool = False,
+    link: Link | None = None,
 ) -> Draw:
     """One step of Algorithm 1 (method.md sections 4 and 6): back off from n tokens to 1, then draw a tuple.
 
@@ -98,12 +99,16 @@ def draw(
     table      None: the heads' plain product, as alpha_c = 0.
     generator  None: torch's global one.
     greedy     take the largest entry after the penalty (equal ones: the lowest grid index) instead of drawing.
+    link       a learned coupling, whose f_i(x | the token before it) replaces the independent f_i(x).
 
     The options must have passed `check`. Raises InputError for too few tokens for top_k and for non-finite logits.
     """
     present = np.zeros(logits.shape[-1], bool)
     present[context.cpu().numpy()] = True
-    return draw_from(Heads.top(logits, options.top_k, options.temperature), present, table, options, generator, greedy)
+    heads = Heads.top(logits, options.top_k, options.temperature)
+    if link is not None:
+        heads = heads.coupled(link, options.temperature)
+    return draw_from(heads, present, table, options, generator, greedy)
 
 
 def draw_from(
@@ -173,6 +178,7 @@ def draft(
     temperature: float,
     generator: torch.Generator | None,
     greedy: bool,
+    link: Link | None = None,
 ) -> Draft:
     """Draft the n - 1 tokens after the certain token `first`, with the distribution each was drawn from.
 
@@ -182,11 +188,12 @@ def draft(
         q(x) ∝ f_i(x) * (p^(h, x) / (p^(h) p^(x)))^alpha_c
 
     If none of the candidates was seen after h, h loses its oldest token, down to none: the plain f_i. The table's order
-    bounds h from the start. Greedy: the largest q. Raises InputError for values out of range and non-finite logits.
+    bounds h from the start. With a `link` (a learned coupling) f_i(x) is f_i(x | the token before it). Greedy: the
+    largest q. Raises InputError for values out of range and non-finite logits.
     """
     _check_weighting(alpha_c, top_k, temperature)
-    heads = Heads.top(logits, top_k, temperature)
-    return draft_from(heads, first, table, alpha_c=alpha_c, temperature=temperature, generator=generator, greedy=greedy)
+    heads, how = Heads.top(logits, top_k, temperature), {"alpha_c": alpha_c, "temperature": temperature}
+    return draft_from(heads, first, table, **how, generator=generator, greedy=greedy, link=link)
 
 
 def draft_from(
@@ -200,11 +207,7 @@ def draft_from(
     greedy: bool,
     link: Link | None = None,
 ) -> Draft:
-    """`draft` from candidates of heads 2 .. n that were already found.
-
-    With a `link` (a learned coupling) f_i(x) is the coupled
-    f_i(x | the token before it).
-    """
+    """`draft` from candidates of heads 2 .. n that were already found."""
     lookup = table.lookup if table is not None and alpha_c > 0 else None
     history, proposals = [first], []
     for i, (ids, q) in enumerate(zip(heads.ids, heads.probs, strict=True)):

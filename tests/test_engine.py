@@ -1,0 +1,155 @@
+"""What makes a step fast changes no result: products of few rows, the wide layer, the budget beside the exact rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import NAMES, dynamo_of, random_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dynamo_lm import few_rows as few_rows_module
+from dynamo_lm.cache import RowCache, attention_mask
+from dynamo_lm.decoding import DecodingOptions, decode
+from dynamo_lm.errors import InputError
+from dynamo_lm.few_rows import FewRows, few_rows
+from dynamo_lm.verification import accept_greedy
+from dynamo_lm.wide import WideLayer
+
+# ---------------------------------------------------------------- products of few rows
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 10), st.integers(1, 5), st.integers(1, 7), st.integers(1, 9), st.booleans(), st.sampled_from([0, 10**9])
+)
+def test_few_rows_multiply_as_any_linear_layer_does(batch, length, wide, tall, bias, huge):
+    plain = nn.Linear(wide, tall, bias=bias)
+    layer, x = few_rows(plain), torch.randn(batch, length, wide)
+    before = few_rows_module.LARGE, few_rows_module.HUGE
+    try:
+        few_rows_module.LARGE, few_rows_module.HUGE = 0, huge
+        with torch.inference_mode():
+            torch.testing.assert_close(layer(x), plain(x))
+    finally:
+        few_rows_module.LARGE, few_rows_module.HUGE = before
+
+
+def test_the_twin_shares_every_tensor_and_leaves_the_model_alone():
+    model = dynamo_of("llama")
+    twin = model.for_decoding(3)
+    assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    assert FewRows in {type(m) for m in twin.modules()} and not any(isinstance(m, WideLayer) for m in model.modules())
+    assert {id(p) for p in twin.parameters()} == {id(p) for p in model.parameters()}
+
+
+# ---------------------------------------------------------------- the wide layer
+
+
+def steps(model, num_heads: int):
+    """Final states of three forwards over rows that keep different numbers of tokens, and lose a row on the way."""
+    cache, states = RowCache(model.cache_entries, 3), []
+    for seed, (keep, stay) in enumerate([([5, 7, 6], [0, 1, 2]), ([1, 2, 2], [0, 2]), ([2, 1], [0, 1])]):
+        tokens = random_tokens(len(cache.lengths), max(keep), seed=seed)
+        positions = cache.begin(tokens.shape[1])
+        mask = attention_mask(model.base.config, positions, torch.arange(cache.end)[None], model.dtype)
+        kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        hidden = model.hidden(tokens, num_heads=num_heads, **kwargs)
+        states += [hidden[:, row, :count] for row, count in enumerate(keep)]
+        cache.keep(torch.tensor(keep))
+        cache.select(torch.tensor(stay))
+    return states
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_arranged_for_decoding_has_the_states_of_the_model(name, num_heads):
+    model = dynamo_of(name, 3)
+    fast = model.for_decoding(num_heads)
+    assert isinstance(fast.last_layer, WideLayer) == (num_heads > 1)
+    with torch.inference_mode():
+        for mine, theirs in zip(steps(fast, num_heads), steps(model, num_heads), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"layers_per_head": 2}, {"feed": "last"}])
+def test_heads_that_are_no_layer_beside_the_last_stay_apart(options):
+    model = dynamo_of("gpt_neox", 3, **options)
+    fast = model.for_decoding(3)
+    assert not isinstance(fast.last_layer, WideLayer)
+    with torch.inference_mode():
+        for mine, theirs in zip(steps(fast, 3), steps(model, 3), strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_a_layer_that_computes_with_its_number_is_not_made_wide():
+    model = dynamo_of("gpt2", 3)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.scale_attn_by_inverse_layer_idx = True
+    assert not isinstance(model.for_decoding(3).last_layer, WideLayer)
+
+
+# ---------------------------------------------------------------- the budget
+
+
+def accept_slowly(logits, drafts, allowance):
+    """`accept_greedy` in words: go on while a draft is the first choice or all losses so far are allowed."""
+    spent, costs = 0.0, []
+    for position, draft in enumerate(drafts):
+        line = logits[position].tolist()
+        loss = max(line) - line[draft]
+        first = line.index(max(line)) == draft
+        if not first and (not allowance or spent + loss > allowance[position]):
+            break
+        spent += 0.0 if first else loss
+        costs.append(0.0 if first else loss)
+    last = logits[len(costs)].tolist()
+    return len(costs), last.index(max(last)), costs
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 3), st.lists(st.floats(0, 4), min_size=3, max_size=3) | st.just([]))
+def test_a_greedy_budget_is_spent_as_the_slow_rule_spends_it(seed, count, allowance):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, 4, (4, 5), generator=generator).float()
+    drafts = torch.randint(0, 5, (count,), generator=generator).tolist()
+    assert tuple(accept_greedy(logits, drafts, allowance)) == accept_slowly(logits, drafts, allowance)
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_budget_of_nothing_is_strict(sample):
+    model, prompts = dynamo_of("llama"), random_tokens(3, 6).tolist()
+    texts = []
+    for verify in ("strict", 0, 0.0):
+        rows = decode(model, prompts, DecodingOptions(20, 3, verify=verify, sample=sample), seeds=[1, 2, 3])
+        texts.append([row.tokens for row in rows])
+    assert texts[0] == texts[1] == texts[2]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0.01, 3), st.booleans(), st.integers(0, 99))
+def test_the_regret_never_exceeds_the_budget(budget, sample, seed):
+    spent = []
+    options = DecodingOptions(25, 3, verify=budget, sample=sample)
+    for row in decode(MODEL, random_tokens(2, 5, seed=seed).tolist(), options, seeds=[seed, seed + 1]):
+        counted = row.statistics
+        assert counted.regret <= budget * counted.new_tokens + 1e-9
+        spent.append(counted.unverified)
+    assert sample or max(spent) > 0 or budget < 0.5  # it is used, too
+
+
+MODEL = dynamo_of("llama")
+
+
+def test_under_a_large_budget_every_draft_stays():
+    rows = decode(MODEL, random_tokens(2, 5).tolist(), DecodingOptions(24, 3, verify=1e6), seeds=[0, 1])
+    assert all(row.statistics.acceptance == [1.0, 1.0] for row in rows)
+    assert all(row.statistics.tokens_per_step > 2.6 for row in rows)  # 24 tokens: the prompt's one, then threes
+
+
+@pytest.mark.parametrize("verify", ["exact", -0.1, float("nan"), float("inf"), True])
+def test_what_is_no_place_on_the_dial_is_refused(verify):
+    with pytest.raises(InputError, match="verify is"):
+        DecodingOptions(5, 2, verify=verify)
