@@ -9,6 +9,8 @@ layers keep the whole context (their window is in the mask), so memory grows wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -50,6 +52,20 @@ class RowCache(Cache):
         """Ends a forward: of the tokens just written, row r keeps the first `counts[r]`. counts: (rows,) int64."""
         self.lengths = self.lengths + counts
 
+    def gather(self, paths: Sequence[Sequence[int]]) -> None:
+        """Before `keep`: moves the tokens just written at places 1, 2, .. of each row there from the places in its path.
+
+        paths: by row, ascending places among the tokens just written, of which place 0 stays.
+        """
+        starts = self.lengths.tolist()
+        moves = [(row, starts[row] + to, starts[row] + at) for row, path in enumerate(paths)
+                 for to, at in enumerate(path, start=1) if to != at]  # fmt: skip
+        if moves:
+            rows, to, at = torch.tensor(moves).T
+            for layer in self.layers:
+                if layer.is_initialized:  # type: ignore[union-attr]
+                    layer.move(rows, to, at)  # type: ignore[union-attr]
+
     def select(self, rows: Tensor) -> None:
         """Drops all rows but these. rows: (kept,) int64."""
         for layer in self.layers:
@@ -87,6 +103,13 @@ class _RowLayer(CacheLayerMixin):
         rows = _copied(beam_idx, copies, self.cache.rows).to(self.device)
         self.keys = self.keys.index_select(0, rows)  # type: ignore[union-attr]
         self.values = self.values.index_select(0, rows)  # type: ignore[union-attr]
+
+    def move(self, rows: Tensor, to: Tensor, at: Tensor) -> None:
+        """Copies slots `at` of `rows` to slots `to`, (moves,) each."""
+        copies = len(self.keys) // self.cache.rows  # type: ignore[arg-type]
+        rows, to, at = _copied(rows, copies, self.cache.rows), to.repeat(copies), at.repeat(copies)
+        self.keys[rows, :, to] = self.keys[rows, :, at]  # type: ignore[index]
+        self.values[rows, :, to] = self.values[rows, :, at]  # type: ignore[index]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.end, 0
@@ -126,6 +149,7 @@ def attention_mask(
     *,
     query_segments: Tensor | None = None,
     key_segments: Tensor | None = None,
+    visible: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """The mask (or masks, by layer type) that a base's body takes ready-made.
@@ -137,6 +161,7 @@ def attention_mask(
         dtype: of the additive mask, where the implementation wants one.
         query_segments, key_segments: documents that queries and keys belong to, (batch, q) and (batch, k); nothing is
             seen across documents.
+        visible: what each query may see at all, (batch, q, k) bool; everything by default.
         device: where the mask is wanted; the positions' own by default.
 
     Returns:
@@ -151,6 +176,8 @@ def attention_mask(
     seen = distance >= 0
     if query_segments is not None and key_segments is not None:
         seen = seen & (query_segments[:, :, None] == key_segments[:, None, :])
+    if visible is not None:
+        seen = seen & visible
 
     def form(mask: Tensor) -> Tensor:
         mask = mask[:, None].to(device or mask.device)

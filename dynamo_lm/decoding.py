@@ -7,6 +7,7 @@ In: a model, prompts as token ids, and how to choose. Out: tokens and statistics
   forward, which absorbs them, also yields the base's distribution behind each: drafts that pass the exact rejection rule
   stay, the rest is forgotten by not counting it in the cache.
 * `verify=B`: the same, but a draft that fails stays while the log-likelihood lost so far is at most B nats per token.
+  Under greedy decoding drafts may be a small tree (`dynamo_lm.tree`) in place of a chain, where that pays.
 * one head (`num_heads=1`): the base model, one token a step, by the same code.
 
 Knows nothing about text; rows of a batch have their own lengths and do not see each other.
@@ -28,7 +29,8 @@ from dynamo_lm.errors import InputError
 from dynamo_lm.joint import Heads, Link
 from dynamo_lm.model import DynaMoForCausalLM
 from dynamo_lm.sampling import Algorithm1, check, draft_from, draw_from
-from dynamo_lm.verification import Proposal, accept_greedy, accept_sampled
+from dynamo_lm.tree import Pace, ancestry, depths, grow
+from dynamo_lm.verification import Proposal, accept_greedy, accept_sampled, accept_tree
 
 Warp = Callable[[int, Tensor, Tensor], Tensor]  # row, tokens so far (t,), logits (vocabulary,) -> logits to sample from
 Stop = Callable[[Tensor], bool]  # tokens so far (t,), prompt included -> whether the row ends here
@@ -43,6 +45,7 @@ class DecodingOptions:
     verify: str | float = "strict"  # or "off", or a budget in nats per token, of which 0 is "strict"
     sample: bool = False  # else the most likely: of the base under "strict", of the joint under "off"
     algorithm: Algorithm1 = field(default_factory=Algorithm1)  # under "off"; its alpha_c and top_k shape drafts, too
+    tree: int | None = None  # greedy, verified: drafts a forward carries as a tree; 0: a chain; None: measured, if exact
     draft_temperature: float = 1.0  # under "strict" with sampling: near the temperature that the base samples at
     end_tokens: frozenset[int] = frozenset()
     warps: tuple[Warp, ...] = ()  # under "strict": what turns the base's logits into those it samples from
@@ -52,6 +55,8 @@ class DecodingOptions:
         check_verify(self.verify)
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; give 1 or more.")
+        if self.tree is not None and not 0 <= self.tree < 64:
+            raise InputError(f"tree is {self.tree}; give the number of drafts, up to 63, 0 for a chain.")
 
     @property
     def budget(self) -> float:
@@ -125,6 +130,9 @@ class Row:
     generator: torch.Generator
     statistics: Statistics
     pending: list[int]  # what the next forward absorbs: the prompt, then last step's tokens
+    parents: list[int] = field(default_factory=list)  # of a tree: where in pending the token before pending[1:] is
+    size: int = 1  # tokens that this step was to carry
+    promise: float = 0.0  # how many of the tree's drafts should be kept
     proposals: list[Proposal] = field(default_factory=list)  # the distributions pending[1:] were drafted from
     present: np.ndarray | None = None  # under "off", (vocabulary,) bool: the tokens that are there already
     finished: bool = False
@@ -174,15 +182,20 @@ def decode(
     ]
     running = list(rows)
     cache = RowCache(model.cache_entries, len(rows))
+    pace = _pace(model, options)
     began = time.perf_counter()
 
     while running:
         # 1. Absorb: one forward over what every row emitted (or drafted) last; shorter rows are padded behind their end.
+        step_began, size, promised = time.perf_counter(), running[0].size, running[0].promise
         first = running[0].statistics.forwards == 0
         width = max(len(row.pending) for row in running)
         positions = cache.begin(width)  # (rows, width)
         tokens = torch.tensor([row.pending + [0] * (width - len(row.pending)) for row in running])
-        mask = attention_mask(base_config, positions, torch.arange(cache.end)[None], model.dtype, device=device)
+        keys, visible = torch.arange(cache.end)[None], None
+        if pace is not None and not first:
+            positions, keys, visible = _as_trees(cache, positions, [row.parents for row in running])
+        mask = attention_mask(base_config, positions, keys, model.dtype, visible=visible, device=device)
         hidden = model.hidden(
             tokens.to(device),
             num_heads=n,
@@ -202,6 +215,7 @@ def decode(
         emitted: list[list[int]] = []
         costs: list[list[float]] = []  # of the emitted tokens, where they were verified
         last: list[int] = []  # index in `logits` of the last position that stays
+        paths: list[list[int]] = []  # indices of the drafts that stay
         for r, row in enumerate(running):
             row.statistics.forwards += 1
             drafts = [] if first else row.pending[1:]
@@ -212,17 +226,23 @@ def decode(
             warped = _warp(row, logits[r], options) if options.warps else logits[r]
             allowance = _allowance(row, options, len(drafts))
             if options.sample:
-                kept, token, spent = accept_sampled(warped, drafts, row.proposals, row.generator, allowance)
+                verdict = accept_sampled(warped, drafts, row.proposals, row.generator, allowance)
+            elif pace is None:
+                verdict = accept_greedy(warped, drafts, allowance)
             else:
-                kept, token, spent = accept_greedy(warped, drafts, allowance)
-            for position in range(len(drafts)):
+                verdict = accept_tree(warped, drafts, row.parents, allowance)
+            kept, token, spent, path = verdict
+            for position in range(max(depths(row.parents)) if pace is not None else len(drafts)):
                 row.statistics.proposed[position] += position <= kept  # after a refusal nothing is looked at
                 row.statistics.accepted[position] += position < kept
-            emitted.append([*drafts[:kept], token])
+            emitted.append([*(row.pending[place] for place in path), token])
             costs.append([*spent, 0.0])
-            last.append(kept)
-        counts = [len(row.pending) if first else at + 1 for row, at in zip(running, last, strict=True)]
-        cache.keep(torch.tensor(counts))
+            paths.append(path)
+            last.append(path[-1] if path else 0)
+        if pace is not None:
+            cache.gather(paths)
+        kept_tokens = [len(drafts) for drafts in emitted] if not off else [at + 1 for at in last]
+        cache.keep(torch.tensor([len(row.pending) for row in running] if first else kept_tokens))
 
         # 3. Choose: from all heads at that position, a draft of the tokens behind the certain one, or m tokens at once.
         at = ends if first else torch.tensor(last, device=device)
@@ -245,12 +265,26 @@ def decode(
                     heads, row.present, model.cooccurrence, algorithm, row.generator, greedy=not options.sample
                 )
                 row.pending = list(drawn.tokens)
-                scores.add(row.statistics, r, drawn.tokens[:1], behind=last[r])
+                scores.add(row.statistics, r, drawn.tokens[:1], behind=[last[r]])
                 emitted.append(row.pending)
             else:
                 room = min(n, min(context - len(row.tokens), _left(row, options)) - len(emitted[r])) - 1
-                row.pending, row.proposals = [emitted[r][-1]], []
-                if room > 0:
+                row.pending, row.parents, row.proposals, row.promise = [emitted[r][-1]], [], [], 0.0
+                if room > 0 and pace is not None:
+                    tree = grow(
+                        tops.of(r * (n - 1), r * (n - 1) + room),
+                        emitted[r][-1],
+                        model.cooccurrence,
+                        alpha_c=algorithm.alpha_c,
+                        temperature=options.draft_temperature,
+                        link=link,
+                        most=pace.sizes[-1] - 1,
+                    )
+                    row.size = pace.choose(tree.probabilities)
+                    tree = tree.first(row.size - 1)
+                    row.pending, row.parents = row.pending + tree.tokens, tree.parents
+                    row.promise = sum(tree.probabilities)
+                elif room > 0:
                     drafted = draft_from(
                         tops.of(r * (n - 1), r * (n - 1) + room),
                         emitted[r][-1],
@@ -268,11 +302,14 @@ def decode(
         for r, (row, new) in enumerate(zip(running, emitted, strict=True)):
             count = _emit(row, new, options, context)
             if not off:
-                scores.add(row.statistics, r, new[:count], costs=costs[r][:count])
+                scores.add(row.statistics, r, new[:count], behind=[0, *paths[r]], costs=costs[r][:count])
             row.statistics.step_sizes.append(count)
             row.statistics.new_tokens += count
             row.statistics.seconds = time.perf_counter() - began
             on_step(row.number, new[:count])
+
+        if pace is not None and not first and len(running) == 1:
+            pace.record(size, time.perf_counter() - step_began, promised, len(emitted[0]) - 1)
 
         # 5. Rows that ended leave the batch.
         going = [r for r, row in enumerate(running) if not row.finished]
@@ -295,17 +332,18 @@ class Scores:
         row: int,
         tokens: Sequence[int],
         *,
-        behind: int = 0,
+        behind: Sequence[int] | None = None,
         costs: Sequence[float] | None = None,
     ) -> None:
-        """Adds the log-likelihood and the regret of tokens[i] behind absorbed token `behind` + i of a row.
+        """Adds the log-likelihood and the regret of tokens[i] behind absorbed token behind[i] (or i) of a row.
 
         `costs` are the regrets of tokens that were verified; without them nobody looked, and the regret is against the
         base's first choice.
         """
         for i, token in enumerate(tokens):
-            line = self.logits[row, behind + i]
-            statistics.log_likelihood += float(line[token] - self.normaliser[row, behind + i])
+            place = i if behind is None else behind[i]
+            line = self.logits[row, place]
+            statistics.log_likelihood += float(line[token] - self.normaliser[row, place])
             statistics.scored += 1
             regret = float(line.max() - line[token]) if costs is None else costs[i]
             statistics.regret += regret
@@ -361,12 +399,44 @@ def _warp(row: Row, logits: Tensor, options: DecodingOptions) -> Tensor:
     return torch.stack(result)
 
 
+def _pace(model: DynaMoForCausalLM, options: DecodingOptions) -> Pace | None:
+    """How many drafts a step carries, if they are a tree: for greedy choices of unwarped logits."""
+    n = options.num_heads
+    if options.sample or options.verify == "off" or options.warps or n == 1 or options.tree == 0:
+        return None
+    if options.tree is not None:
+        return Pace((options.tree + 1,))
+    # Sizes that change from run to run change the rounding: harmless in float32, not where close calls are ties.
+    if options.budget > 0 or model.dtype != torch.float32:
+        return None
+    key = (n, torch.get_num_threads())
+    return model.paces.setdefault(key, Pace((n, 2 * n, 4 * n)))
+
+
+def _as_trees(cache: RowCache, positions: Tensor, parents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of the queries and of the slots, and what each query sees, where the tokens of a forward are trees.
+
+    positions: (rows, width) slots that are written. Returns (rows, width), (rows, slots) and (rows, width, slots) bool.
+    """
+    rows, width = positions.shape
+    depth = torch.zeros(rows, width, dtype=torch.long)
+    seen = torch.empty(rows, width, width, dtype=torch.bool)
+    for row, each in enumerate(parents):
+        depth[row, : len(each) + 1] = torch.tensor(depths(each))
+        seen[row] = torch.from_numpy(ancestry(each, width))
+    slots = torch.arange(cache.end).expand(rows, -1)
+    queries = cache.lengths[:, None] + depth
+    keys = slots.scatter(1, positions, queries)
+    visible = (slots < cache.lengths[:, None])[:, None].repeat(1, width, 1)
+    return queries, keys, visible.scatter(2, positions[:, None].expand(-1, width, -1), seen)
+
+
 def _allowance(row: Row, options: DecodingOptions, drafts: int) -> list[float]:
     """What the drafts up to each may cost, in nats: the budget of all tokens so far, less what is spent. Empty if exact."""
     if options.budget == 0:
         return []
     emitted = row.statistics.new_tokens
-    return [options.budget * (emitted + position) - row.statistics.regret for position in range(1, drafts + 1)]
+    return [options.budget * (emitted + place) - row.statistics.regret for place in range(1, drafts + 1)]
 
 
 def _link(model: DynaMoForCausalLM, states: Tensor) -> Link:

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 LARGE = 2**18  # entries of a weight that no longer sits in the caches near a core; smaller ones are best left alone
 HUGE = 2**23  # entries from which on up to eight rows are better transposed; output embeddings, mostly
@@ -44,6 +45,8 @@ def few_rows(model: M) -> M:
 def _twin(module: M, made: dict[int, nn.Module]) -> M:
     if id(module) in made:  # what is shared stays shared
         return made[id(module)]  # type: ignore[return-value]
+    if parametrize.is_parametrized(module):  # an adapter: it cannot be copied, and computes its weight anew each time
+        return module
     twin = made[id(module)] = copy.copy(module)
     if type(twin) is nn.Linear and twin.weight.device.type == "cpu" and twin.weight.dtype == torch.float32:
         twin.__class__ = FewRows  # type: ignore[assignment]  # of this copy: same attributes, another product

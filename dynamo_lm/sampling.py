@@ -208,24 +208,39 @@ def draft_from(
     link: Link | None = None,
 ) -> Draft:
     """`draft` from candidates of heads 2 .. n that were already found."""
-    lookup = table.lookup if table is not None and alpha_c > 0 else None
     history, proposals = [first], []
-    for i, (ids, q) in enumerate(zip(heads.ids, heads.probs, strict=True)):
-        scores = heads.log_probs[i]
-        if link is not None:
-            scores = scores + link(i + 2, np.array(history[-1:]), ids)[0] / temperature
-            q = _normalised(scores)
-        for length in range(min(lookup.order - 1, len(history)) if lookup else 0, 0, -1):
-            row = lookup.row(history[-length:])  # type: ignore[union-attr]
-            if row >= 0:
-                weight = lookup.log_after(row, ids, length + 1) - np.maximum(lookup.unigram(ids), -1e30)  # type: ignore
-                weighted = scores + alpha_c * weight
-                if weighted.max() > -np.inf:
-                    q = _normalised(weighted)
-                    break
+    for i, ids in enumerate(heads.ids):
+        q = conditional(heads, i, history, table, alpha_c, temperature, link)
         history.append(int(ids[_choose(q, generator, greedy)]))
         proposals.append((torch.from_numpy(ids), torch.from_numpy(q)))
     return Draft(history[1:], proposals)
+
+
+def conditional(
+    heads: Heads,
+    i: int,
+    history: list[int],
+    table: Cooccurrence | None,
+    alpha_c: float,
+    temperature: float,
+    link: Link | None,
+) -> np.ndarray:
+    """q of slot i (head i + 2) behind `history`, which ends with the token before it; (k,), as `draft` defines it."""
+    ids, q, scores = heads.ids[i], heads.probs[i], heads.log_probs[i]
+    if link is not None:
+        scores = scores + link(i + 2, np.array(history[-1:]), ids)[0] / temperature
+        q = _normalised(scores)
+    if table is None or alpha_c == 0:
+        return q
+    lookup = table.lookup
+    for length in range(min(lookup.order - 1, len(history)), 0, -1):
+        row = lookup.row(history[-length:])
+        if row >= 0:
+            weight = lookup.log_after(row, ids, length + 1) - np.maximum(lookup.unigram(ids), -1e30)
+            weighted = scores + alpha_c * weight
+            if weighted.max() > -np.inf:
+                return _normalised(weighted)
+    return q
 
 
 def _normalised(scores: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ class Verdict(NamedTuple):
     kept: int  # drafts that stay, from the first
     token: int  # the base's own, behind them
     costs: list[float]  # of each kept draft: 0 if the exact rule kept it, else the regret in nats
+    path: list[int]  # where the kept drafts are, counted with the certain token as 0: 1, 2, .. unless they are a tree
 
 
 def accept_greedy(logits: Tensor, drafts: Sequence[int], allowance: Sequence[float] = ()) -> Verdict:
@@ -48,7 +49,38 @@ def accept_greedy(logits: Tensor, drafts: Sequence[int], allowance: Sequence[flo
             if not _allowed(cost, costs, allowance):
                 break
         costs.append(cost)
-    return Verdict(len(costs), best[len(costs)], costs)
+    return Verdict(len(costs), best[len(costs)], costs, _chain(costs))
+
+
+def accept_tree(logits: Tensor, drafts: Sequence[int], parents: Sequence[int], allowance: Sequence[float] = ()) -> Verdict:
+    """`accept_greedy` for drafts that are a tree: the base's first choices, as far down as the tree has them.
+
+    Args:
+        logits: the base's, behind the certain token and behind each draft, (at least drafts + 1, vocabulary).
+        parents: of each draft, where the token before it is: 0 the certain one, i the i-th draft.
+        allowance: by depth. Where no draft is the first choice, the likeliest one may stay.
+    """
+    best = logits[: len(drafts) + 1].argmax(-1).tolist()
+    children: dict[int, list[int]] = {}
+    for index, parent in enumerate(parents, start=1):
+        children.setdefault(parent, []).append(index)
+    path: list[int] = []
+    costs: list[float] = []
+    at = 0
+    while at in children:
+        cost, tokens = 0.0, {drafts[index - 1]: index for index in children[at]}
+        found = tokens.get(best[at])
+        if found is None:
+            line = logits[at].double()
+            likely = max(tokens, key=line.__getitem__)
+            cost = (line[best[at]] - line[likely]).item()
+            if not _allowed(cost, costs, allowance):
+                break
+            found = tokens[likely]
+        path.append(found)
+        costs.append(cost)
+        at = found
+    return Verdict(len(path), best[at], costs, path)
 
 
 def accept_sampled(
@@ -81,9 +113,14 @@ def accept_sampled(
             own = _pick((p - q).clamp(min=0), generator)
             cost = max(0.0, (p[own].log() - p[token].log()).item())
             if not _allowed(cost, costs, allowance):
-                return Verdict(position, own, costs)
+                return Verdict(position, own, costs, _chain(costs))
         costs.append(cost)
-    return Verdict(len(drafts), _pick(logits[len(drafts)].double().softmax(-1), generator), costs)
+    token = _pick(logits[len(drafts)].double().softmax(-1), generator)
+    return Verdict(len(drafts), token, costs, _chain(costs))
+
+
+def _chain(costs: list[float]) -> list[int]:
+    return list(range(1, len(costs) + 1))
 
 
 def _allowed(cost: float, costs: list[float], allowance: Sequence[float]) -> bool:

@@ -286,7 +286,7 @@ def test_perfect_heads_give_the_ceiling():
 
 def test_wrong_heads_cost_nothing_but_speed():
     model = markov_dynamo(cycle(10), cycle(10, 5), cycle(10, 3))
-    out = run(model, [[0]], max_new_tokens=13, do_sample=False)
+    out = run(model, [[0]], max_new_tokens=13, do_sample=False, tree=0)
     assert out.sequences[0].tolist() == [i % 10 for i in range(14)]
     assert out.statistics[0].step_sizes == [1] * 13
     assert out.statistics[0].acceptance == [0.0, 0.0]

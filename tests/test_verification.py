@@ -101,7 +101,7 @@ def draw_and_accept(rule, runs: int) -> list[tuple[int, ...]]:
 
 def always_accept(logits, drafts, proposals, generator, allowance=()):
     token = int(torch.multinomial(logits[len(drafts)].softmax(-1), 1, generator=generator))
-    return len(drafts), token, [0.0] * len(drafts)
+    return len(drafts), token, [0.0] * len(drafts), list(range(1, len(drafts) + 1))
 
 
 def redraw_from_p(logits, drafts, proposals, generator):
@@ -153,7 +153,7 @@ def test_a_draft_from_the_bases_own_distribution_always_stays():
 def test_a_token_the_base_cannot_say_never_stays():
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
-        kept, token, _ = accept_sampled(P.log(), [4], [(torch.tensor([4]), torch.ones(1).double())], generator)
+        kept, token, *_ = accept_sampled(P.log(), [4], [(torch.tensor([4]), torch.ones(1).double())], generator)
         assert kept == 0
         assert token != 4
 
