@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 TABLE_FILE = "cooccurrence.safetensors"
 HEADS_FILE = "heads.safetensors"
+COUPLING = "coupling."  # names in HEADS_FILE that are not below `heads.`
 CHECKSUMS_FILE = "checksums.json"  # {weight file: CRC-32}; the tables carry one of their own
 
 
@@ -100,11 +101,15 @@ def save(model: DynaMoForCausalLM, folder: str | os.PathLike, weights: str = "fu
 
 
 def head_weights(model: DynaMoForCausalLM) -> dict[str, torch.Tensor]:
-    """The tensors that the heads own, by their name below `heads.`; what they share with the base is left out."""
+    """The tensors that the heads own, by their name below `heads.`, and `coupling.*` if they are coupled; what they share
+    with the base is left out."""
     shared = {parameter.data_ptr() for parameter in model.base.parameters()}
+    named = model.heads.state_dict()
+    if model.coupling is not None:
+        named |= model.coupling.state_dict(prefix=COUPLING)
     return {
         name: tensor.detach().contiguous()
-        for name, tensor in model.heads.state_dict().items()
+        for name, tensor in named.items()
         if tensor.data_ptr() not in shared or tensor.numel() == 0
     }
 
@@ -217,8 +222,12 @@ def _load_heads(cls: type[DynaMoForCausalLM], name: str, config: DynaMoConfig, b
     wanted = head_weights(model)
     if weights.keys() != wanted.keys() or any(weights[key].shape != wanted[key].shape for key in weights):
         raise InputError(f'"{name}/{HEADS_FILE}" does not hold the heads that its config.json describes.')
+    coupling = {name.removeprefix(COUPLING): weights.pop(name) for name in list(weights) if name.startswith(COUPLING)}
     model.heads.load_state_dict(weights, strict=False)
     model.heads.to(base.device, base.dtype)
+    if model.coupling is not None:
+        model.coupling.load_state_dict(coupling)
+        model.coupling.to(base.device, base.dtype)
     if _find(name, "generation_config.json") is not None:
         model.generation_config = GenerationConfig.from_pretrained(name)
     return model.eval()

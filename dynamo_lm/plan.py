@@ -18,15 +18,17 @@ from dynamo_lm.training import CHUNK, TrainingOptions
 MIXED = 0.6  # of float32's activations under bf16 autocast: products are halved, norms and softmax are not
 
 
-def parameters(model: DynaMoForCausalLM, *, frozen: bool) -> dict[str, Any]:
-    """How many there are and how many learn."""
+def parameters(model: DynaMoForCausalLM, *, frozen: bool, coupling_only: bool = False) -> dict[str, Any]:
+    """How many there are and how many learn; the heads' coupling counts as theirs."""
     base = sum(p.numel() for p in model.base.parameters())
     heads = round(model.overhead() * base)
+    coupling = sum(p.numel() for p in model.coupling.parameters()) if model.coupling is not None else 0
     return {
         "base": base,
         "heads": heads,
+        "coupling": coupling,
         "overhead": round(model.overhead(), 5),
-        "trained": heads + base * (not frozen),
+        "trained": coupling if coupling_only else heads + base * (not frozen),
     }
 
 
@@ -36,7 +38,7 @@ def memory(model: DynaMoForCausalLM, options: TrainingOptions, block_size: int, 
     Weights are float32, and so are the gradients and AdamW's two moments of what is trained. `fused` attention keeps no
     scores; torch's has such kernels on GPUs, but none for CPUs that takes a mask and trains.
     """
-    count = parameters(model, frozen=options.frozen)
+    count = parameters(model, frozen=options.frozen, coupling_only=options.coupling_only)
     rows = options.batch_size // options.accumulation
     config = model.config.get_text_config()
     states = model.num_heads * rows * block_size * config.hidden_size * 4
@@ -45,12 +47,14 @@ def memory(model: DynaMoForCausalLM, options: TrainingOptions, block_size: int, 
         "gradients": 4 * count["trained"],
         "optimizer": 8 * count["trained"],
         "activations": _saved_by_autograd(model, options, rows, block_size, fused) + 2 * states,
-        "logits": 3 * 4 * CHUNK * config.vocab_size,
+        "logits": (3 if model.coupling is None else 5) * 4 * CHUNK * config.vocab_size,  # two more for the corrected ones
     }
     return bytes_ | {"total": sum(bytes_.values())}
 
 
 def _saved_by_autograd(model: DynaMoForCausalLM, options: TrainingOptions, rows: int, block_size: int, fused: bool) -> int:
+    if options.coupling_only:
+        return 0  # no backward through the model
     if options.frozen:
         model.freeze_base()
     weights = {id(p) for p in model.parameters()}

@@ -25,7 +25,7 @@ from dynamo_lm.cache import attention_mask
 from dynamo_lm.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from dynamo_lm.errors import InputError
 from dynamo_lm.model import DynaMoForCausalLM
-from dynamo_lm.packing import Blocks, targets
+from dynamo_lm.packing import IGNORED, Blocks, targets
 
 CHUNK = 512  # positions whose logits exist at one time, whatever the number of heads; fits a cache, and is faster for it
 
@@ -38,6 +38,7 @@ class TrainingOptions:
     lr_b: float = 1e-5  # LR_B: head-1 loss into the base; 0 together with lr_mb freezes the base
     lr_m: float = 1e-3  # LR_M: the heads' own layers
     lr_mb: float = 1e-6  # LR_MB: heads 2..n into the base
+    lr_c: float = 1e-2  # the heads' coupling, if any (not in the paper; at LR_M it learns several times slower)
     batch_size: int = 64  # blocks a step
     accumulation: int = 1  # forward passes a step is split into
     warmup: float = 0.01  # share of the steps
@@ -48,18 +49,21 @@ class TrainingOptions:
     validate_every: int = 500  # steps
     checkpoint_every: int = 500  # steps
     keep: int = 2  # checkpoints kept
+    coupling_only: bool = False  # base and heads stay as they are; their coupling alone learns
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "validate_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give 1 or more.")
-        for name in ("lr_b", "lr_m", "lr_mb", "weight_decay", "clip"):
+        for name in ("lr_b", "lr_m", "lr_mb", "lr_c", "weight_decay", "clip"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} is {getattr(self, name)}; give 0 or more.")
         if self.batch_size % self.accumulation:
             raise InputError(f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}.")
         if self.lr_b == 0 and self.lr_mb > 0:
             raise InputError("lr_mb without lr_b has no meaning (one optimizer moves the base); set both or neither.")
+        if self.coupling_only and self.lr_b > 0:
+            raise InputError("coupling_only leaves the base as it is; set lr_b and lr_mb to 0.")
 
     @property
     def frozen(self) -> bool:
@@ -90,25 +94,32 @@ def heads_loss(
     Logits exist for `CHUNK` positions of one head at a time: each chunk's gradient with respect to its hidden states is
     taken at once, and one backward through the heads and the base follows.
 
+    A coupling adds one loss for each extra head: that of its corrected logits given the true token one place before. It
+    sends no gradient beyond the coupling, neither into hidden states nor into the output embedding: heads and base learn
+    exactly what they would learn without it, and stay usable alone.
+
     Args:
         tokens, segments, positions: (batch, length), from `dynamo_lm.packing.Blocks`.
         options: take gradients, scaled for `options.gradient_scale`; a frozen base skips head 1's loss (its entry is 0).
+            Under `coupling_only` nothing but the coupling gets any, and there is no backward through the heads.
             Without options there are no gradients and the model computes in its own precision.
         counts: targets of each head that the loss is a mean over (all accumulated batches); this batch's by default.
 
     Returns:
-        Sums of the negative log-likelihood in nats over the valid targets, (num_heads,), float32, without gradient.
+        Sums of the negative log-likelihood in nats over the valid targets, (num_heads,), float32, without gradient; with a
+        coupling (2 num_heads - 1,), the corrected ones of heads 2..n behind the others.
 
     Source: paper, modified-CLM objective; method.md sections 2 and 6.6.
     """
-    n, learn = model.num_heads, options is not None
+    n, coupling, learn = model.num_heads, model.coupling, options is not None
+    alone = options is not None and options.coupling_only
     counts = counts or target_counts(tokens, segments, n)
     scale = options.gradient_scale if options else 1.0
     autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=options is not None and options.bf16)
-    with torch.set_grad_enabled(learn), autocast:
+    with torch.set_grad_enabled(learn and not alone), autocast:
         hidden = packed_hidden(model, tokens, segments, positions, gradient_scale=scale)
-        gradient = torch.zeros_like(hidden) if learn else None
-        sums = torch.zeros(n)
+        gradient = torch.zeros_like(hidden) if hidden.requires_grad else None
+        sums = torch.zeros(n if coupling is None else 2 * n - 1)
         for head in range(1, n + 1):
             if options is not None and options.frozen and head == 1:
                 continue
@@ -116,18 +127,42 @@ def heads_loss(
             at_loss, at_states = (1.0 if head == 1 else scale), 1.0
             if model.config.own_output_embedding:  # it learns at its head's full rate: scale what is sent on
                 at_loss, at_states = at_states, at_loss
-            states = hidden[head - 1].flatten(0, 1)
+            states, count = hidden[head - 1].flatten(0, 1), max(counts[head - 1], 1)
             for start in range(0, len(labels), CHUNK):
-                chunk = states[start : start + CHUNK].detach().requires_grad_(learn)
+                here = slice(start, start + CHUNK)
+                chunk = states[here].detach().requires_grad_(gradient is not None)
                 logits = model.readout(chunk[None], head)[0].float()  # (chunk, vocabulary)
-                loss = F.cross_entropy(logits, labels[start : start + CHUNK], ignore_index=-100, reduction="sum")
+                loss = F.cross_entropy(logits, labels[here], ignore_index=IGNORED, reduction="sum")
                 sums[head - 1] += loss.detach().cpu()
+                if loss.requires_grad:
+                    (loss * (at_loss / count)).backward()
                 if gradient is not None:
-                    (loss * (at_loss / max(counts[head - 1], 1))).backward()
-                    gradient[head - 1].flatten(0, 1)[start : start + CHUNK] = at_states * chunk.grad  # type: ignore
+                    gradient[head - 1].flatten(0, 1)[here] = at_states * chunk.grad  # type: ignore[operator]
+                if coupling is not None and head > 1:
+                    before = targets(tokens, segments, head - 1).flatten()[here]
+                    with torch.set_grad_enabled(learn):
+                        corrected = coupled_logits(model, head, chunk.detach(), before, logits.detach())
+                        loss = F.cross_entropy(corrected, labels[here], ignore_index=IGNORED, reduction="sum")
+                        sums[n + head - 2] += loss.detach().cpu()
+                        if learn:
+                            (loss / count).backward()
     if gradient is not None:
         hidden.backward(gradient)
     return sums
+
+
+def coupled_logits(model: DynaMoForCausalLM, head: int, states: Tensor, before: Tensor, logits: Tensor) -> Tensor:
+    """Head `head`'s logits given the true tokens one place before: (positions, vocabulary), float32.
+
+    Args:
+        head: 2..n, of a model with a coupling.
+        states: its final hidden states, (positions, hidden).
+        before: labels of head `head` - 1, (positions,); where there is none the result has no meaning.
+        logits: its own logits, (positions, vocabulary).
+    """
+    assert model.coupling is not None
+    shift = model.coupling.shift(head, states, before.clamp(min=0))
+    return logits + F.linear(shift, model.output_weight(head).detach()).float()
 
 
 def packed_hidden(
@@ -150,22 +185,41 @@ class Perplexities:
 
     heads: tuple[float, ...]  # PPL_1 .. PPL_n
     joint: tuple[float, ...]  # PPL_1:1 .. PPL_1:n, the product of heads as the joint, per token
+    top1: tuple[float, ...]  # share of the targets that are head i's most likely token
+    coupled: tuple[float, ...] = ()  # PPL_2|1 .. PPL_n|n-1: heads 2..n given the true token one place before
+    coupled_top1: tuple[float, ...] = ()
+
+    @property
+    def coupled_joint(self) -> float:
+        """PPL_1:n per token with the coupled heads as a chain."""
+        chain = (self.heads[0], *self.coupled)
+        return math.exp(sum(map(math.log, chain)) / len(chain))
 
     def __str__(self) -> str:
-        singles = "  ".join(f"PPL_{i} {p:.2f}" for i, p in enumerate(self.heads, start=1))
-        return f"{singles}  PPL_1:{len(self.joint)} {self.joint[-1]:.2f}"
+        n = len(self.joint)
+        said = [f"PPL_{i} {p:.2f}" for i, p in enumerate(self.heads, start=1)] + [f"PPL_1:{n} {self.joint[-1]:.2f}"]
+        if self.coupled:
+            said += [f"PPL_{i}|{i - 1} {p:.2f}" for i, p in enumerate(self.coupled, start=2)]
+            said += [f"coupled PPL_1:{n} {self.coupled_joint:.2f}"]
+        return "  ".join(said)
 
 
 @torch.no_grad()
 def perplexities(model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, bf16: bool, limit: int = 64) -> Perplexities:
-    """PPL_1..PPL_n and PPL_1:1..PPL_1:n on the first `limit` blocks.
+    """PPL_1..PPL_n and PPL_1:1..PPL_1:n on the first `limit` blocks, and PPL_i|i-1 of a model with a coupling.
 
     Comparable between models with the same tokenizer on the same blocks: every head is scored at the positions where all n
     targets exist in the same document.
     """
     was_training, n = model.training, model.num_heads
     model.eval()
-    sums, count = torch.zeros(n, dtype=torch.float64), 0
+    lines = n if model.coupling is None else 2 * n - 1  # as in heads_loss
+    sums, hits, count = torch.zeros(lines, dtype=torch.float64), torch.zeros(lines, dtype=torch.float64), 0
+
+    def score(line: int, logits: Tensor, labels: Tensor) -> None:
+        sums[line] += F.cross_entropy(logits, labels, reduction="sum").double().cpu()
+        hits[line] += (logits.argmax(-1) == labels).sum().cpu()
+
     device = model.device
     total = min(limit, blocks.num_blocks(0))
     for start in range(0, total, batch_size):
@@ -177,15 +231,20 @@ def perplexities(model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, b
             for head in range(1, n + 1):
                 states, labels = hidden[head - 1].flatten(0, 1)[scored], targets(tokens, segments, head).flatten()[scored]
                 for at in range(0, len(labels), CHUNK):
-                    logits = model.readout(states[at : at + CHUNK][None], head)[0].float()
-                    sums[head - 1] += F.cross_entropy(logits, labels[at : at + CHUNK], reduction="sum").double().cpu()
+                    here = slice(at, at + CHUNK)
+                    logits = model.readout(states[here][None], head)[0].float()
+                    score(head - 1, logits, labels[here])
+                    if model.coupling is not None and head > 1:
+                        before = targets(tokens, segments, head - 1).flatten()[scored][here]
+                        score(n + head - 2, coupled_logits(model, head, states[here], before, logits), labels[here])
         count += int(scored.sum())
     model.train(was_training)
     if count == 0:
         raise InputError("The validation text has no document with as many tokens as the model has heads.")
-    means = sums / count
-    joint = means.cumsum(0) / torch.arange(1, n + 1)
-    return Perplexities(tuple(means.exp().tolist()), tuple(joint.exp().tolist()))
+    means, shares = sums / count, (hits / count).tolist()
+    joint = means[:n].cumsum(0) / torch.arange(1, n + 1)
+    ppl = means.exp().tolist()
+    return Perplexities(tuple(ppl[:n]), tuple(joint.exp().tolist()), tuple(shares[:n]), tuple(ppl[n:]), tuple(shares[n:]))
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -197,13 +256,15 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 
 
 def parameter_groups(model: DynaMoForCausalLM, options: TrainingOptions) -> list[dict]:
-    """AdamW groups: the base at LR_B, the heads' own layers at LR_M; weight decay on matrices only."""
-    base = {id(p) for p in model.base.parameters()}
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    """AdamW groups: the base at LR_B, the heads' own layers at LR_M, their coupling at a rate of its own; weight decay on
+    matrices only."""
+    base, coupling = {id(p) for p in model.base.parameters()}, _coupling(model)
+    named = {id(p): p for p in model.parameters() if p.requires_grad}
+    heads = named.keys() - base - coupling
     groups = []
-    for of_base, rate in ((True, options.lr_b), (False, options.lr_m)):
+    for part, rate in ((base, options.lr_b), (heads, options.lr_m), (coupling, options.lr_c)):
         for matrices in (True, False):
-            chosen = [p for _, p in named if (id(p) in base) == of_base and (p.ndim >= 2) == matrices]
+            chosen = [p for key, p in named.items() if key in part and (p.ndim >= 2) == matrices]
             if chosen and rate > 0:
                 decay = options.weight_decay if matrices else 0.0
                 groups.append({"params": chosen, "lr": rate, "initial_lr": rate, "weight_decay": decay})
@@ -218,6 +279,7 @@ class Progress:
     losses: tuple[float, ...]  # mean nats per target, by head; 0 for a frozen base's head 1
     gradient_norm: float
     tokens_per_second: float
+    coupled: tuple[float, ...] = ()  # of heads 2..n given the true token one place before
     validation: Perplexities | None = None
 
 
@@ -246,11 +308,14 @@ def train(
         KeyboardInterrupt: after writing a checkpoint of the last finished step.
     """
     device = model.device
+    if options.coupling_only:
+        if model.coupling is None:
+            raise InputError("There is no coupling to train; add one with dynamo_lm.coupling.add_coupling.")
+        model.requires_grad_(False)
+        model.coupling.requires_grad_(True)
     if options.frozen:
         model.freeze_base()
-    model.train()
-    if options.frozen:
-        model.base.eval()  # no dropout in what is not trained
+    _train_mode(model, options)
     groups = parameter_groups(model, options)
     if not groups:
         raise InputError("There is nothing to train: give a learning rate, and a frozen base more than one head.")
@@ -260,7 +325,8 @@ def train(
     newest = latest_checkpoint(folder)
     if newest is not None:
         start = load_checkpoint(newest, model, optimizer, options)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    trained, coupling = [p for group in optimizer.param_groups for p in group["params"]], _coupling(model)
+    clipped = [[p for p in trained if (id(p) in coupling) == of_coupling] for of_coupling in (False, True)]
     last: Perplexities | None = None
     step = start
     with _Log(folder, start) as log, _stop_between_steps() as stopped:
@@ -272,11 +338,13 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             counts = target_counts(batch["tokens"], batch["segments"], model.num_heads)
-            sums = torch.zeros(model.num_heads)
-            for part in _split(batch, options.accumulation):
-                sums += heads_loss(model, **part, options=options, counts=counts)
-            losses = tuple((sums / torch.tensor(counts).clamp(min=1)).tolist())
-            norm = torch.nn.utils.clip_grad_norm_(trained, options.clip or math.inf).item()
+            parts = _split(batch, options.accumulation)
+            sums = torch.stack([heads_loss(model, **part, options=options, counts=counts) for part in parts]).sum(0)
+            means = counts + counts[1:] if coupling else counts
+            losses = tuple((sums / torch.tensor(means).clamp(min=1)).tolist())
+            # The coupling by itself, so that its gradient has no say in the length of the heads' step.
+            norms = [torch.nn.utils.clip_grad_norm_(some, options.clip or math.inf).item() for some in clipped if some]
+            norm = math.hypot(*norms)
             if not math.isfinite(norm) or not all(map(math.isfinite, losses)):
                 raise InputError(
                     f"The loss of step {step + 1} is not finite (losses {losses}, gradient norm {norm}; blocks "
@@ -286,14 +354,13 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             rate = batch["tokens"].numel() / (time.perf_counter() - began)
-            progress = Progress(step + 1, losses, norm, rate)
+            n = model.num_heads
+            progress = Progress(step + 1, losses[:n], norm, rate, losses[n:])
             done = step + 1 == options.steps
             if validation is not None and (done or (step + 1) % options.validate_every == 0):
                 size = max(1, options.batch_size // options.accumulation)
                 last = perplexities(model, validation, batch_size=size, bf16=options.bf16)
-                model.train()
-                if options.frozen:
-                    model.base.eval()
+                _train_mode(model, options)
                 progress = replace(progress, validation=last)
             log.write(progress, factor)
             report(progress)
@@ -304,6 +371,20 @@ def train(
                 raise KeyboardInterrupt
     model.eval()
     return last
+
+
+def _coupling(model: DynaMoForCausalLM) -> set[int]:
+    """Ids of the coupling's parameters."""
+    return set() if model.coupling is None else {id(p) for p in model.coupling.parameters()}
+
+
+def _train_mode(model: DynaMoForCausalLM, options: TrainingOptions) -> None:
+    """Training mode for what is trained: no dropout in the rest."""
+    model.train()
+    if options.frozen:
+        model.base.eval()
+    if options.coupling_only:
+        model.heads.eval()
 
 
 @contextlib.contextmanager
@@ -358,10 +439,17 @@ class _Log:
         line |= {"tokens_per_second": round(progress.tokens_per_second, 1), "lr_factor": factor}
         scalars = {f"loss/head_{i}": loss for i, loss in enumerate(progress.losses, start=1)}
         scalars |= {"train/gradient_norm": progress.gradient_norm, "train/lr_factor": factor}
+        if progress.coupled:
+            line["coupled_losses"] = progress.coupled
+            scalars |= {f"loss/head_{i}_given_{i - 1}": loss for i, loss in enumerate(progress.coupled, start=2)}
         if progress.validation is not None:
             line |= {"ppl": progress.validation.heads, "ppl_joint": progress.validation.joint}
             scalars |= {f"validation/PPL_{i}": p for i, p in enumerate(progress.validation.heads, start=1)}
             scalars |= {f"validation/PPL_1:{i}": p for i, p in enumerate(progress.validation.joint, start=1)}
+            line |= {"top1": progress.validation.top1}
+            if progress.validation.coupled:
+                line |= {"ppl_coupled": progress.validation.coupled, "top1_coupled": progress.validation.coupled_top1}
+                scalars |= {f"validation/PPL_{i}|{i - 1}": p for i, p in enumerate(progress.validation.coupled, start=2)}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         if self.board is not None:

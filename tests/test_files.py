@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import dynamo_lm.files
 from dynamo_lm import DynaMoForCausalLM, InputError
+from dynamo_lm.config import MEDUSA
 from dynamo_lm.counting import count
 from dynamo_lm.model import decoder_layers
 
@@ -83,6 +84,7 @@ def test_a_saved_model_opens_as_it_was(tmp_path, name, weights):
         {"feed": "last", "init": "copy"},
         {"own_output_embedding": True},
         {"layers_per_head": 0, "own_output_embedding": True, "feed": "last"},
+        MEDUSA,
         {"adapter_rank": 2},
     ],
     ids=lambda options: "-".join(options),

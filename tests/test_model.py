@@ -19,6 +19,7 @@ from transformers import (
 
 from dynamo_lm import PRESETS, DynaMoConfig, DynaMoForCausalLM, InputError
 from dynamo_lm.cache import attention_mask
+from dynamo_lm.config import MEDUSA
 from dynamo_lm.model import check_base, decoder_layers, fingerprint
 
 TOKENS = random_tokens(2, 20)  # longer than the sliding windows
@@ -133,6 +134,41 @@ def test_a_head_may_be_an_output_embedding_and_nothing_else():  # "T2, new outpu
     assert torch.equal(one, two)
     model.heads[0].output.weight.mul_(2)
     assert torch.equal(model.logits(TOKENS)[1], 2 * one)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_heads_of_the_medusa_kind_are_a_residual_block_and_an_output_embedding_on_the_last_normed_state(name):
+    model = dynamo_of(name, **MEDUSA)
+    one, two, three = model.logits(TOKENS)
+    assert torch.equal(one, two) and torch.equal(one, three)  # at the start they say what head 1 says
+    width = model.get_output_embeddings().weight.shape[1]
+    assert sum(p.numel() for p in model.heads[0].parameters()) == VOCABULARY * width + width * (width + 1)
+
+    block, output = model.heads[1].block, model.heads[1].output
+    block.weight.normal_(), block.bias.normal_(), output.weight.mul_(1.5)
+    hidden = model.hidden(TOKENS)
+    x = hidden[0]  # head 1's
+    assert torch.equal(hidden[2], x)
+    y = x + torch.nn.functional.silu(x @ block.weight.T + block.bias)
+    model.base.get_output_embeddings().weight = output.weight  # so that the base's own readout does the rest
+    torch.testing.assert_close(model.readout(hidden[2], 3), model.readout(y, 1), rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.logits(TOKENS)[2], model.readout(hidden[2], 3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strict_decoding_with_heads_of_the_medusa_kind_is_the_bases_own(name):
+    base, model = base_of(name), dynamo_of(name, 4, **MEDUSA)
+    with torch.no_grad():
+        for head in model.heads:  # so that drafts are not all alike
+            head.block.weight.normal_(std=0.1)
+            head.output.weight.add_(torch.randn_like(head.output.weight) * 0.02)
+    prompt = random_tokens(1, 9)
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    expected = base.generate(prompt, eos_token_id=None, **options)
+    result = model.generate(prompt, eos_token_id=None, alpha_c=0, return_dict_in_generate=True, **options)
+    assert torch.equal(result.sequences, expected)
+    assert result.statistics[0].proposed[0] > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -279,6 +315,7 @@ def test_all_architectures_pass_the_check(name):
         ({"num_heads": 2.5}, "num_heads is 2.5"),
         ({"layers_per_head": 3}, "layers_per_head is 3"),
         ({"layers_per_head": 0}, "needs own_output_embedding"),
+        ({"residual_block": True}, "residual_block goes with own_output_embedding"),
         ({"feed": "first"}, 'feed is "first"'),
         ({"init": "zero"}, 'init is "zero"'),
         ({"adapter_rank": -1}, "adapter_rank"),

@@ -27,6 +27,7 @@ from transformers import (
 
 from dynamo_lm import DynaMoForCausalLM, training
 from dynamo_lm.checkpoints import latest_checkpoint, load_checkpoint
+from dynamo_lm.config import MEDUSA
 from dynamo_lm.errors import InputError
 from dynamo_lm.packing import Blocks
 from dynamo_lm.training import (
@@ -233,6 +234,7 @@ def test_gradients_are_those_of_the_weighted_sum_of_the_heads_losses(kind):
 
 VARIANTS = {
     "own output embedding": {"own_output_embedding": True},
+    "medusa": MEDUSA,
     "own output embedding only, last": {"own_output_embedding": True, "layers_per_head": 0, "feed": "last"},
     "adapter": {"adapter_rank": 2},
     "two layers": {"layers_per_head": 2},
@@ -249,7 +251,7 @@ def test_gradients_of_the_variants(variant):
     assert_same(gradients(model), expected)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"own_output_embedding": True}, {"adapter_rank": 2}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"own_output_embedding": True}, {"adapter_rank": 2}, MEDUSA], ids=str)
 def test_without_lr_mb_the_base_gets_the_gradient_of_head_1_alone(kwargs):
     model = tiny(**kwargs)
     expected = naive_gradients(model, ROWS, ratio=0.0)
@@ -267,7 +269,7 @@ def test_gradients_and_losses_do_not_depend_on_the_chunk(chunk, monkeypatch):
     assert_same(gradients(model), expected)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"own_output_embedding": True}, {"adapter_rank": 2}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"own_output_embedding": True}, {"adapter_rank": 2}, MEDUSA], ids=str)
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_gives_the_gradients_of_the_whole(parts, kwargs):
     """The parts have different numbers of targets (the third row has 2 for head 1, the fourth 13)."""
@@ -315,7 +317,7 @@ def test_logits_exist_for_one_chunk_of_one_head_at_a_time(learn, monkeypatch):
 # --- a frozen base --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"own_output_embedding": True}, {"adapter_rank": 2}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"own_output_embedding": True}, {"adapter_rank": 2}, MEDUSA], ids=str)
 def test_a_frozen_base_gets_no_gradient_and_head_1_no_loss(kwargs):
     model = tiny(**kwargs).freeze_base()
     base = {id(p) for p in model.base.parameters()}
@@ -348,6 +350,16 @@ def test_a_frozen_base_is_bit_identical_after_training_and_its_dropout_is_off(ki
     for name, p in model.state_dict().items():
         assert torch.equal(p, before[name]) == name.startswith("base."), name
     assert all(line["losses"][0] == 0 for line in log_of(tmp_path))
+
+
+def test_a_frozen_base_with_heads_that_are_all_readout_needs_no_backward_through_the_model(monkeypatch):
+    model = tiny(**MEDUSA).freeze_base()
+    hidden = model.hidden
+    model.hidden = lambda *args, **kwargs: (states := hidden(*args, **kwargs), seen.append(states.requires_grad))[0]
+    seen: list[bool] = []
+    heads_loss(model, **pack(*ROWS), options=FROZEN)
+    assert seen == [False]
+    assert all(p.grad is not None and p.grad.any() for p in model.heads.parameters())
 
 
 # --- learning -------------------------------------------------------------------
@@ -411,7 +423,7 @@ def test_the_learning_rates_of_a_run_follow_the_factor(tmp_path):
     assert [line["lr_factor"] for line in log_of(tmp_path)] == pytest.approx([0.5, 1, 1, 0.5])
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"own_output_embedding": True}, {"adapter_rank": 2}], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"own_output_embedding": True}, {"adapter_rank": 2}, MEDUSA], ids=str)
 def test_parameter_groups_hold_every_parameter_once_at_its_rate(kwargs):
     model = tiny(**kwargs)
     rates = {}

@@ -75,6 +75,14 @@ def train(
             rich_help_panel=HEADS,
         ),
     ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="What a head is: layer (decoder layers beside the last one: the method; default) or medusa (a residual "
+            "block and an output embedding of its own on the last layer's state, for comparison).",
+            rich_help_panel=HEADS,
+        ),
+    ] = None,
     layers_per_head: Annotated[
         int | None,
         typer.Option("--layers-per-head", help="Decoder layers of each head, 1 or 2. Default: 1.", rich_help_panel=HEADS),
@@ -109,6 +117,26 @@ def train(
             rich_help_panel=HEADS,
         ),
     ] = None,
+    coupling: Annotated[
+        str | None,
+        typer.Option(
+            help="learned: a small correction that lets each head know the token chosen before its own, trained beside "
+            "the heads, which learn as they would without it.",
+            rich_help_panel=HEADS,
+        ),
+    ] = None,
+    coupling_rank: Annotated[
+        int | None,
+        typer.Option("--coupling-rank", help="How large a new coupling is. Default: 64.", rich_help_panel=HEADS),
+    ] = None,
+    coupling_only: Annotated[
+        bool,
+        typer.Option(
+            "--coupling-only",
+            help="Train the coupling of a finished DynaMo model and leave its base and heads as they are. Fast.",
+            rich_help_panel=HEADS,
+        ),
+    ] = False,
     tables: Annotated[
         str | None,
         typer.Option(
@@ -140,6 +168,9 @@ def train(
         float | None,
         typer.Option("--lr-mb", help="How fast the new heads may change the base. Default: 1e-6.", rich_help_panel=LEARNING),
     ] = None,
+    lr_c: Annotated[
+        float, typer.Option("--lr-c", help="Learning rate of the heads' coupling.", rich_help_panel=LEARNING)
+    ] = 1e-2,
     warmup: Annotated[
         float, typer.Option(help="Share of the steps in which the rates rise.", rich_help_panel=LEARNING)
     ] = 0.01,
@@ -274,10 +305,15 @@ def train(
         "init": init,
         "own_output_embedding": own_output_embedding or None,
         "adapter_rank": adapter_rank,
+        **_kind(head, layers_per_head, feed, init, adapter_rank),
+        "coupling_rank": _coupling_rank(base, config, coupling, coupling_rank, coupling_only),
     }
     asked = {key: value for key, value in asked.items() if value is not None}
+    freeze = freeze or coupling_only
     if isinstance(config, DynaMoConfig):
         for key, value in asked.items():
+            if key == "coupling_rank" and config.coupling_rank == 0:
+                continue  # a finished model gets one
             if getattr(config, key) != value:
                 raise InputError(f'"{base}" has {key}={getattr(config, key)}, which cannot become {value}; leave it out.')
     if save is None:
@@ -294,6 +330,7 @@ def train(
         raise InputError(f"--block-size is {block_size}, but the model's context is {longest}; give that or less.")
     options: dict[str, Any] = {
         **rates,
+        "lr_c": lr_c,
         "batch_size": batch_size or (PAPER_BATCH if preset else BATCH),
         "accumulation": accumulation,
         "warmup": warmup,
@@ -303,6 +340,7 @@ def train(
         "seed": seed,
         "validate_every": validate_every,
         "checkpoint_every": checkpoint_every,
+        "coupling_only": coupling_only,
     }
     TrainingOptions(steps=steps or 1, **options)  # its own checks, before the text is read
 
@@ -343,7 +381,9 @@ def train(
     record = provenance.begin(
         context.obj or [],
         base={"name": base, "fingerprint": model.config.base_fingerprint},
-        model={key: getattr(model.config, key) for key in provenance.IDENTITY["model"]},
+        model={
+            key: getattr(model.config, key) for key in (*provenance.IDENTITY["model"], "residual_block", "coupling_rank")
+        },
         data={
             "sources": data,
             "validation_sources": validation or f"{validation_fraction:g} of the documents, seed {seed}",
@@ -401,6 +441,39 @@ def _rates(
     return {key: getattr(paper, key) if value is None else value for key, value in chosen.items()}
 
 
+def _kind(head: str | None, *parts: object) -> dict[str, Any]:
+    """Arguments of `DynaMoConfig` for a kind of head; none for the default, whose `parts` have options of their own."""
+    from dynamo_lm.config import MEDUSA
+
+    if head not in (None, "layer", "medusa"):
+        raise InputError(f'--head is "{head}"; give layer or medusa.')
+    if head != "medusa":
+        return {}
+    if any(part is not None for part in parts):
+        raise InputError(
+            "Heads of the medusa kind have no layers; leave --layers-per-head out, and --feed, --init and --adapter-rank."
+        )
+    return MEDUSA
+
+
+def _coupling_rank(base: str, config: PreTrainedConfig, coupling: str | None, rank: int | None, only: bool) -> int | None:
+    """The rank of the coupling that the model is to have, or None for what it has."""
+    from dynamo_lm.config import DynaMoConfig
+    from dynamo_lm.coupling import RANK
+
+    if coupling not in (None, "learned"):
+        raise InputError(f'--coupling is "{coupling}"; give learned, or leave it out.')
+    if only and not isinstance(config, DynaMoConfig):
+        raise InputError(f'--coupling-only needs a model with finished heads, and "{base}" has none; leave it out.')
+    if coupling is None and not only:
+        if rank is not None:
+            raise InputError("--coupling-rank goes with --coupling learned.")
+        return None
+    if rank is not None and rank < 1:
+        raise InputError(f"--coupling-rank is {rank}; give 1 or more.")
+    return rank or getattr(config, "coupling_rank", 0) or RANK
+
+
 def _config(name: str, preset: Preset | None, dry_run: bool) -> PreTrainedConfig:
     """The base's configuration; a dry run of a preset needs no hub, because its shape is known."""
     from transformers import GPTNeoXConfig
@@ -425,10 +498,14 @@ def _open(name: str, config: PreTrainedConfig, asked: dict[str, Any], attention:
 
     from dynamo_lm import DynaMoForCausalLM
     from dynamo_lm.config import DynaMoConfig
+    from dynamo_lm.coupling import add_coupling
 
     kwargs: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
     if isinstance(config, DynaMoConfig):
-        return DynaMoForCausalLM.from_pretrained(name, **kwargs)
+        model = DynaMoForCausalLM.from_pretrained(name, **kwargs)
+        if model.coupling is None and "coupling_rank" in asked:
+            add_coupling(model, asked["coupling_rank"])
+        return model
     return DynaMoForCausalLM.from_base(name, **asked, **kwargs)
 
 
@@ -468,15 +545,18 @@ def _dry_run(
 
     from dynamo_lm import DynaMoForCausalLM
     from dynamo_lm.commands.opening import skeleton
+    from dynamo_lm.coupling import add_coupling
     from dynamo_lm.plan import memory, parameters
 
     network = skeleton(config)
     with torch.device("meta"):
         model = network if isinstance(network, DynaMoForCausalLM) else DynaMoForCausalLM.from_base(network, **asked)
+        if model.coupling is None and "coupling_rank" in asked:
+            add_coupling(model, asked["coupling_rank"])
     model.set_attn_implementation(attention)
     fused = attention == "sdpa" and on_gpu
     facts: dict[str, Any] = {
-        "parameters": parameters(model, frozen=plan.frozen),
+        "parameters": parameters(model, frozen=plan.frozen, coupling_only=plan.coupling_only),
         "memory_bytes_estimate": memory(model, plan, block_size, fused=fused),
         "tokens_per_step": plan.batch_size * block_size,
         "options": asdict(plan) | {"block_size": block_size, "attention": attention},
@@ -491,7 +571,8 @@ def _dry_run(
 def _print_plan(base: str, facts: dict[str, Any]) -> None:
     count, memory = facts["parameters"], facts["memory_bytes_estimate"]
     print(f"base        {base}: {count['base']:,} parameters")
-    print(f"heads       {count['heads']:,} parameters, {count['overhead']:.2%} of the base")
+    coupled = f", {count['coupling']:,} of them the coupling" if count["coupling"] else ""
+    print(f"heads       {count['heads']:,} parameters, {count['overhead']:.2%} of the base{coupled}")
     print(f"trained     {count['trained']:,} parameters")
     parts = ", ".join(f"{name} {_size(value)}" for name, value in memory.items() if name != "total")
     print(f"memory      about {_size(memory['total'])} (an estimate): {parts}")
@@ -531,7 +612,8 @@ def _perplexities(folder: Path) -> dict[str, float]:
         entry = json_format.loads(line)
         if "ppl" in entry:
             heads = {f"PPL_{i}": value for i, value in enumerate(entry["ppl"], start=1)}
-            return heads | {f"PPL_1:{len(heads)}": entry["ppl_joint"][-1]}
+            coupled = {f"PPL_{i}|{i - 1}": value for i, value in enumerate(entry.get("ppl_coupled", ()), start=2)}
+            return heads | {f"PPL_1:{len(heads)}": entry["ppl_joint"][-1]} | coupled
     return {}
 
 
