@@ -1,4 +1,4 @@
-"""The command line, one verb per capability: `dynamo-lm demo | generate | train | count | info | eval | calibrate | report`.
+"""The command line, one verb per capability: `dynamo-lm demo | generate | train | count | info | bench | eval | ..`.
 
 Input that cannot be used is one sentence on stderr and exit status 2; Ctrl-C is 130; a reader that goes away is silent.
 """
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
+from dynamo_lm.commands.bench import bench
 from dynamo_lm.commands.calibrate import calibrate
 from dynamo_lm.commands.count import count
 from dynamo_lm.commands.demo import demo
@@ -32,6 +33,7 @@ WRONG, INTERRUPTED, READER_GONE = 2, 130, 141  # exit statuses, as shells know t
 EXTRAS = {  # packages that only some verbs need: which extra brings them
     "eval": ("lm_eval", "accelerate", "datasets", "matplotlib", "jinja2", "openai", "mauve", "faiss", "sacrebleu"),
     "train": ("tensorboard", "pyarrow"),
+    "bench": ("xllamacpp", "gguf", "flashspec"),
 }
 
 app = typer.Typer(
@@ -39,7 +41,7 @@ app = typer.Typer(
     help="Language models that predict several tokens per forward pass, with a dial from exact to fast.\n\n"
     "Begin with `dynamo-lm demo`. To do the same to a model of your own: `train` adds heads to it, `count` makes the "
     "tables that make them agree, `generate` writes with it, `info` says what a folder holds. `eval` measures it, "
-    "`calibrate` chooses its dial, `report` makes a page of it all.",
+    "`bench` races it, `calibrate` chooses its dial, `report` makes a page of it all.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -54,7 +56,7 @@ evaluation = typer.Typer(
 questions: tuple[Callable[..., None], ...] = (perplexity, nlu, completion, ablation)
 for question in questions:
     evaluation.command()(question)
-verbs: tuple[Callable[..., None], ...] = (demo, generate, train, count, info, calibrate, report)
+verbs: tuple[Callable[..., None], ...] = (demo, generate, train, count, info, bench, calibrate, report)
 for verb in verbs:
     app.command()(verb)
 app.add_typer(evaluation)

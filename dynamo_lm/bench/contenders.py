@@ -1,0 +1,198 @@
+"""How the ways are carried out by DynaMo's own loop and by transformers' `generate`.
+
+A contender takes prompts as token ids and gives new token ids and how long they took; every contender pays for its prompt.
+Other libraries are in `peers`. What a machine cannot run is refused with a reason, and the benchmark goes on without it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dynamo_lm.bench.ways import Way
+from dynamo_lm.errors import InputError
+from dynamo_lm.model import DynaMoForCausalLM
+
+
+@dataclass
+class Written:
+    """What one call wrote."""
+
+    texts: list[list[int]]  # new tokens by row
+    seconds: float  # prompt included
+    steps: int  # forwards of the base, summed over rows; at one row simply forwards
+    regret: float = 0.0  # nats that unverified tokens cost, summed
+    scored: int = 0  # tokens that the sum looked at
+
+
+Contender = Callable[[Sequence[Sequence[int]], int, int], Written]  # prompts, new tokens at most, seed
+
+
+@dataclass
+class Field:
+    """What contenders are made of: the models in one dtype on one device, and what ends a text."""
+
+    models: dict[str, DynaMoForCausalLM]  # "model" is the one measured
+    end_tokens: tuple[int, ...]
+    context: int  # tokens
+    draft: PreTrainedModel | None = None  # a smaller model for assisted generation
+    close: list[Callable[[], None]] = field(default_factory=list)  # what to call when all is done
+
+    @property
+    def model(self) -> DynaMoForCausalLM:
+        return self.models["model"]
+
+
+def open_contender(way: Way, among: Field) -> Contender:
+    """The way as a function.
+
+    Raises:
+        InputError: this machine, model or installation cannot run it; the sentence is the reason.
+        ModuleNotFoundError: a package is missing.
+    """
+    from dynamo_lm.bench import peers
+
+    if way.draft and among.draft is None:
+        raise InputError("No draft model was given with --draft.")
+    if way.engine == "dynamo":
+        return _own(way, among)
+    if way.engine == "transformers":
+        return _transformers(way, among)
+    if way.engine == "compiled":
+        return _compiled(way, among)
+    if way.engine == "flashspec":
+        return peers.flashspec(way, among)
+    return peers.llama_cpp(way, among)
+
+
+def _own(way: Way, among: Field) -> Contender:
+    """DynaMo's own loop."""
+    model = among.models[way.model]
+
+    def write(prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> Written:
+        ids, mask = padded(prompts, among)
+        began = time.perf_counter()
+        output = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            return_dict_in_generate=True,
+            eos_token_id=list(among.end_tokens) or None,
+            **{"do_sample": False, **way.arguments},
+        )
+        new = output.sequences[:, ids.shape[1] :].tolist()
+        seconds = time.perf_counter() - began
+        counted = output.statistics
+        texts = [row[: own.new_tokens] for row, own in zip(new, counted, strict=True)]
+        return Written(
+            texts,
+            seconds,
+            sum(own.forwards for own in counted),
+            sum(own.regret for own in counted),
+            sum(own.scored for own in counted),
+        )
+
+    return write
+
+
+def _transformers(way: Way, among: Field, **more: Any) -> Contender:
+    """`generate` of the base, as its users call it."""
+    base: Any = among.model.base
+    arguments = {"do_sample": False, **way.arguments, **more}
+    if way.draft:
+        assert among.draft is not None
+        arguments["assistant_model"] = among.draft
+    if "assistant_ensemble_weight" in arguments and not hasattr(base.generation_config, "assistant_ensemble_weight"):
+        raise InputError("This version of transformers has no assistant_ensemble_weight.")
+    assisted = way.ceiling != 1
+
+    def write(prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> Written:
+        ids, mask = padded(prompts, among)
+        torch.manual_seed(seed)
+        with _Forwards(base if assisted else None) as forwards:
+            began = time.perf_counter()
+            sequences = base.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(among.end_tokens) or None,
+                pad_token_id=_padding(among),
+                **arguments,
+            )
+            new = sequences[:, ids.shape[1] :].tolist()
+            seconds = time.perf_counter() - began
+        texts = [until_end(row, among.end_tokens) for row in new]
+        return Written(texts, seconds, forwards.count if assisted else sum(map(len, texts)))
+
+    return write
+
+
+def _compiled(way: Way, among: Field) -> Contender:
+    """`generate` of the base with a static cache, whose steps transformers compiles with `torch.compile`.
+
+    On a GPU transformers does so by itself; on a CPU a static cache alone compiles nothing, so it is told to.
+    """
+    from transformers.generation.configuration_utils import CompileConfig
+
+    if among.model.device.type == "cpu":
+        _check_compiler()
+        compiling = CompileConfig(mode="default")  # "reduce-overhead" is about CUDA graphs
+        compiling._compile_all_devices = True  # type: ignore[assignment]
+    else:
+        compiling = CompileConfig()
+    return _transformers(way, among, cache_implementation="static", compile_config=compiling)
+
+
+def _check_compiler() -> None:
+    """Refuses where torch's CPU compiler has no C++ compiler to call."""
+    from torch._inductor import config, cpp_builder
+
+    config.compile_threads = 1  # no pool of processes beside what is being measured
+    try:
+        cpp_builder.get_cpp_compiler()
+    except Exception as error:
+        raise InputError("torch.compile needs a C++ compiler, and there is none.") from error
+
+
+class _Forwards:
+    """Counts calls of a model within a block."""
+
+    def __init__(self, model: PreTrainedModel | None):
+        self.model, self.count = model, 0
+
+    def __enter__(self) -> _Forwards:
+        self.hook = self.model.register_forward_pre_hook(self._seen) if self.model is not None else None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.hook is not None:
+            self.hook.remove()
+
+    def _seen(self, module: Any, args: Any) -> None:
+        self.count += 1
+
+
+def padded(prompts: Sequence[Sequence[int]], among: Field) -> tuple[Tensor, Tensor]:
+    """Prompts as one tensor, padded on the left, and its attention mask; both (rows, longest)."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[_padding(among)] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids.to(among.model.device), mask.to(among.model.device)
+
+
+def _padding(among: Field) -> int:
+    own = among.model.generation_config.pad_token_id
+    return own if isinstance(own, int) else (among.end_tokens[0] if among.end_tokens else 0)
+
+
+def until_end(row: list[int], end_tokens: Sequence[int]) -> list[int]:
+    """Up to the first end token, which is kept."""
+    end = next((i for i, token in enumerate(row) if token in end_tokens), len(row) - 1)
+    return row[: end + 1]
