@@ -24,13 +24,19 @@ DRAWN = "one token, sampled"
 
 
 def ways(num_heads: int) -> list[Way]:
-    """Strict greedy at every n and mask strength; Algorithm 1 over eps_b, whole and with parts switched off."""
+    """Strict greedy at every n and mask strength, as trees and on a budget; Algorithm 1 over eps_b, whole and in parts."""
     found = [Way(ONE, {"verify": "strict", "num_heads": 1}, ONE)]
     for n in range(2, num_heads + 1):
         for alpha_c in (0.0, 0.5, 1.0):
             name = f"strict, greedy, n={n}, alpha_c={alpha_c}"
-            arguments = {"verify": "strict", "num_heads": n, "alpha_c": alpha_c}
+            arguments = {"verify": "strict", "num_heads": n, "alpha_c": alpha_c, "tree": 0}
             found.append(Way(name, arguments, ONE, same_text_as=ONE))
+    for drafts in (3, 7, 15):
+        name = f"strict, greedy, n={num_heads}, tree of {drafts}"
+        found.append(Way(name, {"verify": "strict", "num_heads": num_heads, "tree": drafts}, ONE, same_text_as=ONE))
+    for budget in (0.02, 0.05, 0.1, 0.2, 0.5):
+        name = f"budget {budget} nats per token, n={num_heads}"
+        found.append(Way(name, {"verify": budget, "num_heads": num_heads}, ONE))
     found.append(Way(DRAWN, {"verify": "off", "do_sample": True, "num_heads": 1}, DRAWN))
     off = {"verify": "off", "do_sample": True}
     for n in range(3, num_heads + 1):

@@ -34,6 +34,14 @@ def steps_table(results: dict[str, Any]) -> str:
     for n in (2, 3, 4):
         row = [f"{ways[f'strict, greedy, n={n}, alpha_c={s}']['tokens_per_step']:.2f}" for s in strengths]
         lines.append(f"| n = {n} | {' | '.join(row)} |")
+    lines += ["", "| greedy, n = 4 | tokens per step | log-likelihood | distinct pairs | regret |", "|---|---|---|---|---|"]
+    for name, way in ways.items():
+        if "tree" in name or "budget" in name:
+            kind = name.removeprefix("strict, greedy, ").replace("n=4, ", "").replace(", n=4", "")
+            lines.append(
+                f"| {kind} | {way['tokens_per_step']:.2f} | {way['log_likelihood']:.2f} "
+                f"| {way['distinct_bigrams']:.2f} | {way['mean_regret']:.3f} |"
+            )
     sampled = ways["one token, sampled"]
     lines += [
         "",

@@ -107,7 +107,8 @@ class _RowLayer(CacheLayerMixin):
     def move(self, rows: Tensor, to: Tensor, at: Tensor) -> None:
         """Copies slots `at` of `rows` to slots `to`, (moves,) each."""
         copies = len(self.keys) // self.cache.rows  # type: ignore[arg-type]
-        rows, to, at = _copied(rows, copies, self.cache.rows), to.repeat(copies), at.repeat(copies)
+        rows = _copied(rows, copies, self.cache.rows).to(self.device)
+        to, at = to.repeat(copies).to(self.device), at.repeat(copies).to(self.device)
         self.keys[rows, :, to] = self.keys[rows, :, at]  # type: ignore[index]
         self.values[rows, :, to] = self.values[rows, :, at]  # type: ignore[index]
 
@@ -136,7 +137,8 @@ def _write(buffer: Tensor, new: Tensor, cache: RowCache) -> Tensor:
     else:
         rows, slots = cache.places  # type: ignore[misc]
         copies = len(buffer) // len(rows)
-        rows, slots = _copied(rows, copies, cache.rows), slots.repeat(copies, 1)
+        rows = _copied(rows, copies, cache.rows).to(buffer.device)
+        slots = slots.repeat(copies, 1).to(buffer.device)
         buffer[rows, :, slots] = new.transpose(1, 2)  # (rows, new, heads, width): one write for rows of any lengths
     return buffer
 

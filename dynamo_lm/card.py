@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dynamo_lm.config import MEDUSA
+
 if TYPE_CHECKING:
     from dynamo_lm.model import DynaMoForCausalLM
 
@@ -14,6 +16,12 @@ def model_card(model: DynaMoForCausalLM, weights: str) -> str:
     base = config.base_name_or_path or "a model of its own"
     table = model.cooccurrence
     counted = "none" if table is None else f"n-grams up to order {table.order}"
+    medusa = all(getattr(config, key) == value for key, value in MEDUSA.items())
+    where = "of the Medusa kind, behind" if medusa else "beside"
+    coupled = ""
+    if model.coupling is not None:
+        count = sum(p.numel() for p in model.coupling.parameters())
+        coupled = f"\nThe heads are joined by a learned coupling of rank {model.coupling.rank} ({count:,} parameters)."
     named = f"base_model: {base}\n" if config.base_name_or_path and "/" in base and not base.startswith((".", "/")) else ""
     return f"""---
 library_name: dynamo-lm
@@ -23,8 +31,8 @@ tags: [dynamo, multi-token-prediction, speculative-decoding]
 
 # DynaMo heads for {base}
 
-A T{config.num_heads} DynaMo model: {config.num_heads - 1} extra token heads beside the last decoder layer,
-{model.overhead():.2%} more parameters than the base. Weights here: {weights}. Co-occurrence tables: {counted}.
+A T{config.num_heads} DynaMo model: {config.num_heads - 1} extra token heads {where} the last decoder layer,
+{model.overhead():.2%} more parameters than the base. Weights here: {weights}. Co-occurrence tables: {counted}.{coupled}
 
 ```python
 from dynamo_lm import DynaMoForCausalLM

@@ -21,9 +21,19 @@ FILE = "training.json"
 PACKAGES = ("dynamo-lm", "torch", "transformers", "safetensors", "numpy")
 IDENTITY = {  # in what a resumed run must agree with the one it resumes; the trainer itself compares its options
     "base": ("fingerprint",),
-    "model": ("num_heads", "layers_per_head", "feed", "init", "own_output_embedding", "adapter_rank"),
+    "model": (
+        "num_heads",
+        "layers_per_head",
+        "feed",
+        "init",
+        "own_output_embedding",
+        "adapter_rank",
+        "residual_block",
+        "coupling_rank",
+    ),
     "data": ("fingerprint", "tokenizer", "training_tokens", "validation_tokens", "block_size"),
 }
+BEFORE = {"residual_block": False, "coupling_rank": 0}  # what a record from before there were these says by its silence
 
 
 def versions() -> dict[str, str]:
@@ -58,7 +68,7 @@ def check_same_run(folder: Path, record: dict[str, Any]) -> str | None:
         return None
     for part, keys in IDENTITY.items():
         for key in keys:
-            old, new = before.get(part, {}).get(key), record[part][key]
+            old, new = before.get(part, {}).get(key, BEFORE.get(key)), record[part][key]
             if old != new:
                 raise InputError(
                     f'"{folder}" holds a run with other {part} ({key} {old}, not {new}); '

@@ -43,7 +43,7 @@ class Result:
     steps: list[list[list[int]]] = field(default_factory=list)  # the same, cut into steps
     log_likelihood: float = 0.0  # nats per new token under the base, all repetitions
     distinct_bigrams: float = 0.0  # different token pairs over pairs, mean over texts
-    regret: float = 0.0  # nats per unverified token
+    regret: float = 0.0  # nats per scored token
     speed_ups: list[float] = field(default_factory=list)  # tokens per second over the baseline's, by repetition
     identical: bool | None = None  # to the way it must reproduce
 
@@ -122,7 +122,7 @@ def race(
                 sequence, counted = output.sequences[0], output.statistics[0]
                 tokens, forwards = tokens + counted.new_tokens, forwards + counted.forwards
                 result.step_sizes += counted.step_sizes
-                regrets[way.name].append((counted.regret, counted.unverified))
+                regrets[way.name].append((counted.regret, counted.scored))
                 new = sequence[prompt.shape[1] :].tolist()
                 scores[way.name].append((log_likelihood(model, sequence, prompt.shape[1]), len(new)))
                 pairs = list(pairwise(new))

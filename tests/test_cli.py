@@ -67,9 +67,9 @@ def test_the_help_names_every_verb(run):
         ("demo", "--prompt --max-new-tokens --eps-b --heads --seed --delay --json"),
         (
             "generate",
-            "--verify --eps-b --alpha-c --heads --otsu --blur --max-new-tokens --sample --temperature --top-k --top-p",
+            "--verify --eps-b --alpha-c --heads --tree --otsu --blur --max-new-tokens --sample --temperature --top-k",
         ),
-        ("generate", "--repetition-penalty --seed --stop --dtype --device --stats --json --prompts"),
+        ("generate", "--top-p --repetition-penalty --seed --stop --dtype --device --stats --json --prompts"),
         ("train", "--data --validation --validation-fraction --heads --layers-per-head --feed --init --adapter-rank"),
         (
             "train",
@@ -231,6 +231,13 @@ def test_a_run_that_was_killed_or_interrupted_resumes_to_the_same_losses(run, ma
     run(*arguments, tmp_path / "stopped")
     assert log(tmp_path / "stopped") == whole
 
+    # A folder from before heads had a residual block or a coupling goes on, but not with a coupling.
+    record = json.loads((tmp_path / "stopped" / "training.json").read_text())
+    del record["model"]["residual_block"], record["model"]["coupling_rank"]
+    (tmp_path / "stopped" / "training.json").write_text(json.dumps(record))
+    assert "coupling_rank 0, not 64" in run.refused(*arguments, tmp_path / "stopped", "--coupling", "learned")
+    run(*arguments, tmp_path / "stopped")
+
     # The same folder refuses to go on with other data, another model or other rates.
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"text": " ".join(texts(20, seed=1))}) + "\n" + json.dumps({"text": texts(1)[0] * 9}) + "\n")
@@ -354,6 +361,26 @@ def test_a_seed_repeats_a_text_and_a_stop_string_ends_it(run, model):
         " ",
     )
     assert ended.removesuffix("\n").removeprefix("the fox")[-1] in (letter, " ")
+
+
+def test_a_tree_changes_the_steps_and_not_the_text(run, model):
+    facts = {}
+    for tree in (0, 1, 8):
+        facts[tree] = json.loads(run("generate", model, "the fox", "-n", 30, "--tree", tree, "--json"))
+    assert facts[0]["text"] == facts[1]["text"] == facts[8]["text"]
+    assert facts[1]["statistics"]["histogram"][2] == 0  # one draft: two tokens a step at most
+    forwards = [facts[tree]["statistics"]["forwards"] for tree in (1, 0, 8)]
+    assert forwards == sorted(forwards, reverse=True)
+
+
+def test_a_budget_buys_tokens_per_step_for_regret(run, model):
+    facts = {}
+    for dial in ("strict", "0", "0.5"):
+        row = json.loads(run("generate", model, "the fox", "-n", 40, "--verify", dial, "--tree", 0, "--json"))
+        facts[dial] = (row["text"], row["statistics"])
+    assert facts["0"][0] == facts["strict"][0]
+    assert facts["strict"][1]["mean_regret"] == 0 < facts["0.5"][1]["mean_regret"] <= 0.5
+    assert facts["0.5"][1]["forwards"] < facts["strict"][1]["forwards"]
 
 
 def test_characters_of_several_tokens_appear_when_they_are_whole():
@@ -500,8 +527,14 @@ def test_texts_that_cannot_be_trained_on_are_refused(run, made, tmp_path, conten
         (("hello", "--heads", "4"), "the model has 3"),
         (("",), "The prompt is empty"),
         (("fox " * 200,), "context is 128"),
-        (("hello", "--verify", "sometimes"), "give strict"),
+        (("hello", "--verify", "sometimes"), 'give "strict"'),
+        (("hello", "--verify", "-0.1"), "a budget in nats per token"),
+        (("hello", "--verify", "nan"), "a budget in nats per token"),
         (("hello", "--eps-b", "0.5"), "belong to --verify off"),
+        (("hello", "--verify", "0.1", "--eps-b", "0.5"), "belong to --verify off"),
+        (("hello", "--verify", "off", "--tree", "4"), "--tree does not apply to --verify off"),
+        (("hello", "--sample", "--tree", "4"), "either --tree or --sample"),
+        (("hello", "--tree", "64"), "up to 63"),
         (("hello", "--temperature", "0.5"), "need --sample"),
         (("hello", "--verify", "off", "--top-p", "0.5"), "--top-p"),
         (("hello", "-n", "0"), "greater than 0"),

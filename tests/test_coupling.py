@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from test_training import FROZEN, PLAIN, ROWS, gradients, log_of, pack, random_blocks, store_of, tiny
 from torch import Tensor
 
-from dynamo_lm import DynaMoConfig, DynaMoForCausalLM, InputError, training
+from dynamo_lm import DynaMoConfig, DynaMoForCausalLM, InputError, provenance, training
 from dynamo_lm.checkpoints import latest_checkpoint
 from dynamo_lm.cli import main
 from dynamo_lm.coupling import Coupling, add_coupling
@@ -366,10 +367,17 @@ def test_train_couples_finished_heads_and_then_trains_them_further(run, made, tm
     before, after = (DynaMoForCausalLM.from_pretrained(str(f)) for f in (heads, tmp_path / "a" / "model"))
     assert after.config.weights == "heads" and after.coupling.rank == 4 and after.coupling.ups[0].any()
     assert all(torch.equal(p, after.state_dict()[name]) for name, p in before.state_dict().items())
+    losses = run.err.split("step 3/3")[1]
+    assert re.search(r"loss - \d\.\d+ \d\.\d+  coupled \d\.\d+ \d\.\d+  [\d,]+ tok/s", losses)
     record = json.loads((tmp_path / "a" / "model" / "training.json").read_text())
     assert record["model"]["coupling_rank"] == 4 and record["options"]["coupling_only"]
 
     run("train", tmp_path / "a" / "model", *text, "--freeze", "--out", tmp_path / "b")  # a coupling goes on learning
+    facts = json.loads(run("info", tmp_path / "b" / "model", "--json"))
+    count = sum(p.numel() for p in after.coupling.parameters())
+    assert (facts["coupling_rank"], facts["coupling_parameters"]) == (4, count)
+    assert f"learned, of rank 4: {count:,} of the heads' parameters" in run("info", tmp_path / "b" / "model")
+    assert "coupling" not in run("info", heads) and "Medusa" not in run("info", heads)
     further = DynaMoForCausalLM.from_pretrained(str(tmp_path / "b" / "model"))
     assert not torch.equal(further.coupling.ups[0], after.coupling.ups[0])
     refusal = run.refused("train", tmp_path / "a" / "model", *text, "--coupling", "learned", "--coupling-rank", 5,
@@ -384,6 +392,23 @@ def test_train_makes_heads_with_a_coupling_or_of_the_medusa_kind(run, made, tmp_
     run("train", made / "base", *text, "--head", "medusa", "--heads", 4, "--out", tmp_path / "b")
     model = DynaMoForCausalLM.from_pretrained(str(tmp_path / "b" / "model"))
     assert len(model.heads) == 3 and all(head.block.weight.any() and not head.layers for head in model.heads)
+    assert "3 more, of the Medusa kind" in run("info", tmp_path / "b" / "model")
+    facts = json.loads(run("info", tmp_path / "b" / "model", "--json"))
+    assert facts["residual_block"] and facts["coupling_rank"] == facts["coupling_parameters"] == 0
+
+
+@pytest.mark.parametrize(("key", "value"), [("residual_block", True), ("coupling_rank", 4)])
+def test_a_run_resumes_with_its_own_kind_of_heads_and_coupling_only(tmp_path, key, value):
+    record = {part: dict.fromkeys(keys) for part, keys in provenance.IDENTITY.items()}
+    record["model"] |= {"residual_block": False, "coupling_rank": 0}
+    old = {name: record["model"][name] for name in record["model"] if name not in ("residual_block", "coupling_rank")}
+    provenance.write(tmp_path, record | {"model": old, "started": "then"})  # from before there were these
+    assert provenance.check_same_run(tmp_path, record) == "then"
+    other = record | {"model": record["model"] | {key: value}}
+    with pytest.raises(InputError, match=rf"other model \({key} (False|0), not {value}\)"):
+        provenance.check_same_run(tmp_path, other)
+    provenance.write(tmp_path, other | {"started": "now"})
+    assert provenance.check_same_run(tmp_path, other) == "now"
 
 
 def test_a_dry_run_counts_the_coupling(run, made):

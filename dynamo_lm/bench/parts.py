@@ -20,21 +20,27 @@ from dynamo_lm.bench.contenders import Contender
 
 REST = "Python and the rest"
 PARTS: tuple[tuple[str, str, str], ...] = (  # part, module, name in it; Class.method for a method
-    ("stem and head 1", "dynamo_lm.model", "DynaMoForCausalLM.hidden"),
-    ("heads 2..n", "dynamo_lm.model", "TokenHead.forward"),
+    ("stem", "dynamo_lm.model", "DynaMoForCausalLM.hidden"),  # and the last layer, where it is not a wide one
+    ("last layer and heads", "dynamo_lm.wide", "WideLayer.forward"),
+    ("last layer and heads", "dynamo_lm.model", "TokenHead.forward"),
     ("output embedding", "dynamo_lm.model", "DynaMoForCausalLM.readout"),
     ("sampler", "dynamo_lm.joint", "Heads.top"),
     ("sampler", "dynamo_lm.decoding", "draft_from"),
     ("sampler", "dynamo_lm.decoding", "draw_from"),
+    ("sampler", "dynamo_lm.decoding", "grow"),
     ("sampler", "dynamo_lm.decoding", "accept_greedy"),
+    ("sampler", "dynamo_lm.decoding", "accept_tree"),
     ("sampler", "dynamo_lm.decoding", "accept_sampled"),
     ("statistics", "dynamo_lm.decoding", "Scores.__init__"),
     ("statistics", "dynamo_lm.decoding", "Scores.add"),
     ("cache and mask", "dynamo_lm.decoding", "attention_mask"),
+    ("cache and mask", "dynamo_lm.decoding", "_as_trees"),
+    ("cache and mask", "dynamo_lm.cache", "RowCache.gather"),
     ("cache and mask", "dynamo_lm.cache", "RowCache.begin"),
     ("cache and mask", "dynamo_lm.cache", "RowCache.keep"),
     ("cache and mask", "dynamo_lm.cache", "RowCache.select"),
     ("cache and mask", "dynamo_lm.cache", "RowCache.update"),
+    ("arranging the model", "dynamo_lm.model", "DynaMoForCausalLM.for_decoding"),
 )
 
 

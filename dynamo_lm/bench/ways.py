@@ -99,6 +99,8 @@ def dynamo(num_heads: int, *, off_heads: int, eps_b: float) -> list[Way]:
         )
         for n in range(2, num_heads + 1)
     ]
+    chain = {"verify": "strict", "num_heads": num_heads, "tree": 0}
+    found.append(Way(f"DynaMo strict, n={num_heads}, chain", "dynamo", chain, identical_to=OWN, ceiling=num_heads))
     found += [
         Way(
             f"DynaMo budget {budget:g}, n={num_heads}",

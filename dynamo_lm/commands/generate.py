@@ -68,6 +68,16 @@ def generate(
             rich_help_panel=SPEED,
         ),
     ] = None,
+    tree: Annotated[
+        int | None,
+        typer.Option(
+            "--tree",
+            metavar="N",
+            help="With strict, greedy: how many drafts a step verifies as a tree, 0 for a chain. "
+            "Default: what is fastest here.",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
     otsu: Annotated[
         bool | None,
         typer.Option(
@@ -179,6 +189,8 @@ def generate(
     dial = verification(verify)
     if dial != "off" and any(value is not None for value in (eps_b, otsu, blur)):
         raise InputError("--eps-b, --otsu and --blur belong to --verify off; verified decoding has no use for them.")
+    if dial == "off" and tree is not None:
+        raise InputError("--tree does not apply to --verify off, which verifies no drafts; leave it out, or verify.")
     if verify == "off" and top_p is not None:
         raise InputError("--top-p does not apply to --verify off; use --top-k, or --verify strict.")
     if stop and "" in stop:
@@ -186,6 +198,8 @@ def generate(
     drawn = verify == "off" if sample is None else sample
     if not drawn and dial != "off" and any(value is not None for value in (temperature, top_k, top_p)):
         raise InputError("--temperature, --top-k and --top-p choose at random, so they need --sample.")
+    if drawn and tree is not None:
+        raise InputError("--tree is for greedy decoding; leave out either --tree or --sample.")
 
     # 2. The model and its tokenizer.
     name = resolve(model)
@@ -235,6 +249,7 @@ def generate(
         alpha_c=alpha_c,
         otsu=otsu,
         blur=blur,
+        tree=tree,
         do_sample=drawn,
         max_new_tokens=max_new_tokens,
         seed=seed,

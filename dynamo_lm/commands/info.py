@@ -60,6 +60,9 @@ def describe(name: str) -> dict[str, Any]:
         "init": config.init,
         "own_output_embedding": config.own_output_embedding,
         "adapter_rank": config.adapter_rank,
+        "residual_block": config.residual_block,
+        "coupling_rank": config.coupling_rank,
+        "coupling_parameters": sum(p.numel() for p in network.coupling.parameters()) if network.coupling is not None else 0,
         "weights": config.weights,
         "parameters": base,
         "head_parameters": round(network.overhead() * base),
@@ -73,6 +76,8 @@ def describe(name: str) -> dict[str, Any]:
 
 def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """The same for people: a name and a sentence each."""
+    from dynamo_lm.config import MEDUSA
+
     size = f"{facts['layers']} layers x {facts['hidden_size']}, vocabulary {facts['vocab_size']:,}"
     context = f"{facts['context']:,} tokens" if facts["context"] else "not stated"
     if not facts["dynamo"]:
@@ -86,16 +91,21 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     extra = facts["num_heads"] - 1
     rank, layers = facts["adapter_rank"], facts["layers_per_head"]
     kind = f"rank-{rank} adapters" if rank else f"{layers} layer{'' if layers == 1 else 's'} each"
+    kind += ", a residual block each" if facts["residual_block"] else ""
     kind += ", own output embeddings" if facts["own_output_embedding"] else ""
+    if all(facts[key] == value for key, value in MEDUSA.items()):
+        kind = "of the Medusa kind: a residual block and an output embedding each"
     fed = "penultimate" if facts["feed"] == "stem" else "last"
     begun = "at random" if facts["init"] == "random" else "as copies of the last layer"
     more = f"{facts['head_parameters']:,} of heads ({facts['overhead']:.2%} more)"
+    coupling = f"learned, of rank {facts['coupling_rank']}: {facts['coupling_parameters']:,} of the heads' parameters"
     where = "here" if facts["weights"] == "full" else f"not here: it is loaded from {facts['base']}"
     found = [
         ("model", facts["model"]),
         ("base", f"{facts['base'] or 'a model of its own'} ({facts['architecture']}, {size}), {where}"),
         ("heads", f"{facts['num_heads']} (T{facts['num_heads']}): the base's own and {extra} more, {kind}"),
         ("", f"fed by the {fed} layer" + ("" if rank or not layers else f", begun {begun}")),
+        *([("coupling", coupling)] if facts["coupling_rank"] else []),
         ("parameters", f"{facts['parameters']:,} + {more}"),
         ("dtype", facts["dtype"]),
         ("context", context),

@@ -76,8 +76,7 @@ def training(steps: int) -> Iterator[Callable[[Step], None]]:
 
         def report(step: Step) -> None:
             nonlocal last
-            losses = " ".join(f"{loss:.3f}" if loss else "-" for loss in step.losses)  # a frozen base has none
-            said = f"loss {losses}  {step.tokens_per_second:,.0f} tok/s"
+            said = f"{_losses(step)}  {step.tokens_per_second:,.0f} tok/s"
             progress.update(task, completed=step.step, description=said)
             due = not screen.is_terminal and time.monotonic() - last >= PAUSE
             if step.validation is not None:
@@ -88,3 +87,10 @@ def training(steps: int) -> Iterator[Callable[[Step], None]]:
                 last = time.monotonic()
 
         yield report
+
+
+def _losses(step: Step) -> str:
+    """By head, and of coupled heads 2.. given the token before; of a coupling that learns alone only those get better."""
+    plain = " ".join(f"{loss:.3f}" if loss else "-" for loss in step.losses)  # a frozen base has none
+    coupled = " ".join(f"{loss:.3f}" for loss in step.coupled)
+    return f"loss {plain}  coupled {coupled}" if coupled else f"loss {plain}"
