@@ -60,6 +60,47 @@ def steps_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def bench_table(race: dict[str, Any], *, trained: bool = True) -> str:
+    """One race of `dynamo-lm bench`: every ratio with its spread, its tokens per step and ceiling, and the quality beside it."""
+    last = "log-likelihood | pairs" if trained else "ms per step"
+    lines = [
+        f"| way | ratio (spread) | tokens per step | ratio over tokens per step | same texts | {last} |",
+        "|---|---|---|---|---|---|" + ("---|" if trained else ""),
+    ]
+    kind = race["ways"][0]["kind"]
+    for way in race["ways"]:
+        ratio, same, base = way["ratio"], way["identical"], way["name"] == way["baseline"]
+        if way["kind"] != kind:
+            lines.append("|" + " |" * (7 if trained else 6))
+        kind = way["kind"]
+        ceiling = f" of {way['ceiling']}" if way["ceiling"] not in (None, 1) else ""
+        quality = (
+            f"{way['log_likelihood']:.2f} | {way['distinct_bigrams']:.2f}"
+            if trained
+            else f"{1000 * way['step_seconds']:.1f}"
+        )
+        alike = "" if same is None else f"{same['texts']}/{same['of']}"
+        faster = "baseline" if base else f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+        lines.append(
+            f"| {'**' if base else ''}{way['name']}{'**' if base else ''}{'' if way['lossless'] else ' *'} | {faster} "
+            f"| {way['tokens_per_step']:.2f}{ceiling} | {way['efficiency']:.2f} "
+            f"| {alike} | {quality} |"
+        )
+    floor = race["floor"]
+    lines.append(f"| {floor['name']} | {floor['ratio']:.2f} | | | | {'| ' if trained else ''}|")
+    return "\n".join(lines)
+
+
+def shares_table(profiles: dict[str, dict[str, Any]]) -> str:
+    """Where a step's time goes, by way."""
+    parts = list(dict.fromkeys(part for found in profiles.values() for part in found["shares"]))
+    lines = [f"| way | ms per step | {' | '.join(parts)} |", "|---|---|" + "---|" * len(parts)]
+    for name, found in profiles.items():
+        shares = [f"{100 * found['shares'].get(part, 0):.1f} %" for part in parts]
+        lines.append(f"| {name} | {1000 * found['step_seconds']:.2f} | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
 def quality_table(results: dict[str, Any], dials: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9)) -> str:
     """What the text is worth at some settings of the dial: both win rates of the paper's method, and strict sampling."""
     lines = [
@@ -86,3 +127,10 @@ if __name__ == "__main__":
     print(demo_table(json.loads((RESULTS / "demo.json").read_text())), end="\n\n")
     print(steps_table(json.loads((RESULTS / "story.json").read_text())))
     print("", quality_table(json.loads((RESULTS / "story" / "completion-openings.json").read_text())), sep="\n")
+    for file in sorted(RESULTS.glob("bench*/bench.json")):
+        record = json.loads(file.read_text())
+        for race in record["races"]:
+            print(f"\n{file.parent.name}: {race['context']} context, batch {race['batch']}\n")
+            print(bench_table(race, trained=race["ways"][0]["log_likelihood"] is not None))
+        if record["profiles"]:
+            print("", shares_table(record["profiles"]), sep="\n")

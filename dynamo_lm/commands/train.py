@@ -381,9 +381,7 @@ def train(
     record = provenance.begin(
         context.obj or [],
         base={"name": base, "fingerprint": model.config.base_fingerprint},
-        model={
-            key: getattr(model.config, key) for key in (*provenance.IDENTITY["model"], "residual_block", "coupling_rank")
-        },
+        model={key: getattr(model.config, key) for key in provenance.IDENTITY["model"]},
         data={
             "sources": data,
             "validation_sources": validation or f"{validation_fraction:g} of the documents, seed {seed}",
