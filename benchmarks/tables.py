@@ -61,7 +61,7 @@ def steps_table(results: dict[str, Any]) -> str:
 
 
 def bench_table(race: dict[str, Any], *, trained: bool = True) -> str:
-    """One race of `dynamo-lm bench`: every ratio with its spread, its tokens per step and ceiling, and the quality beside it."""
+    """One race of `dynamo-lm bench`: every ratio with its spread, tokens per step with their ceiling, and the quality."""
     last = "log-likelihood | pairs" if trained else "ms per step"
     lines = [
         f"| way | ratio (spread) | tokens per step | ratio over tokens per step | same texts | {last} |",

@@ -219,9 +219,10 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
             verify: "strict" (default: exactly the base model, token for token or in distribution), "off" (Algorithm 1), or a
                 budget: the nats per token that the base model's log-likelihood may lose, 0 being "strict".
             num_heads: heads to use, the ceiling on tokens per step; all by default, 1 is the base model.
-            eps_b, alpha_c, otsu, blur: Algorithm 1's switches; see `dynamo_lm.sampling.Algorithm1`. Under "off" top_k,
-                temperature and repetition_penalty default to the paper's 50, 0.7 and 1.1; do_sample=False takes the most
-                likely tuple instead of drawing one.
+            eps_b, alpha_c, otsu, blur: Algorithm 1's switches; see `dynamo_lm.sampling.Algorithm1`. alpha_c shapes drafts
+                that are verified, too: 0.5 by default, 0.25 with a learned coupling. Under "off" top_k, temperature and
+                repetition_penalty default to the paper's 50, 0.7 and 1.1; do_sample=False takes the likeliest tuple instead
+                of drawing one.
             tree: greedy and verified: how many drafts a step verifies as a tree, 0 for a chain. By default what is fastest,
                 as the first steps show, where that cannot change the text (in float32); elsewhere a chain.
             seed: of the rows' random numbers: row r uses seed + r, or the r-th of a list; from torch's global state if None.

@@ -40,13 +40,26 @@ def arrays(documents: list[list[int]], dtype: type = np.int64) -> list[np.ndarra
     return [np.array(document, dtype) for document in documents]
 
 
+def memory_for(chunk: int, *, wide: bool = False, threads: int = 1) -> float:
+    """The memory_mb that makes pieces of `chunk` tokens."""
+    return chunk * (104 if wide else 56) * (threads + 1) / 2**20
+
+
 small_documents = st.lists(st.lists(st.integers(0, 4), max_size=30), min_size=1, max_size=12).filter(any)
 
 
 @settings(max_examples=120, deadline=None)
-@given(documents=small_documents, order=st.integers(1, 4), chunk=st.sampled_from([1, 2, 3, 5, 8, 21, 1000]))
-def test_counts_equal_brute_force_for_any_chunk_size(documents: list[list[int]], order: int, chunk: int) -> None:
-    table = count(arrays(documents), vocab_size=5, order=order, memory_mb=chunk * 144 / 2**20)
+@given(
+    documents=small_documents,
+    order=st.integers(1, 4),
+    chunk=st.sampled_from([1, 2, 3, 5, 8, 21, 1000]),
+    threads=st.integers(1, 3),
+)
+def test_counts_equal_brute_force_for_any_chunk_size(
+    documents: list[list[int]], order: int, chunk: int, threads: int
+) -> None:
+    memory = memory_for(chunk, threads=threads)
+    table = count(arrays(documents), vocab_size=5, order=order, memory_mb=memory, threads=threads)
     for m in range(1, order + 1):
         expected = brute_force(documents, m)
         assert grams_of(table, m) == expected
@@ -54,18 +67,33 @@ def test_counts_equal_brute_force_for_any_chunk_size(documents: list[list[int]],
         assert (table.keys[m - 1].diff() > 0).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
-    documents=st.lists(st.lists(st.sampled_from([0, 1, 7, 262142, 262143]), max_size=30), min_size=1).filter(any),
+    tokens=st.lists(st.lists(st.integers(0, 4), max_size=30), min_size=1).filter(any),
+    kind=st.sampled_from([(4, 65536), (4, 262144), (3, 2**19), (4, 2**20), (3, 2**20), (3, 262144)]),
     chunk=st.sampled_from([1, 4, 13, 1000]),
 )
-def test_quadruples_of_a_vocabulary_of_262144_are_exact(documents: list[list[int]], chunk: int) -> None:
-    table = count(arrays(documents, np.uint32), vocab_size=262144, order=4, memory_mb=chunk * 224 / 2**20)
-    for m in range(1, 5):
+def test_large_vocabularies_are_exact(tokens: list[list[int]], kind: tuple[int, int], chunk: int) -> None:
+    order, vocab_size = kind
+    ids = [0, 1, 7, vocab_size - 2, vocab_size - 1]
+    documents = [[ids[token] for token in document] for document in tokens]
+    memory = memory_for(chunk, wide=True)
+    table = count(arrays(documents, np.uint32), vocab_size=vocab_size, order=order, memory_mb=memory, threads=1)
+    for m in range(1, order + 1):
         seen = brute_force(documents, m)
         assert table.total(m) == sum(seen.values())
         if m > 1:
             assert grams_of(table, m) == seen
+
+
+@pytest.mark.parametrize("chunk", [700, 10**6])
+@pytest.mark.parametrize("order, vocab_size", [(3, 400_000), (3, 2**20), (4, 2**20)])
+def test_an_ngram_more_frequent_than_its_row_has_room_for_is_exact(order: int, vocab_size: int, chunk: int) -> None:
+    # beside three digits of 19 bits 6 bits are left for a count, beside wide keys 11
+    documents = [[7] * 5000 + [9] * (64 + order - 1), [7] * 2048]
+    table = count(arrays(documents), vocab_size=vocab_size, order=order, memory_mb=memory_for(chunk), threads=1)
+    assert grams_of(table, order) == brute_force(documents, order)
+    assert grams_of(table, 2) == brute_force(documents, 2)
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,7 +105,7 @@ def test_quadruples_of_a_vocabulary_of_262144_are_exact(documents: list[list[int
 def test_pruning_while_merging_equals_pruning_afterwards(
     documents: list[list[int]], minimum: dict[int, int], chunk: int
 ) -> None:
-    table = count(arrays(documents), vocab_size=5, min_counts=minimum, memory_mb=chunk * 144 / 2**20)
+    table = count(arrays(documents), vocab_size=5, min_counts=minimum, memory_mb=memory_for(chunk), threads=1)
     for m in (2, 3):
         assert grams_of(table, m) == {g: n for g, n in brute_force(documents, m).items() if n >= minimum[m]}
     assert table == count(arrays(documents), vocab_size=5).prune(minimum)
@@ -103,15 +131,18 @@ def test_documents_may_come_once_and_in_any_integer_type() -> None:
     assert count(stream, vocab_size=3) == count(arrays(documents), vocab_size=3)
 
 
-@pytest.mark.parametrize("order, vocab_size", [(3, 4096), (4, 262144)])
-def test_working_memory_stays_within_memory_mb(order: int, vocab_size: int) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("order, vocab_size", [(3, 4096), (4, 4096), (4, 262144)])
+def test_working_memory_stays_within_memory_mb(order: int, vocab_size: int, threads: int) -> None:
     def documents():
         rng = np.random.default_rng(0)
         for _ in range(120):
             yield rng.integers(0, 4096, 5000)
 
     tracemalloc.start()
-    table = count(documents(), vocab_size=vocab_size, order=order, min_counts=10**6, memory_mb=8)  # 600,000 tokens
+    table = count(
+        documents(), vocab_size=vocab_size, order=order, min_counts=10**6, memory_mb=8, threads=threads
+    )  # 600,000 tokens
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert table.total(order) == 120 * (5001 - order)
@@ -147,7 +178,7 @@ def test_minimum_counts_that_fall_with_the_order_or_name_no_order_are_refused(mi
         count(arrays([[0, 1]]), vocab_size=3, order=3, min_counts=minimum)
 
 
-@pytest.mark.parametrize("options", [{"order": 0}, {"order": 5}, {"vocab_size": 0}, {"memory_mb": 0}])
+@pytest.mark.parametrize("options", [{"order": 0}, {"order": 5}, {"vocab_size": 0}, {"memory_mb": 0}, {"threads": 0}])
 def test_impossible_settings_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(InputError):
         count(arrays([[0, 1]]), **{"vocab_size": 3, **options})
@@ -179,5 +210,5 @@ def test_a_full_scratch_folder_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_progress_reports_the_tokens_counted_so_far() -> None:
     seen: list[int] = []
-    count(arrays([[0, 1, 2, 1, 0]] * 4), vocab_size=3, memory_mb=6 * 144 / 2**20, progress=seen.append)
+    count(arrays([[0, 1, 2, 1, 0]] * 4), vocab_size=3, memory_mb=memory_for(6), threads=1, progress=seen.append)
     assert len(seen) > 1 and seen == sorted(seen) and seen[-1] == 20

@@ -86,7 +86,7 @@ def test_strict_greedy_is_transformers_own_greedy_for_a_hundred_prompts(base, mo
 
     steps, tokens = (sum(getattr(s, name) for s in result.statistics) for name in ("forwards", "new_tokens"))
     assert tokens == 2400
-    assert tokens / steps > 1.1  # even copied heads find some, with the table's help
+    assert tokens / steps > 1.05  # even copied heads find some, with the table's help
 
 
 def test_strict_greedy_is_the_same_for_a_long_story_alone(base, model, pieces):

@@ -1,0 +1,124 @@
+"""How fast n-grams are counted, and in how much memory: `python -m benchmarks.counting > results/counting.json`.
+
+All of `novels` and `stories` of the folder that DYNAMO_DATA names, with the bundled story tokenizer and with Pythia's.
+Every measurement is a process of its own that holds all token ids in memory before the clock starts and ends when the
+table can be used; repetitions are interleaved, so that a machine that is slow for a while is slow for all. Tokenizing is
+not included and measured beside it. CPU seconds are of all threads together; they tell more than seconds where other
+programs share the machine. Peak memory is what the process holds at most beyond what it held before counting, table
+included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from dynamo_lm.assets import bundled
+from dynamo_lm.bench.measure import spread
+from dynamo_lm.bench.results import machine
+from dynamo_lm.counting import count
+from dynamo_lm.data import TokenStore, tokenize
+from dynamo_lm.provenance import versions
+
+DATA = Path(os.environ.get("DYNAMO_DATA", "../shared/data"))
+SAMPLE = 1_000_000  # tokens that the tokenizer's own speed is measured on
+VOCABULARY = {"story": 4096, "pythia": 50304}  # of the models, which round the tokenizer's up
+
+
+def open_tokenizer(name: str) -> Any:
+    if name == "story":
+        return AutoTokenizer.from_pretrained(bundled())
+    file = DATA / "tokenizers" / "pythia" / "20B_tokenizer.json"
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>")
+
+
+def resident(field: str) -> int:
+    """VmRSS (bytes this process holds now) or VmHWM (at most so far); Linux only."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def measure(store: TokenStore, name: str, order: int, threads: int, memory_mb: float) -> dict[str, Any]:
+    """One count of the whole store."""
+    torch.set_num_threads(threads)
+    documents = [document.copy() for document in store]
+    before, wall, cpu = resident("VmRSS"), time.perf_counter(), time.process_time()
+    table = count(documents, vocab_size=VOCABULARY[name], order=order, memory_mb=memory_mb, threads=threads)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    peak = resident("VmHWM") - before
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "table.safetensors"
+        table.save(file)
+        size = file.stat().st_size
+    rows = [table.num_rows(m) for m in range(1, order + 1)]
+    return {"seconds": wall, "cpu_seconds": cpu, "peak_bytes": peak, "table_bytes": size, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=Path, help="folder to keep the tokenized text in; default: a temporary one")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--memory-mb", type=float, default=1024)
+    parser.add_argument("--tokenizers", nargs="+", default=list(VOCABULARY), choices=list(VOCABULARY))
+    parser.add_argument("--orders", nargs="+", type=int, default=[2, 3, 4])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--one", nargs=3, metavar=("TOKENIZER", "ORDER", "THREADS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        name, order, threads = arguments.one
+        store = TokenStore(arguments.tokens / name)
+        print(json.dumps(measure(store, name, int(order), int(threads), arguments.memory_mb)))
+        return
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.tokens or Path(temporary)
+        sources = [str(DATA / "novels"), str(DATA / "stories")]
+        texts: dict[str, dict[str, Any]] = {}
+        for name in arguments.tokenizers:
+            tokenizer = open_tokenizer(name)
+            began = time.perf_counter()
+            tokenize(sources, tokenizer, Path(temporary) / "sample" / name, limit_tokens=SAMPLE)
+            rate = SAMPLE / (time.perf_counter() - began)
+            store = tokenize(sources, tokenizer, folder / name)
+            texts[name] = {"documents": len(store), "tokens": store.num_tokens, "vocab_size": VOCABULARY[name]}
+            texts[name] |= {"tokenized_per_second": round(rate)}
+
+        found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+        settings = list(itertools.product(arguments.tokenizers, arguments.orders, arguments.threads))
+        for repetition, setting in itertools.product(range(arguments.repetitions), settings):
+            print(f"repetition {repetition + 1}: {setting}", file=sys.stderr)
+            command = [sys.executable, "-m", "benchmarks.counting", "--tokens", str(folder), "--one", *map(str, setting)]
+            command += ["--memory-mb", str(arguments.memory_mb)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+            found.setdefault(setting, []).append(json.loads(output))
+
+    counts = []
+    for (name, order, threads), runs in found.items():
+        tokens = texts[name]["tokens"]
+        row = {"tokenizer": name, "order": order, "threads": threads}
+        row["tokens_per_second"] = _rounded(tokens / run["seconds"] for run in runs)
+        row["tokens_per_cpu_second"] = _rounded(tokens / run["cpu_seconds"] for run in runs)
+        row["peak_bytes"] = _rounded(run["peak_bytes"] for run in runs)
+        counts.append(row | {"rows": runs[0]["rows"], "table_bytes": runs[0]["table_bytes"]})
+    facts = {"versions": versions(), "machine": machine(torch.device("cpu")), "load_average": os.getloadavg()[1]}
+    facts |= {"repetitions": arguments.repetitions, "memory_mb": arguments.memory_mb, "texts": texts, "counts": counts}
+    print(json.dumps(facts, indent=1))
+
+
+def _rounded(values: Any) -> dict[str, int]:
+    return {name: round(value) for name, value in spread(list(values)).items()}
+
+
+if __name__ == "__main__":
+    main()
