@@ -77,6 +77,23 @@ class RowCache(Cache):
         return int(self.lengths.max()) if len(self.lengths) else 0
 
 
+class FixedCache(RowCache):
+    """A `RowCache` of one row whose buffers never change their shape, so that a step over it can be compiled.
+
+    Every forward sees all `capacity` slots; the mask hides those that hold nothing.
+    """
+
+    def __init__(self, num_layers: int, capacity: int):
+        super().__init__(num_layers, 1)
+        self.capacity = capacity
+        self.slots: Tensor | None = None  # (new,) where the forward in progress writes
+
+    def begin(self, new: int) -> Tensor:
+        positions = super().begin(new)
+        self.end, self.slots = self.capacity, positions[0]
+        return positions
+
+
 class _RowLayer(CacheLayerMixin):
     is_sliding = False
 
@@ -86,14 +103,19 @@ class _RowLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[3]))
-        self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
+        slots = self.cache.capacity if isinstance(self.cache, FixedCache) else 0
+        self.keys = key_states.new_zeros((*key_states.shape[:2], slots, key_states.shape[3]))
+        self.values = value_states.new_zeros((*value_states.shape[:2], slots, value_states.shape[3]))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """(rows, heads, new, width) each -> all slots in use, (rows, heads, slots, width)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if isinstance(self.cache, FixedCache):
+            self.keys.index_copy_(2, self.cache.slots, key_states)  # type: ignore[union-attr, arg-type]
+            self.values.index_copy_(2, self.cache.slots, value_states)  # type: ignore[union-attr, arg-type]
+            return self.keys, self.values  # type: ignore[return-value]
         self.keys = _write(self.keys, key_states, self.cache)  # type: ignore[arg-type]
         self.values = _write(self.values, value_states, self.cache)  # type: ignore[arg-type]
         return self.keys[:, :, : self.cache.end], self.values[:, :, : self.cache.end]

@@ -15,7 +15,7 @@ import json
 import os
 import zlib
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,12 @@ class Cooccurrence:
     min_counts: tuple[int, ...]  # rarer n-grams were dropped; unigrams never are
     tokenizer: str = ""  # the caller's fingerprint of the tokenizer; "" = unknown
     description: str = ""  # what was counted, in words
-    log_frequencies: tuple[Tensor, ...] = field(init=False, repr=False)  # (rows,) float32, beside `keys`
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def log_frequencies(self) -> tuple[Tensor, ...]:
+        """Natural logs of count / total, (rows,) float32 per order, beside `keys`."""
         logs = [(count.double() / max(total, 1)).log() for count, total in zip(self.counts, self.totals, strict=True)]
-        on_device = tuple(log.float().to(keys.device) for log, keys in zip(logs, self.keys, strict=True))
-        object.__setattr__(self, "log_frequencies", on_device)
+        return tuple(log.float().to(keys.device) for log, keys in zip(logs, self.keys, strict=True))
 
     @cached_property
     def lookup(self) -> Lookup:

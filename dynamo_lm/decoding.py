@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamo_lm.cache import RowCache, attention_mask
+from dynamo_lm.cache import FixedCache, RowCache, attention_mask
+from dynamo_lm.compiling import capacity, compiled
 from dynamo_lm.errors import InputError
 from dynamo_lm.joint import Heads, Link
 from dynamo_lm.model import DynaMoForCausalLM
@@ -45,6 +46,7 @@ class DecodingOptions:
     verify: str | float = "strict"  # or "off", or a budget in nats per token, of which 0 is "strict"
     sample: bool = False  # else the most likely: of the base under "strict", of the joint under "off"
     algorithm: Algorithm1 = field(default_factory=Algorithm1)  # under "off"; its alpha_c and top_k shape drafts, too
+    compile: bool = False  # steps of one fixed shape, compiled: one row, a C++ compiler on CPUs, a minute the first time
     tree: int | None = None  # greedy, verified: drafts a forward carries as a tree; 0: a chain; None: measured, if exact
     draft_temperature: float = 1.0  # under "strict" with sampling: near the temperature that the base samples at
     end_tokens: frozenset[int] = frozenset()
@@ -165,7 +167,12 @@ def decode(
         InputError: an empty prompt, a prompt longer than the context, options that do not fit the model.
     """
     context = _check(model, prompts, options)
-    model = model.for_decoding(options.num_heads)
+    forward: Callable[..., Tensor]
+    if options.compile:
+        model, forward = compiled(model, options, len(prompts))
+    else:
+        model = model.for_decoding(options.num_heads)
+        forward = model.hidden
     n, off, algorithm = options.num_heads, options.verify == "off", options.algorithm
     base_config, device = model.base.config, model.device
     rows = [
@@ -181,22 +188,27 @@ def decode(
         for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
     running = list(rows)
-    cache = RowCache(model.cache_entries, len(rows))
     pace = _pace(model, options)
+    fixed = 0  # tokens of every forward behind the prompt's, if they are all to have one shape
+    if options.compile:
+        fixed = pace.sizes[-1] if pace is not None else n
+        cache: RowCache = FixedCache(model.cache_entries, capacity(len(prompts[0]) + options.max_new_tokens + fixed))
+    else:
+        cache = RowCache(model.cache_entries, len(rows))
     began = time.perf_counter()
 
     while running:
         # 1. Absorb: one forward over what every row emitted (or drafted) last; shorter rows are padded behind their end.
         step_began, size, promised = time.perf_counter(), running[0].size, running[0].promise
         first = running[0].statistics.forwards == 0
-        width = max(len(row.pending) for row in running)
+        width = max(len(row.pending) for row in running) if first else max(fixed, *(len(row.pending) for row in running))
         positions = cache.begin(width)  # (rows, width)
         tokens = torch.tensor([row.pending + [0] * (width - len(row.pending)) for row in running])
         keys, visible = torch.arange(cache.end)[None], None
         if pace is not None and not first:
             positions, keys, visible = _as_trees(cache, positions, [row.parents for row in running])
         mask = attention_mask(base_config, positions, keys, model.dtype, visible=visible, device=device)
-        hidden = model.hidden(
+        hidden = (model.hidden if first else forward)(
             tokens.to(device),
             num_heads=n,
             attention_mask=mask,
@@ -407,7 +419,7 @@ def _pace(model: DynaMoForCausalLM, options: DecodingOptions) -> Pace | None:
     if options.tree is not None:
         return Pace((options.tree + 1,))
     # Sizes that change from run to run change the rounding: harmless in float32, not where close calls are ties.
-    if options.budget > 0 or model.dtype != torch.float32:
+    if options.budget > 0 or model.dtype != torch.float32 or options.compile:
         return None
     key = (n, torch.get_num_threads())
     return model.paces.setdefault(key, Pace((n, 2 * n, 4 * n)))

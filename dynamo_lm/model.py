@@ -65,6 +65,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         self.coupling = Coupling(config.num_heads, rank, self.output_weight()) if rank else None
         self.cooccurrence: Cooccurrence | None = None
         self._plain_readout = False  # known of a model that was arranged for decoding
+        self.arranged: dict[int, Any] = {}  # by heads: this model arranged and compiled, see `dynamo_lm.compiling`
         self.paces: dict[Any, Any] = {}  # what decoding learned of the cost of its steps, see `dynamo_lm.tree.Pace`
         self.generation_config = copy.deepcopy(self.base.generation_config)
         self.generation_config._from_model_config = False  # else transformers drops settings of our own, like eps_b
@@ -225,6 +226,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
                 of drawing one.
             tree: greedy and verified: how many drafts a step verifies as a tree, 0 for a chain. By default what is fastest,
                 as the first steps show, where that cannot change the text (in float32); elsewhere a chain.
+            compile: one prompt only: compile the steps, which takes a minute the first time (and a C++ compiler on CPUs) and
+                makes small models much faster.
             seed: of the rows' random numbers: row r uses seed + r, or the r-th of a list; from torch's global state if None.
             on_step: called with (row, tokens) after every step.
 

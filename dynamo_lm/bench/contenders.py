@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynamo_lm.bench.ways import Way
+from dynamo_lm.compiling import check_compiler
 from dynamo_lm.errors import InputError
 from dynamo_lm.model import DynaMoForCausalLM
 
@@ -142,23 +143,15 @@ def _compiled(way: Way, among: Field) -> Contender:
     from transformers.generation.configuration_utils import CompileConfig
 
     if among.model.device.type == "cpu":
-        _check_compiler()
+        from torch._inductor import config
+
+        check_compiler()
+        config.compile_threads = 1  # no pool of processes beside what is being measured
         compiling = CompileConfig(mode="default")  # "reduce-overhead" is about CUDA graphs
         compiling._compile_all_devices = True  # type: ignore[assignment]
     else:
         compiling = CompileConfig()
     return _transformers(way, among, cache_implementation="static", compile_config=compiling)
-
-
-def _check_compiler() -> None:
-    """Refuses where torch's CPU compiler has no C++ compiler to call."""
-    from torch._inductor import config, cpp_builder
-
-    config.compile_threads = 1  # no pool of processes beside what is being measured
-    try:
-        cpp_builder.get_cpp_compiler()
-    except Exception as error:
-        raise InputError("torch.compile needs a C++ compiler, and there is none.") from error
 
 
 class _Forwards:

@@ -29,9 +29,15 @@ class Way:
     model: str = "model"  # which DynaMo model: the one measured, or one of --also
     draft: bool = False  # needs a draft model
 
+    @property
+    def compiles(self) -> bool:
+        """Whether it takes a compiler, and a minute before the first token."""
+        return self.engine == "compiled" or bool(self.arguments.get("compile"))
+
 
 OWN = "one token: own loop"
 OWN_SAMPLED = "one token, T=1: own loop"
+COMPILED = {"compile": True}
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # from the base's whole distribution
 PAPER = {"do_sample": True, "temperature": 0.7, "top_k": 50, "repetition_penalty": 1.1}  # Algorithm 1's own knobs
 LOOKUP = 10  # tokens that prompt lookup proposes, as transformers' documentation has it
@@ -40,6 +46,7 @@ ENSEMBLE = 0.5  # the target's weight in the ensemble of target and draft model
 
 ONE_TOKEN: tuple[Way, ...] = (
     Way(OWN, "dynamo", {"verify": "strict", "num_heads": 1}, one_token=True, batched=True),
+    Way("one token: own loop compiled", "dynamo", {"verify": "strict", "num_heads": 1, **COMPILED}, one_token=True),
     Way("one token: transformers", "transformers", one_token=True, batched=True, identical_to=OWN),
     Way("one token: transformers compiled", "compiled", one_token=True, batched=True, identical_to=OWN),
 )
@@ -99,6 +106,18 @@ def dynamo(num_heads: int, *, off_heads: int, eps_b: float) -> list[Way]:
         )
         for n in range(2, num_heads + 1)
     ]
+    fast = [
+        ("strict", {"verify": "strict"}, "greedy", True),
+        ("strict sampled", {"verify": "strict", **SAMPLED}, "sampled", True),
+        (f"off, eps_b={eps_b:g}", {"verify": "off", "do_sample": True, "eps_b": eps_b}, "sampled", False),
+    ]
+    for name, arguments, kind, lossless in fast:
+        n = off_heads if not lossless else num_heads
+        same = OWN if kind == "greedy" else None
+        more = {"num_heads": n, **COMPILED}
+        found.append(
+            Way(f"DynaMo {name}, n={n}, compiled", "dynamo", arguments | more, kind, lossless, identical_to=same, ceiling=n)  # type: ignore[arg-type]
+        )
     chain = {"verify": "strict", "num_heads": num_heads, "tree": 0}
     found.append(Way(f"DynaMo strict, n={num_heads}, chain", "dynamo", chain, identical_to=OWN, ceiling=num_heads))
     found += [

@@ -75,7 +75,7 @@ def bench(
     ] = True,
     compiled: Annotated[
         bool,
-        typer.Option("--compile/--no-compile", help="The loop that must be compiled first.", rich_help_panel=RACED),
+        typer.Option("--compile/--no-compile", help="The loops that must be compiled first.", rich_help_panel=RACED),
     ] = True,
     profile: Annotated[
         bool, typer.Option("--profile", help="Where a step's time goes, too.", rich_help_panel=RACED)
@@ -174,7 +174,7 @@ def bench(
             texts, cut = inputs.fitted(texts, among.context, max_new_tokens)
             for size in sizes:
                 chosen = ways.choose(raced, batch=size, sampled=sampled, only=only or [])
-                left_out = [way for way in chosen if way.engine == "compiled" and not compiled]
+                left_out = [way for way in chosen if way.compiles and not compiled]
                 with counting() as say:
                     one = measure.race(
                         among,

@@ -68,6 +68,14 @@ def generate(
             rich_help_panel=SPEED,
         ),
     ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the steps first: a minute or two, then a small model is much faster. For one long text.",
+            rich_help_panel=SPEED,
+        ),
+    ] = False,
     tree: Annotated[
         int | None,
         typer.Option(
@@ -250,6 +258,7 @@ def generate(
         otsu=otsu,
         blur=blur,
         tree=tree,
+        compile=compiled,
         do_sample=drawn,
         max_new_tokens=max_new_tokens,
         seed=seed,

@@ -1,0 +1,58 @@
+"""Compiled steps write the same text; what cannot be compiled is refused in a sentence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import dynamo_of, random_tokens
+
+from dynamo_lm.cache import FixedCache, attention_mask
+from dynamo_lm.compiling import capacity, check_compiler
+from dynamo_lm.decoding import DecodingOptions, decode
+from dynamo_lm.errors import InputError
+
+
+def has_compiler() -> bool:
+    try:
+        check_compiler()
+    except InputError:
+        return False
+    return True
+
+
+def test_capacities_double_so_that_few_shapes_are_compiled():
+    assert [capacity(tokens) for tokens in (1, 256, 257, 1000)] == [256, 256, 512, 1024]
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "mistral", "gemma3"])
+def test_a_cache_of_fixed_shape_gives_the_same_states(name):
+    model = dynamo_of(name).for_decoding(3)
+    cache, tokens = FixedCache(model.cache_entries, 32), random_tokens(1, 12)
+    states = []
+    with torch.inference_mode():
+        whole = model.hidden(tokens, num_heads=3)
+        for start, width, keep in ((0, 5, 5), (5, 3, 2), (7, 3, 1), (8, 3, 3)):
+            positions = cache.begin(width)
+            mask = attention_mask(model.base.config, positions, torch.arange(cache.end)[None], model.dtype)
+            kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+            hidden = model.hidden(tokens[:, start : start + width], num_heads=3, **kwargs)
+            states.append(hidden[:, :, :keep])
+            cache.keep(torch.tensor([keep]))
+            assert cache.layers[0].keys.shape[2] == 32
+    torch.testing.assert_close(torch.cat(states, 2), whole[:, :, :11], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+def test_compiled_steps_write_the_same_text():
+    model, prompt = dynamo_of("gpt_neox", 2), random_tokens(1, 6).tolist()
+    plain = decode(model, prompt, DecodingOptions(12, 2), seeds=[0])
+    fast = decode(model, prompt, DecodingOptions(12, 2, compile=True), seeds=[0])
+    assert fast[0].tokens == plain[0].tokens
+    kept = model.arranged[2][1]
+    decode(model, random_tokens(1, 9).tolist(), DecodingOptions(5, 2, compile=True), seeds=[0])
+    assert model.arranged[2][1] is kept
+
+
+def test_batches_are_not_compiled():
+    with pytest.raises(InputError, match="one prompt at a time, and there are 2"):
+        decode(dynamo_of("gpt_neox"), random_tokens(2, 6).tolist(), DecodingOptions(5, 2, compile=True), seeds=[0, 1])
