@@ -194,7 +194,8 @@ def bench(
         if profile:  # on the prompts of the last race
             batched = [[list(prompt.tokens)] for prompt in texts]
             for way in ways.choose(raced, batch=1, sampled=sampled, only=only or []):
-                if way.engine == ways.DYNAMO and way.model == "model":
+                # What is compiled has no functions left to time, and wrapping them would compile it anew.
+                if way.engine == ways.DYNAMO and way.model == "model" and not way.compiles:
                     found["profiles"][way.name] = parts.profile(
                         open_contender(way, among),
                         batched,
