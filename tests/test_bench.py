@@ -182,7 +182,7 @@ def test_shares_of_a_step_sum_to_one_and_the_engine_is_put_back(among):
     device = torch.device("cpu")
     found = parts.profile(open_contender(way, among), [[PROMPTS[0].tokens]], max_new_tokens=8, seed=0, device=device)
     assert sum(found["shares"].values()) == pytest.approx(1)
-    assert {"stem and head 1", "output embedding", parts.REST} <= set(found["shares"])
+    assert {"stem", "last layer and heads", "output embedding", parts.REST} <= set(found["shares"])
     assert before == (DynaMoForCausalLM.hidden, DynaMoForCausalLM.readout, decoding.decode, cache.RowCache.update)
     assert len(results.shares({way.name: found}).rows) == 1
 
