@@ -51,7 +51,9 @@ def compiled(
         # The C++ wrapper calls kernels without Python in between; on CPUs that is a third of the time that compiling saves.
         settings: dict[str, Any] = {"options": {"cpp_wrapper": True}} if model.device.type == "cpu" else {}
         model.arranged[n] = twin, torch.compile(twin.hidden, dynamic=False, **settings)
-    return model.arranged[n]
+    twin, forward = model.arranged[n]
+    twin.cooccurrence, twin.coupling = model.cooccurrence, model.coupling  # which may have changed since
+    return twin, forward
 
 
 def check_compiler() -> None:

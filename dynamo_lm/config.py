@@ -9,7 +9,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, GPTNeoXConfig, PreTrainedConfig
 
 from dynamo_lm.errors import InputError
 
@@ -128,6 +128,17 @@ class Preset:
     lr_b: float  # LR_B: head-1 loss into stem and head 1
     lr_m: float  # LR_M: the new layers
     lr_mb: float  # LR_MB: heads 2..n into the stem
+
+    def base_config(self, context: int) -> GPTNeoXConfig:
+        """The base's configuration with positions for `context` tokens; needs no hub, because the shape is known."""
+        return GPTNeoXConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.attention_heads,
+            intermediate_size=4 * self.hidden,
+            max_position_embeddings=context,
+        )
 
 
 def _preset(size: str, layers: int, hidden: int, attention_heads: int, lr: float, vocab_size: int = 50304) -> Preset:

@@ -29,7 +29,7 @@ from dynamo_lm.compiling import capacity, compiled
 from dynamo_lm.errors import InputError
 from dynamo_lm.joint import Heads, Link
 from dynamo_lm.model import DynaMoForCausalLM
-from dynamo_lm.sampling import Algorithm1, check, draft_from, draw_from
+from dynamo_lm.sampling import Algorithm1, check, check_weighting, draft_from, draw_from
 from dynamo_lm.tree import Pace, ancestry, depths, grow
 from dynamo_lm.verification import Proposal, accept_greedy, accept_sampled, accept_tree
 
@@ -381,6 +381,7 @@ def _check(model: DynaMoForCausalLM, prompts: Sequence[Sequence[int]], options: 
                 f"{model.config.vocab_size - 1}; use the model's own tokenizer."
             )
     if options.num_heads > 1:
+        check_weighting(options.algorithm.alpha_c, options.algorithm.top_k, options.draft_temperature)
         needed = options.num_heads if options.verify == "off" else 1  # drafts back off to what the tables hold
         check(options.algorithm, needed, model.config.vocab_size, model.cooccurrence)
     return context

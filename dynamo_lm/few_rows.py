@@ -1,8 +1,8 @@
 """A model whose linear layers take the shape that a few rows are fastest in, on a CPU in float32.
 
-A decoding step hands each layer one row per new token. In float32 a library's x @ weight^T with 2 to 4 rows takes 1.5 to
-4 times what it takes with one, although the weight is read once in both; weight @ x^T has a kernel for exactly 4 columns
-that costs little more than one (LOG.md, `benchmarks/rows.py`). In: a model. Out: a shallow twin that shares every tensor
+A decoding step hands each layer one row per new token. In float32 a library's x @ weight^T with 2 to 4 rows takes 1.4 to
+3.4 times what it takes with one, although the weight is read once in both; weight @ x^T has a kernel for exactly 4 columns
+that takes 1.1 to 1.75 times that (`benchmarks/rows.py`). In: a model. Out: a shallow twin that shares every tensor
 with it and only multiplies differently, up to rounding. The model itself is never touched.
 """
 

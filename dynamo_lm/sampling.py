@@ -37,7 +37,7 @@ class Algorithm1:
     def __post_init__(self) -> None:
         if not 0 <= self.eps_b <= 1:
             raise InputError(f"eps_b is a probability: choose it from 0 to 1, not {self.eps_b}.")
-        _check_weighting(self.alpha_c, self.top_k, self.temperature)
+        check_weighting(self.alpha_c, self.top_k, self.temperature)
         if not 0 < self.repetition_penalty < math.inf:
             raise InputError(f"repetition_penalty must be above 0 (1 = off), not {self.repetition_penalty}.")
 
@@ -191,7 +191,7 @@ def draft(
     bounds h from the start. With a `link` (a learned coupling) f_i(x) is f_i(x | the token before it). Greedy: the
     largest q. Raises InputError for values out of range and non-finite logits.
     """
-    _check_weighting(alpha_c, top_k, temperature)
+    check_weighting(alpha_c, top_k, temperature)
     heads, how = Heads.top(logits, top_k, temperature), {"alpha_c": alpha_c, "temperature": temperature}
     return draft_from(heads, first, table, **how, generator=generator, greedy=greedy, link=link)
 
@@ -270,7 +270,8 @@ def static_threshold(eps_b: float, m: int) -> float:
     return eps_b ** (m - 1) * (1 - ROUNDING)
 
 
-def _check_weighting(alpha_c: float, top_k: int, temperature: float) -> None:
+def check_weighting(alpha_c: float, top_k: int, temperature: float) -> None:
+    """Refuses values out of range with an InputError."""
     if not 0 <= alpha_c < math.inf:
         raise InputError(f"alpha_c must be 0 (no mask) or more, not {alpha_c}.")
     if top_k < 1:

@@ -7,7 +7,8 @@ import torch
 from architectures import dynamo_of, random_tokens
 
 from dynamo_lm.cache import FixedCache, attention_mask
-from dynamo_lm.compiling import capacity, check_compiler
+from dynamo_lm.compiling import capacity, check_compiler, compiled
+from dynamo_lm.counting import count
 from dynamo_lm.decoding import DecodingOptions, decode
 from dynamo_lm.errors import InputError
 
@@ -51,6 +52,16 @@ def test_compiled_steps_write_the_same_text():
     kept = model.arranged[2][1]
     decode(model, random_tokens(1, 9).tolist(), DecodingOptions(5, 2, compile=True), seeds=[0])
     assert model.arranged[2][1] is kept
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+def test_a_table_that_was_exchanged_since_compiling_is_the_one_that_is_read():
+    model = dynamo_of("gpt_neox", 2)
+    first, _ = compiled(model, DecodingOptions(5, 2, compile=True), 1)
+    assert first.cooccurrence is None
+    model.cooccurrence = count([[3, 4, 5]], vocab_size=97, order=2)
+    again, _ = compiled(model, DecodingOptions(5, 2, compile=True), 1)
+    assert again is first and again.cooccurrence is model.cooccurrence
 
 
 def test_batches_are_not_compiled():

@@ -36,16 +36,7 @@ def config(shape: str) -> GPTNeoXConfig:
     """
     if shape not in presets():
         raise InputError(f'--shape is "{shape}"; give one of {", ".join(presets())}.')
-    preset = presets()[shape]
-    return GPTNeoXConfig(
-        vocab_size=preset.vocab_size,
-        hidden_size=preset.hidden,
-        num_hidden_layers=preset.layers,
-        num_attention_heads=preset.attention_heads,
-        intermediate_size=4 * preset.hidden,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=False,
-    )
+    return presets()[shape].base_config(CONTEXT)
 
 
 def random_model(

@@ -474,20 +474,11 @@ def _coupling_rank(base: str, config: PreTrainedConfig, coupling: str | None, ra
 
 def _config(name: str, preset: Preset | None, dry_run: bool) -> PreTrainedConfig:
     """The base's configuration; a dry run of a preset needs no hub, because its shape is known."""
-    from transformers import GPTNeoXConfig
-
     from dynamo_lm.commands.opening import open_config
 
     if preset is None or not dry_run:
         return open_config(name)
-    return GPTNeoXConfig(
-        vocab_size=preset.vocab_size,
-        hidden_size=preset.hidden,
-        num_hidden_layers=preset.layers,
-        num_attention_heads=preset.attention_heads,
-        intermediate_size=4 * preset.hidden,
-        max_position_embeddings=PAPER_BLOCK,
-    )
+    return preset.base_config(PAPER_BLOCK)
 
 
 def _open(name: str, config: PreTrainedConfig, asked: dict[str, Any], attention: str) -> DynaMoForCausalLM:
