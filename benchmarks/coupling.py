@@ -23,10 +23,11 @@ from transformers import AutoTokenizer
 
 from benchmarks.story import PROMPTS
 from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm.coupling import link_of
 from dynamo_lm.data import TokenStore
-from dynamo_lm.decoding import Statistics, _link
 from dynamo_lm.joint import Heads
 from dynamo_lm.race import log_likelihood
+from dynamo_lm.rows import Statistics
 from dynamo_lm.sampling import conditional
 
 TOP_K = 50
@@ -129,7 +130,7 @@ def held_out(model: DynaMoForCausalLM, store: TokenStore, texts: int) -> dict[st
         logits = torch.stack([model.readout(state[None], head)[0] for head, state in enumerate(hidden, start=1)])
         base = logits[0].double().softmax(-1)
         for at in range(4, len(tokens) - model.num_heads, EVERY):
-            heads, link = Heads.top(logits[1:, at], TOP_K, 1.0), _link(model, hidden[1:, at])
+            heads, link = Heads.top(logits[1:, at], TOP_K, 1.0), link_of(model, hidden[1:, at])
             true = tokens[at + 1 : at + 1 + model.num_heads].tolist()
             positions += 1
             for i in extra:

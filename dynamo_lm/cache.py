@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -73,6 +74,13 @@ class RowCache(Cache):
                 layer.reorder_cache(rows)  # type: ignore[arg-type]
         self.lengths = self.lengths[rows]
 
+    def extend(self, other: RowCache) -> None:
+        """Appends the rows of another cache of the same model."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            if mine.is_initialized:  # type: ignore[union-attr]
+                mine.extend(theirs)  # type: ignore[union-attr]
+        self.lengths = torch.cat([self.lengths, other.lengths])
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return int(self.lengths.max()) if len(self.lengths) else 0
 
@@ -126,6 +134,12 @@ class _RowLayer(CacheLayerMixin):
         self.keys = self.keys.index_select(0, rows)  # type: ignore[union-attr]
         self.values = self.values.index_select(0, rows)  # type: ignore[union-attr]
 
+    def extend(self, other: _RowLayer) -> None:
+        """Appends the rows of another cache's entry, to every copy of the rows; call it before the lengths change."""
+        copies = len(self.keys) // self.cache.rows  # type: ignore[arg-type]
+        self.keys = _appended(self.keys, other.keys, copies)  # type: ignore[arg-type]
+        self.values = _appended(self.values, other.values, copies)  # type: ignore[arg-type]
+
     def move(self, rows: Tensor, to: Tensor, at: Tensor) -> None:
         """Copies slots `at` of `rows` to slots `to`, (moves,) each."""
         copies = len(self.keys) // self.cache.rows  # type: ignore[arg-type]
@@ -147,6 +161,13 @@ class _RowLayer(CacheLayerMixin):
 def _copied(rows: Tensor, copies: int, total: int) -> Tensor:
     """Row numbers, (rows, ...), in an entry that holds all `total` rows `copies` times, one copy after the other."""
     return rows if copies == 1 else torch.cat([rows + copy * total for copy in range(copies)])
+
+
+def _appended(buffer: Tensor, more: Tensor, copies: int) -> Tensor:
+    """Two buffers of (copies * rows, heads, slots, width) as one with the rows of both and the slots of the longer."""
+    slots = max(buffer.shape[2], more.shape[2])
+    parts = [F.pad(part, (0, 0, 0, slots - part.shape[2])).unflatten(0, (copies, -1)) for part in (buffer, more)]
+    return torch.cat(parts, 1).flatten(0, 1)
 
 
 def _write(buffer: Tensor, new: Tensor, cache: RowCache) -> Tensor:

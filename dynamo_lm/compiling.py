@@ -17,7 +17,6 @@ from dynamo_lm.errors import InputError
 from dynamo_lm.wide import WideLayer
 
 if TYPE_CHECKING:
-    from dynamo_lm.decoding import DecodingOptions
     from dynamo_lm.model import DynaMoForCausalLM
 
 LEAST = 256  # slots of the smallest cache; larger ones double
@@ -31,17 +30,13 @@ def capacity(tokens: int) -> int:
     return slots
 
 
-def compiled(
-    model: DynaMoForCausalLM, options: DecodingOptions, rows: int
-) -> tuple[DynaMoForCausalLM, Callable[..., Tensor]]:
-    """The model arranged for `options.num_heads` heads, and its `hidden`, compiled.
+def compiled(model: DynaMoForCausalLM, num_heads: int) -> tuple[DynaMoForCausalLM, Callable[..., Tensor]]:
+    """The model arranged for `num_heads` heads, and its `hidden`, compiled.
 
     Raises:
-        InputError: more than one row, heads that do not run beside the last layer, or no C++ compiler on a CPU.
+        InputError: heads that do not run beside the last layer, or no C++ compiler on a CPU.
     """
-    n = options.num_heads
-    if rows > 1:
-        raise InputError(f"compile=True decodes one prompt at a time, and there are {rows}; leave it out for batches.")
+    n = num_heads
     if n not in model.arranged:
         if model.device.type == "cpu":
             check_compiler()

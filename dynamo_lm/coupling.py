@@ -3,13 +3,14 @@
 Heads are independent; the co-occurrence mask (method.md section 3) corrects their product by counts, this by a low-rank
 function that also sees the context. In: final hidden states of head i >= 2, the tokens chosen one place before, and the
 head's output embedding. Out: what to add to the head's final logits. Additive on the *final* logits by definition, behind
-soft-caps and scales, so that it means the same for every architecture. Knows no model, no sampling and no training.
+soft-caps and scales, so that it means the same for every architecture. Knows no sampling and no training.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from dynamo_lm.errors import InputError
 
 if TYPE_CHECKING:
+    from dynamo_lm.joint import Link
     from dynamo_lm.model import DynaMoForCausalLM
 
 RANK = 64  # of the prototype: enough there, and 6 % of the story model
@@ -98,3 +100,15 @@ def add_coupling(model: DynaMoForCausalLM, rank: int = RANK) -> Coupling:
     model.config.coupling_rank = rank
     model.coupling = Coupling(model.num_heads, rank, model.output_weight())
     return model.coupling
+
+
+def link_of(model: DynaMoForCausalLM, states: Tensor) -> Link:
+    """The coupling of a model at one position; states: final hidden states of heads 2.., (heads, hidden)."""
+
+    def bonus(head: int, previous: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        before, here = (torch.from_numpy(ids).to(states.device) for ids in (previous, candidates))
+        assert model.coupling is not None
+        added = model.coupling.bonus(head, states[head - 2], before, here, model.output_weight(head))
+        return added.double().cpu().numpy()
+
+    return bonus

@@ -10,15 +10,15 @@ In: a model, prompts as token ids, and how to choose. Out: tokens and statistics
   Under greedy decoding drafts may be a small tree (`dynamo_lm.tree`) in place of a chain, where that pays.
 * one head (`num_heads=1`): the base model, one token a step, by the same code.
 
-Knows nothing about text; rows of a batch have their own lengths and do not see each other.
+Knows nothing about text. Rows have their own lengths and options and do not see each other; they may join and leave a
+running `Batch` between any two steps. `decode` is a batch whose rows all begin together.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,125 +26,18 @@ from torch import Tensor
 
 from dynamo_lm.cache import FixedCache, RowCache, attention_mask
 from dynamo_lm.compiling import capacity, compiled
+from dynamo_lm.coupling import link_of
 from dynamo_lm.errors import InputError
 from dynamo_lm.joint import Heads, Link
 from dynamo_lm.model import DynaMoForCausalLM
-from dynamo_lm.sampling import Algorithm1, check, check_weighting, draft_from, draw_from
+from dynamo_lm.rows import DecodingOptions, Row, Statistics, TokenScore
+from dynamo_lm.sampling import check, check_weighting, draft_from, draw_from
 from dynamo_lm.tree import Pace, ancestry, depths, grow
-from dynamo_lm.verification import Proposal, accept_greedy, accept_sampled, accept_tree
+from dynamo_lm.verification import accept_greedy, accept_sampled, accept_tree
 
-Warp = Callable[[int, Tensor, Tensor], Tensor]  # row, tokens so far (t,), logits (vocabulary,) -> logits to sample from
-Stop = Callable[[Tensor], bool]  # tokens so far (t,), prompt included -> whether the row ends here
-
-
-@dataclass(frozen=True)
-class DecodingOptions:
-    """How to choose tokens."""
-
-    max_new_tokens: int
-    num_heads: int  # heads used, 1..n: the ceiling on tokens per step
-    verify: str | float = "strict"  # or "off", or a budget in nats per token, of which 0 is "strict"
-    sample: bool = False  # else the most likely: of the base under "strict", of the joint under "off"
-    algorithm: Algorithm1 = field(default_factory=Algorithm1)  # under "off"; its alpha_c and top_k shape drafts, too
-    compile: bool = False  # steps of one fixed shape, compiled: one row, a C++ compiler on CPUs, a minute the first time
-    tree: int | None = None  # greedy, verified: drafts a forward carries as a tree; 0: a chain; None: measured, if exact
-    draft_temperature: float = 1.0  # under "strict" with sampling: near the temperature that the base samples at
-    end_tokens: frozenset[int] = frozenset()
-    warps: tuple[Warp, ...] = ()  # under "strict": what turns the base's logits into those it samples from
-    stops: tuple[Stop, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_verify(self.verify)
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}; give 1 or more.")
-        if self.tree is not None and not 0 <= self.tree < 64:
-            raise InputError(f"tree is {self.tree}; give the number of drafts, up to 63, 0 for a chain.")
-
-    @property
-    def budget(self) -> float:
-        """Nats per token that drafts may cost."""
-        return 0.0 if isinstance(self.verify, str) else float(self.verify)
+CHUNK = 512  # positions of a prompt whose logits exist at one time, where they are asked for
 
 
-def check_verify(verify: str | float) -> None:
-    """Refuses what is no place on the dial. Raises InputError."""
-    if verify in ("strict", "off"):
-        return
-    if isinstance(verify, (str, bool)) or not 0 <= verify < math.inf:
-        raise InputError(
-            f'verify is "{verify}"; give "strict" (exact), "off" (the paper\'s Algorithm 1) or a budget in nats per token, '
-            "such as 0.1 (0 = exact)."
-        )
-
-
-@dataclass
-class Statistics:
-    """What one row cost and what it is worth.
-
-    Speed-ups follow from `tokens_per_step`, whose ceiling is `ceiling`, against one token per step (the same loop with one
-    head). Log-likelihood and regret are the base's own, at temperature 1, in nats.
-    """
-
-    ceiling: int  # n, the most tokens a step can emit
-    forwards: int = 0  # of the trunk, the prompt's included
-    new_tokens: int = 0
-    step_sizes: list[int] = field(default_factory=list)  # tokens emitted by each step, in order
-    proposed: list[int] = field(default_factory=list)  # drafts of heads 2..n that were verified, by head
-    accepted: list[int] = field(default_factory=list)  # of those, kept
-    log_likelihood: float = 0.0  # of the emitted tokens that were scored
-    scored: int = 0  # emitted tokens whose base distribution was seen; the last step's drafts never are
-    regret: float = 0.0  # what unverified tokens cost: log p(the base's choice) - log p(the token), summed
-    unverified: int = 0  # scored tokens that were emitted without verification, or in spite of it (on a budget)
-    seconds: float = 0.0  # from the first forward to this row's end; shared by the rows of a batch
-
-    @property
-    def tokens_per_step(self) -> float:
-        return self.new_tokens / self.forwards if self.forwards else 0.0
-
-    @property
-    def histogram(self) -> list[int]:
-        """How many steps emitted 1, 2, .. n tokens."""
-        return [self.step_sizes.count(size) for size in range(1, self.ceiling + 1)]
-
-    @property
-    def acceptance(self) -> list[float]:
-        """Share of the drafts of heads 2..n that were kept, where any was verified."""
-        return [kept / tried if tried else 0.0 for kept, tried in zip(self.accepted, self.proposed, strict=True)]
-
-    @property
-    def mean_log_likelihood(self) -> float:
-        """Nats per scored token."""
-        return self.log_likelihood / self.scored if self.scored else 0.0
-
-    @property
-    def mean_regret(self) -> float:
-        """Nats per scored token: what a budget bounds."""
-        return self.regret / self.scored if self.scored else 0.0
-
-
-@dataclass
-class Row:
-    """One sequence being decoded."""
-
-    number: int  # in the batch that was asked for
-    tokens: list[int]  # prompt and everything emitted
-    prompt_length: int
-    generator: torch.Generator
-    statistics: Statistics
-    pending: list[int]  # what the next forward absorbs: the prompt, then last step's tokens
-    parents: list[int] = field(default_factory=list)  # of a tree: where in pending the token before pending[1:] is
-    size: int = 1  # tokens that this step was to carry
-    promise: float = 0.0  # how many of the tree's drafts should be kept
-    proposals: list[Proposal] = field(default_factory=list)  # the distributions pending[1:] were drafted from
-    present: np.ndarray | None = None  # under "off", (vocabulary,) bool: the tokens that are there already
-    finished: bool = False
-
-    @property
-    def new_tokens(self) -> list[int]:
-        return self.tokens[self.prompt_length :]
-
-
-@torch.inference_mode()
 def decode(
     model: DynaMoForCausalLM,
     prompts: Sequence[Sequence[int]],
@@ -166,169 +59,320 @@ def decode(
     Raises:
         InputError: an empty prompt, a prompt longer than the context, options that do not fit the model.
     """
-    context = _check(model, prompts, options)
-    forward: Callable[..., Tensor]
-    if options.compile:
-        model, forward = compiled(model, options, len(prompts))
-    else:
-        model = model.for_decoding(options.num_heads)
-        forward = model.hidden
-    n, off, algorithm = options.num_heads, options.verify == "off", options.algorithm
-    base_config, device = model.base.config, model.device
-    rows = [
-        Row(
+    if options.compile and len(prompts) > 1:
+        raise InputError(
+            f"compile=True decodes one prompt at a time, and there are {len(prompts)}; leave it out for batches."
+        )
+    for prompt in prompts:
+        check_row(model, prompt, options)
+    batch = Batch(model, options.num_heads, compile=options.compile)
+    numbered = enumerate(zip(prompts, seeds, strict=True))
+    rows = [batch.join(prompt, options, seed=seed, number=number) for number, (prompt, seed) in numbered]
+    while batch.running:
+        for row in batch.step():
+            if row.emitted:
+                on_step(row.number, row.emitted)
+    return rows
+
+
+class Batch:
+    """Rows that are decoded together.
+
+    Attributes:
+        running: rows that are not finished, newcomers included.
+    """
+
+    def __init__(self, model: DynaMoForCausalLM, num_heads: int, *, compile: bool = False):
+        """Arranges the model for up to `num_heads` tokens a step.
+
+        Args:
+            compile: steps of one fixed shape, compiled, for one row at a time.
+
+        Raises:
+            InputError: heads that the model does not have; compiling is not possible.
+        """
+        check_heads(model, num_heads)
+        self.num_heads, self.compile = num_heads, compile
+        self.context = context_of(model)
+        self.forward: Callable[..., Tensor]
+        if compile:
+            self.model, self.forward = compiled(model, num_heads)
+        else:
+            self.model = model.for_decoding(num_heads)
+            self.forward = self.model.hidden
+        self._newcomers: list[Row] = []
+        self._rows: list[Row] = []  # in the order of the cache's
+        self._cache: RowCache | None = None  # of self._rows
+
+    @property
+    def running(self) -> list[Row]:
+        return self._rows + self._newcomers
+
+    def join(self, prompt: Sequence[int], options: DecodingOptions, *, seed: int, number: int = 0) -> Row:
+        """Adds a row; its first tokens come with the next step.
+
+        Args:
+            prompt: token ids, at least one.
+            seed: of the row's random numbers.
+            number: what the row is called, and its warps are called with.
+
+        Raises:
+            InputError: the row cannot be decoded as asked; the batch is as it was.
+        """
+        check_row(self.model, prompt, options)
+        n = options.num_heads
+        if n > self.num_heads:
+            raise InputError(f"num_heads is {n}, but this batch was made for {self.num_heads}; give that or less.")
+        if self.compile and self.running:
+            raise InputError("A compiled batch holds one row at a time, and there is one already.")
+        row = Row(
             number,
             list(prompt),
             len(prompt),
+            options,
             torch.Generator().manual_seed(seed),
             Statistics(n, proposed=[0] * (n - 1), accepted=[0] * (n - 1)),
             pending=list(prompt),
-            present=_present(prompt, model.config.vocab_size) if off else None,
+            pace=_pace(self.model, options),
+            present=_present(prompt, self.model.config.vocab_size) if options.off else None,
+            ending="length" if options.max_new_tokens == 0 else None,
         )
-        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-    ]
-    running = list(rows)
-    pace = _pace(model, options)
-    fixed = 0  # tokens of every forward behind the prompt's, if they are all to have one shape
-    if options.compile:
-        fixed = pace.sizes[-1] if pace is not None else n
-        cache: RowCache = FixedCache(model.cache_entries, capacity(len(prompts[0]) + options.max_new_tokens + fixed))
-    else:
-        cache = RowCache(model.cache_entries, len(rows))
-    began = time.perf_counter()
+        self._newcomers.append(row)
+        return row
 
-    while running:
-        # 1. Absorb: one forward over what every row emitted (or drafted) last; shorter rows are padded behind their end.
-        step_began, size, promised = time.perf_counter(), running[0].size, running[0].promise
-        first = running[0].statistics.forwards == 0
-        width = max(len(row.pending) for row in running) if first else max(fixed, *(len(row.pending) for row in running))
-        positions = cache.begin(width)  # (rows, width)
-        tokens = torch.tensor([row.pending + [0] * (width - len(row.pending)) for row in running])
-        keys, visible = torch.arange(cache.end)[None], None
-        if pace is not None and not first:
-            positions, keys, visible = _as_trees(cache, positions, [row.parents for row in running])
-        mask = attention_mask(base_config, positions, keys, model.dtype, visible=visible, device=device)
-        hidden = (model.hidden if first else forward)(
-            tokens.to(device),
-            num_heads=n,
-            attention_mask=mask,
-            position_ids=positions.clamp(max=context - 1).to(device),
-            past_key_values=cache,
-        )  # (n, rows, width, hidden)
-        index = torch.arange(len(running), device=device)
-        if first:  # of a prompt only the last position is read
-            ends = torch.tensor([len(row.pending) - 1 for row in running], device=device)
-            logits = model.readout(hidden[0, index, ends][:, None]).float().cpu()  # (rows, 1, vocabulary)
-        else:
-            logits = model.readout(hidden[0]).float().cpu()  # (rows, width, vocabulary)
+    def leave(self, row: Row) -> None:
+        """Drops a row that is running, between steps."""
+        if row in self._newcomers:
+            self._newcomers.remove(row)
+        elif row in self._rows:
+            self._keep([other is not row for other in self._rows])
+
+    def step(self) -> list[Row]:
+        """One forward over what every row emitted last, one over the prompts of newcomers, and the tokens that follow.
+
+        Returns:
+            The rows that took part. Those that are finished have left the batch.
+        """
+        stepped = self.running
+        with torch.inference_mode():
+            if self._rows:
+                assert self._cache is not None
+                self._advance(self._rows, self._cache, first=False)
+            if self._newcomers:
+                newcomers, self._newcomers = self._newcomers, []
+                cache = self._new_cache(newcomers)
+                self._advance(newcomers, cache, first=True)
+                if self._cache is None:
+                    self._rows, self._cache = newcomers, cache
+                else:
+                    self._rows = self._rows + newcomers
+                    self._cache.extend(cache)
+            self._keep([row.finished is None for row in self._rows])
+        return stepped
+
+    def _keep(self, going: list[bool]) -> None:
+        """Drops the rows that are not going on."""
+        if all(going):
+            return
+        self._rows = [row for row, goes in zip(self._rows, going, strict=True) if goes]
+        if not self._rows:
+            self._cache = None
+        elif self._cache is not None:
+            with torch.inference_mode():
+                self._cache.select(torch.tensor(going).nonzero().flatten())
+
+    def _new_cache(self, rows: list[Row]) -> RowCache:
+        if not self.compile:
+            return RowCache(self.model.cache_entries, len(rows))
+        longest = rows[0].prompt_length + rows[0].options.max_new_tokens + self._fixed(rows)
+        return FixedCache(self.model.cache_entries, capacity(longest))
+
+    def _fixed(self, rows: list[Row]) -> int:
+        """Tokens of every forward behind the prompt's, if they are all to have one shape; else 0."""
+        if not self.compile:
+            return 0
+        return rows[0].pace.sizes[-1] if rows[0].pace is not None else rows[0].options.num_heads
+
+    def _advance(self, rows: list[Row], cache: RowCache, *, first: bool) -> None:
+        """One step of rows that are all at their prompt (`first`) or all behind it."""
+        began = time.perf_counter()
+        if first:
+            for row in rows:
+                row.began = began
+        alone = rows[0] if len(rows) == 1 and not first and rows[0].pace is not None else None
+        size, promised = rows[0].size, rows[0].promise
+
+        # 1. Absorb: one forward over what every row emitted (or drafted) last.
+        hidden, logits, ends = self._absorb(rows, cache, first)
         scores = Scores(logits)
+        if first:
+            self._score_prompts(rows, hidden[0])
 
         # 2. Judge: how many of the absorbed tokens stay, and the base's next token behind them.
-        emitted: list[list[int]] = []
-        costs: list[list[float]] = []  # of the emitted tokens, where they were verified
-        last: list[int] = []  # index in `logits` of the last position that stays
-        paths: list[list[int]] = []  # indices of the drafts that stay
-        for r, row in enumerate(running):
-            row.statistics.forwards += 1
-            drafts = [] if first else row.pending[1:]
-            if off:
-                scores.add(row.statistics, r, drafts)
-                last.append(len(drafts))
-                continue
-            warped = _warp(row, logits[r], options) if options.warps else logits[r]
-            allowance = _allowance(row, options, len(drafts))
-            if options.sample:
-                verdict = accept_sampled(warped, drafts, row.proposals, row.generator, allowance)
-            elif pace is None:
-                verdict = accept_greedy(warped, drafts, allowance)
-            else:
-                verdict = accept_tree(warped, drafts, row.parents, allowance)
-            kept, token, spent, path = verdict
-            for position in range(max(depths(row.parents)) if pace is not None else len(drafts)):
-                row.statistics.proposed[position] += position <= kept  # after a refusal nothing is looked at
-                row.statistics.accepted[position] += position < kept
-            emitted.append([*(row.pending[place] for place in path), token])
-            costs.append([*spent, 0.0])
-            paths.append(path)
-            last.append(path[-1] if path else 0)
-        if pace is not None:
-            cache.gather(paths)
-        kept_tokens = [len(drafts) for drafts in emitted] if not off else [at + 1 for at in last]
-        cache.keep(torch.tensor([len(row.pending) for row in running] if first else kept_tokens))
+        judged = [self._judge(r, row, logits[r], scores, first) for r, row in enumerate(rows)]
+        if not first and any(row.pace is not None for row in rows):
+            cache.gather([one.path for one in judged])
+        kept = [row.prompt_length if first else 1 + len(one.path) for row, one in zip(rows, judged, strict=True)]
+        cache.keep(torch.tensor(kept))
 
-        # 3. Choose: from all heads at that position, a draft of the tokens behind the certain one, or m tokens at once.
-        at = ends if first else torch.tensor(last, device=device)
+        # 3. Choose: from all heads behind the last token that stays, a draft of the tokens behind the certain one, or m
+        # tokens at once.
+        index = torch.arange(len(rows), device=hidden.device)
+        last = torch.tensor([one.last for one in judged])
+        at = ends if first else last.to(hidden.device)
         states = hidden[1:, index, at]  # (n-1, rows, hidden)
-        ahead = _read_heads(model, states)  # (n-1, rows, vocabulary)
-        if off:  # rows that may still emit fewer than n tokens use fewer heads
-            candidates = torch.cat([logits[index.cpu(), torch.tensor(last)][None], ahead])  # (n, rows, vocabulary)
-            tops = Heads.top(candidates.transpose(0, 1).flatten(0, 1), algorithm.top_k, algorithm.temperature)
-        elif n > 1:
-            tops = Heads.top(ahead.transpose(0, 1).flatten(0, 1), algorithm.top_k, options.draft_temperature)
-        for r, row in enumerate(running):
-            link = _link(model, states[:, r]) if n > 1 and model.coupling is not None else None
-            if off:
-                room = max(1, min(n, _left(row, options), context - int(cache.lengths[r])))
-                heads = tops.of(r * n, r * n + room)
-                if link is not None and room > 1:
-                    heads = heads.coupled(link, algorithm.temperature)
-                assert row.present is not None
-                drawn = draw_from(
-                    heads, row.present, model.cooccurrence, algorithm, row.generator, greedy=not options.sample
-                )
-                row.pending = list(drawn.tokens)
-                scores.add(row.statistics, r, drawn.tokens[:1], behind=[last[r]])
-                emitted.append(row.pending)
+        chosen = self._candidates(rows, logits[torch.arange(len(rows)), last], _read_heads(self.model, states))
+        for r, (row, one) in enumerate(zip(rows, judged, strict=True)):
+            if row.ending:
+                continue
+            link = link_of(self.model, states[:, r]) if chosen[r] is not None and self.model.coupling is not None else None
+            if row.options.off:
+                drawn = self._draw(row, chosen[r], link, int(cache.lengths[r]))
+                scores.add(row, r, drawn[:1], behind=[one.last])
+                one.emitted.extend(drawn)
             else:
-                room = min(n, min(context - len(row.tokens), _left(row, options)) - len(emitted[r])) - 1
-                row.pending, row.parents, row.proposals, row.promise = [emitted[r][-1]], [], [], 0.0
-                if room > 0 and pace is not None:
-                    tree = grow(
-                        tops.of(r * (n - 1), r * (n - 1) + room),
-                        emitted[r][-1],
-                        model.cooccurrence,
-                        alpha_c=algorithm.alpha_c,
-                        temperature=options.draft_temperature,
-                        link=link,
-                        most=pace.sizes[-1] - 1,
-                    )
-                    row.size = pace.choose(tree.probabilities)
-                    tree = tree.first(row.size - 1)
-                    row.pending, row.parents = row.pending + tree.tokens, tree.parents
-                    row.promise = sum(tree.probabilities)
-                elif room > 0:
-                    drafted = draft_from(
-                        tops.of(r * (n - 1), r * (n - 1) + room),
-                        emitted[r][-1],
-                        model.cooccurrence,
-                        alpha_c=algorithm.alpha_c,
-                        temperature=options.draft_temperature,
-                        generator=row.generator,
-                        greedy=not options.sample,
-                        link=link,
-                    )
-                    row.pending += drafted.tokens
-                    row.proposals = drafted.proposals
+                self._draft(row, chosen[r], link, one.emitted)
 
         # 4. Emit, as far as no stop rule cuts it short.
-        for r, (row, new) in enumerate(zip(running, emitted, strict=True)):
-            count = _emit(row, new, options, context)
-            if not off:
-                scores.add(row.statistics, r, new[:count], behind=[0, *paths[r]], costs=costs[r][:count])
-            row.statistics.step_sizes.append(count)
-            row.statistics.new_tokens += count
-            row.statistics.seconds = time.perf_counter() - began
-            on_step(row.number, new[:count])
+        for r, (row, one) in enumerate(zip(rows, judged, strict=True)):
+            row.statistics.forwards += 1
+            if row.ending:
+                row.emitted, row.finished = [], row.ending
+            else:
+                count = row.emit(one.emitted, self.context)
+                if not row.options.off:
+                    scores.add(row, r, row.emitted, behind=[0, *one.path], costs=one.costs[:count])
+                if row.ending and row.options.off and row.options.logprobs is not None and count > 1:
+                    row.pending, row.parents = row.emitted, list(range(count - 1))  # one more forward scores them
+                else:
+                    row.finished = row.ending
+            row.statistics.seconds = time.perf_counter() - row.began
+        if alone is not None and alone.pace is not None:
+            alone.pace.record(size, time.perf_counter() - began, promised, len(judged[0].emitted) - 1)
 
-        if pace is not None and not first and len(running) == 1:
-            pace.record(size, time.perf_counter() - step_began, promised, len(emitted[0]) - 1)
+    def _absorb(self, rows: list[Row], cache: RowCache, first: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The forward; shorter rows are padded behind their end.
 
-        # 5. Rows that ended leave the batch.
-        going = [r for r, row in enumerate(running) if not row.finished]
-        if len(going) < len(running):
-            running = [running[r] for r in going]
-            cache.select(torch.tensor(going, dtype=torch.long))
-    return rows
+        Returns:
+            Hidden states of the heads, (n, rows, width, hidden); the base's logits as float32 on the CPU, (rows, width,
+            vocabulary), of a prompt those at its end alone; and where a prompt ends, (rows,).
+        """
+        model = self.model
+        width = max(len(row.pending) for row in rows)
+        if not first:
+            width = max(width, self._fixed(rows))
+        positions = cache.begin(width)  # (rows, width)
+        tokens = torch.tensor([row.pending + [0] * (width - len(row.pending)) for row in rows])
+        keys, visible = torch.arange(cache.end)[None], None
+        if not first and any(row.pace is not None for row in rows):
+            positions, keys, visible = _as_trees(cache, positions, [row.parents for row in rows])
+        mask = attention_mask(model.base.config, positions, keys, model.dtype, visible=visible, device=model.device)
+        hidden = (model.hidden if first else self.forward)(
+            tokens.to(model.device),
+            num_heads=self.num_heads,
+            attention_mask=mask,
+            position_ids=positions.clamp(max=self.context - 1).to(model.device),
+            past_key_values=cache,
+        )
+        ends = torch.tensor([len(row.pending) - 1 for row in rows], device=model.device)
+        read = hidden[0, torch.arange(len(rows), device=model.device), ends][:, None] if first else hidden[0]
+        return hidden, model.readout(read).float().cpu(), ends
+
+    def _judge(self, r: int, row: Row, logits: Tensor, scores: Scores, first: bool) -> _Judged:
+        """What stays of one row's pending tokens; logits: (width, vocabulary), the base's behind each of them."""
+        drafts = [] if first else row.pending[1:]
+        if row.options.off or row.ending:
+            scores.add(row, r, drafts)
+            return _Judged([], [], list(range(1, len(drafts) + 1)), len(drafts))
+        options = row.options
+        warped = _warp(row, logits, first) if options.warps else logits
+        if options.sample:
+            verdict = accept_sampled(warped, drafts, row.proposals, row.generator, row.allowance)
+        elif row.pace is None:
+            verdict = accept_greedy(warped, drafts, row.allowance)
+        else:
+            verdict = accept_tree(warped, drafts, row.parents, row.allowance)
+        kept, token, spent, path = verdict
+        for position in range(max(depths(row.parents)) if row.pace is not None else len(drafts)):
+            row.statistics.proposed[position] += position <= kept  # after a refusal nothing is looked at
+            row.statistics.accepted[position] += position < kept
+        return _Judged([*(row.pending[place] for place in path), token], [*spent, 0.0], path, path[-1] if path else 0)
+
+    def _candidates(self, rows: list[Row], own: Tensor, ahead: Tensor) -> list[Heads | None]:
+        """Every row's candidates: of all heads under "off", else of heads 2..; None where it has no use for any.
+
+        Args:
+            own: head 1's logits, (rows, vocabulary).
+            ahead: those of heads 2..n, (n-1, rows, vocabulary).
+        """
+        alike: dict[tuple[bool, int, float], list[int]] = {}
+        for r, row in enumerate(rows):
+            options = row.options
+            if not row.ending and (options.off or options.num_heads > 1):
+                temperature = options.algorithm.temperature if options.off else options.draft_temperature
+                alike.setdefault((options.off, options.algorithm.top_k, temperature), []).append(r)
+        found: list[Heads | None] = [None] * len(rows)
+        for (off, top_k, temperature), members in alike.items():
+            heads, first = (ahead, own) if len(members) == len(rows) else (ahead[:, members], own[members])
+            lines = torch.cat([first[None], heads]) if off else heads
+            tops, each = Heads.top(lines.transpose(0, 1).flatten(0, 1), top_k, temperature), len(lines)
+            for place, r in enumerate(members):
+                found[r] = tops.of(place * each, (place + 1) * each)
+        return found
+
+    def _draw(self, row: Row, heads: Heads | None, link: Link | None, held: int) -> list[int]:
+        """The tokens of one step of Algorithm 1, which are the next pending ones; a row near its end uses fewer heads."""
+        options, algorithm = row.options, row.options.algorithm
+        assert heads is not None and row.present is not None
+        room = max(1, min(options.num_heads, row.left, self.context - held))
+        heads = heads.of(0, room)
+        if link is not None and room > 1:
+            heads = heads.coupled(link, algorithm.temperature)
+        table = self.model.cooccurrence
+        drawn = draw_from(heads, row.present, table, algorithm, row.generator, greedy=not options.sample)
+        row.pending, row.parents = list(drawn.tokens), list(range(len(drawn.tokens) - 1))
+        return list(drawn.tokens)
+
+    def _draft(self, row: Row, heads: Heads | None, link: Link | None, emitted: list[int]) -> None:
+        """Sets what the row's next forward absorbs: its last certain token and drafts of those behind it."""
+        options, certain = row.options, emitted[-1]
+        row.pending, row.parents, row.proposals, row.promise = [certain], [], [], 0.0
+        room = min(options.num_heads, min(self.context - len(row.tokens), row.left) - len(emitted)) - 1
+        if heads is None or room <= 0:
+            return
+        alpha_c, temperature, table = options.algorithm.alpha_c, options.draft_temperature, self.model.cooccurrence
+        how = {"alpha_c": alpha_c, "temperature": temperature}
+        if row.pace is not None:
+            tree = grow(heads.of(0, room), certain, table, **how, link=link, most=row.pace.sizes[-1] - 1)
+            row.size = row.pace.choose(tree.probabilities)
+            tree = tree.first(row.size - 1)
+            row.pending, row.parents, row.promise = [certain, *tree.tokens], tree.parents, sum(tree.probabilities)
+            return
+        greedy = not options.sample
+        drafted = draft_from(heads.of(0, room), certain, table, **how, generator=row.generator, greedy=greedy, link=link)
+        row.pending, row.proposals = [certain, *drafted.tokens], drafted.proposals
+        row.parents = list(range(len(drafted.tokens)))
+
+    def _score_prompts(self, rows: list[Row], hidden: Tensor) -> None:
+        """Scores the prompts of the rows that ask for it; hidden: the base's final states, (rows, width, hidden)."""
+        for r, row in enumerate(rows):
+            if not row.options.prompt_logprobs:
+                continue
+            row.prompt_scores = [None]
+            for start in range(0, row.prompt_length - 1, CHUNK):
+                end = min(start + CHUNK, row.prompt_length - 1)
+                logits = self.model.readout(hidden[r, start:end][None]).float().cpu()  # (1, chunk, vocabulary)
+                scores = Scores(logits)
+                row.prompt_scores += [scores.of(row, 0, row.tokens[at + 1], at - start) for at in range(start, end)]
+
+
+class _Judged(NamedTuple):
+    """What one step keeps of what a row absorbed."""
+
+    emitted: list[int]  # tokens that are certain now; none under "off", which draws them later
+    costs: list[float]  # of each, if it was verified
+    path: list[int]  # where the pending tokens that stay are, behind the first
+    last: int  # where the last of them is
 
 
 class Scores:
@@ -338,57 +382,71 @@ class Scores:
         """logits: (rows, width, vocabulary) float32 on the CPU."""
         self.logits, self.normaliser = logits.numpy(), logits.logsumexp(-1).numpy()
 
+    def of(self, row: Row, r: int, token: int, place: int) -> TokenScore:
+        """The score of a token behind the r-th row's absorbed token `place`."""
+        line, normaliser = self.logits[r, place], float(self.normaliser[r, place])
+        best = torch.from_numpy(line).topk(min(row.options.logprobs or 0, len(line)))
+        top = [(token, value - normaliser) for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        return TokenScore(float(line[token]) - normaliser, top)
+
     def add(
         self,
-        statistics: Statistics,
-        row: int,
+        row: Row,
+        r: int,
         tokens: Sequence[int],
         *,
         behind: Sequence[int] | None = None,
         costs: Sequence[float] | None = None,
     ) -> None:
-        """Adds the log-likelihood and the regret of tokens[i] behind absorbed token behind[i] (or i) of a row.
+        """Adds the log-likelihood and the regret of tokens[i] behind absorbed token behind[i] (or i) of the r-th row.
 
         `costs` are the regrets of tokens that were verified; without them nobody looked, and the regret is against the
         base's first choice.
         """
+        statistics = row.statistics
         for i, token in enumerate(tokens):
             place = i if behind is None else behind[i]
-            line = self.logits[row, place]
-            statistics.log_likelihood += float(line[token] - self.normaliser[row, place])
+            line = self.logits[r, place]
+            statistics.log_likelihood += float(line[token] - self.normaliser[r, place])
             statistics.scored += 1
             regret = float(line.max() - line[token]) if costs is None else costs[i]
             statistics.regret += regret
             statistics.unverified += costs is None or regret > 0
+            if row.options.logprobs is not None:
+                row.scores.append(self.of(row, r, token, place))
 
 
-def _check(model: DynaMoForCausalLM, prompts: Sequence[Sequence[int]], options: DecodingOptions) -> int:
-    """The preconditions of `decode`; returns the context in tokens."""
-    if not 1 <= options.num_heads <= model.num_heads:
+def context_of(model: DynaMoForCausalLM) -> int:
+    """Tokens that the model can hold; where it states no limit, more than any."""
+    return model.config.max_context or 2**31
+
+
+def check_heads(model: DynaMoForCausalLM, num_heads: int) -> None:
+    """Refuses heads that the model does not have. Raises InputError."""
+    if not 1 <= num_heads <= model.num_heads:
+        raise InputError(f"num_heads is {num_heads}, but the model has {model.num_heads}; give 1 to {model.num_heads}.")
+
+
+def check_row(model: DynaMoForCausalLM, prompt: Sequence[int], options: DecodingOptions) -> None:
+    """The preconditions of one row. Raises InputError."""
+    check_heads(model, options.num_heads)
+    context = context_of(model)
+    if len(prompt) == 0:
+        raise InputError("The prompt is empty; give at least one token.")
+    if len(prompt) >= context + (options.max_new_tokens == 0):
+        raise InputError(f"The prompt has {len(prompt)} tokens and the model's context is {context}; shorten it.")
+    if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
+        stranger = next(token for token in prompt if not 0 <= token < model.config.vocab_size)
         raise InputError(
-            f"num_heads is {options.num_heads}, but the model has {model.num_heads}; give 1 to {model.num_heads}."
+            f"The prompt has token {stranger}, but the model's vocabulary ends at "
+            f"{model.config.vocab_size - 1}; use the model's own tokenizer."
         )
-    context = model.config.max_context or 2**31
-    for prompt in prompts:
-        if len(prompt) == 0:
-            raise InputError("The prompt is empty; give at least one token.")
-        if len(prompt) >= context:
-            raise InputError(f"The prompt has {len(prompt)} tokens and the model's context is {context}; shorten it.")
-        if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
-            stranger = next(token for token in prompt if not 0 <= token < model.config.vocab_size)
-            raise InputError(
-                f"The prompt has token {stranger}, but the model's vocabulary ends at "
-                f"{model.config.vocab_size - 1}; use the model's own tokenizer."
-            )
-    if options.num_heads > 1:
+    if options.off and options.warps:
+        raise InputError('Warps do not apply to the joint that verify="off" draws from; set Algorithm 1\'s own knobs.')
+    if options.num_heads > 1 or options.off:
         check_weighting(options.algorithm.alpha_c, options.algorithm.top_k, options.draft_temperature)
-        needed = options.num_heads if options.verify == "off" else 1  # drafts back off to what the tables hold
+        needed = options.num_heads if options.off else 1  # drafts back off to what the tables hold
         check(options.algorithm, needed, model.config.vocab_size, model.cooccurrence)
-    return context
-
-
-def _left(row: Row, options: DecodingOptions) -> int:
-    return options.max_new_tokens - len(row.new_tokens)
 
 
 def _read_heads(model: DynaMoForCausalLM, states: Tensor) -> Tensor:
@@ -400,13 +458,13 @@ def _read_heads(model: DynaMoForCausalLM, states: Tensor) -> Tensor:
     return model.readout(states).float().cpu()
 
 
-def _warp(row: Row, logits: Tensor, options: DecodingOptions) -> Tensor:
+def _warp(row: Row, logits: Tensor, first: bool) -> Tensor:
     """What the base samples from behind each absorbed token; logits and result: (width, vocabulary)."""
-    behind = row.tokens + row.pending[1:] if row.statistics.forwards > 1 else row.tokens
+    behind = row.tokens if first else row.tokens + row.pending[1:]
     result = []
-    for position, line in enumerate(logits[: max(1, len(behind) - len(row.tokens) + 1)]):
+    for position, line in enumerate(logits[: len(behind) - len(row.tokens) + 1]):
         so_far = torch.tensor(behind[: len(row.tokens) + position])
-        for warp in options.warps:
+        for warp in row.options.warps:
             line = warp(row.number, so_far, line)
         result.append(line)
     return torch.stack(result)
@@ -415,7 +473,7 @@ def _warp(row: Row, logits: Tensor, options: DecodingOptions) -> Tensor:
 def _pace(model: DynaMoForCausalLM, options: DecodingOptions) -> Pace | None:
     """How many drafts a step carries, if they are a tree: for greedy choices of unwarped logits."""
     n = options.num_heads
-    if options.sample or options.verify == "off" or options.warps or n == 1 or options.tree == 0:
+    if options.sample or options.off or options.warps or n == 1 or options.tree == 0:
         return None
     if options.tree is not None:
         return Pace((options.tree + 1,))
@@ -444,40 +502,7 @@ def _as_trees(cache: RowCache, positions: Tensor, parents: Sequence[Sequence[int
     return queries, keys, visible.scatter(2, positions[:, None].expand(-1, width, -1), seen)
 
 
-def _allowance(row: Row, options: DecodingOptions, drafts: int) -> list[float]:
-    """What the drafts up to each may cost, in nats: the budget of all tokens so far, less what is spent. Empty if exact."""
-    if options.budget == 0:
-        return []
-    emitted = row.statistics.new_tokens
-    return [options.budget * (emitted + place) - row.statistics.regret for place in range(1, drafts + 1)]
-
-
-def _link(model: DynaMoForCausalLM, states: Tensor) -> Link:
-    """The learned coupling at one row's position; states: final hidden states of heads 2.., (heads, hidden)."""
-
-    def bonus(head: int, previous: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-        before, here = (torch.from_numpy(ids).to(states.device) for ids in (previous, candidates))
-        assert model.coupling is not None
-        added = model.coupling.bonus(head, states[head - 2], before, here, model.output_weight(head))
-        return added.double().cpu().numpy()
-
-    return bonus
-
-
 def _present(tokens: Sequence[int], vocab_size: int) -> np.ndarray:
     present = np.zeros(vocab_size, bool)
     present[list(tokens)] = True
     return present
-
-
-def _emit(row: Row, new: Sequence[int], options: DecodingOptions, context: int) -> int:
-    """Appends tokens to the row until one ends it; returns how many."""
-    for count, token in enumerate(new, start=1):
-        row.tokens.append(token)
-        if row.present is not None:
-            row.present[token] = True
-        ended = token in options.end_tokens or _left(row, options) <= 0 or len(row.tokens) >= context
-        if ended or (options.stops and any(stop(torch.tensor(row.tokens)) for stop in options.stops)):
-            row.finished = True
-            return count
-    return len(new)

@@ -25,10 +25,10 @@ from transformers.generation import (
 from transformers.utils import ModelOutput
 
 from dynamo_lm.errors import InputError
+from dynamo_lm.rows import DecodingOptions, Statistics, Stop, Warp
 from dynamo_lm.sampling import Algorithm1
 
 if TYPE_CHECKING:
-    from dynamo_lm.decoding import Statistics, Stop, Warp
     from dynamo_lm.model import DynaMoForCausalLM
 
 OF_ALGORITHM_1 = (TemperatureLogitsWarper, TopKLogitsWarper, RepetitionPenaltyLogitsProcessor)
@@ -85,7 +85,7 @@ def generate(
     **kwargs: Any,
 ) -> Tensor | DynaMoOutput:
     """Continues prompts, several tokens per forward pass; see `DynaMoForCausalLM.generate`."""
-    from dynamo_lm.decoding import DecodingOptions, decode  # which needs the model's class
+    from dynamo_lm.decoding import decode  # which needs the model's class
 
     given = [generation_config, model.generation_config]
 

@@ -9,8 +9,9 @@ from architectures import dynamo_of, random_tokens
 from dynamo_lm.cache import FixedCache, attention_mask
 from dynamo_lm.compiling import capacity, check_compiler, compiled
 from dynamo_lm.counting import count
-from dynamo_lm.decoding import DecodingOptions, decode
+from dynamo_lm.decoding import Batch, decode
 from dynamo_lm.errors import InputError
+from dynamo_lm.rows import DecodingOptions
 
 
 def has_compiler() -> bool:
@@ -57,13 +58,21 @@ def test_compiled_steps_write_the_same_text():
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
 def test_a_table_that_was_exchanged_since_compiling_is_the_one_that_is_read():
     model = dynamo_of("gpt_neox", 2)
-    first, _ = compiled(model, DecodingOptions(5, 2, compile=True), 1)
+    first, _ = compiled(model, 2)
     assert first.cooccurrence is None
     model.cooccurrence = count([[3, 4, 5]], vocab_size=97, order=2)
-    again, _ = compiled(model, DecodingOptions(5, 2, compile=True), 1)
+    again, _ = compiled(model, 2)
     assert again is first and again.cooccurrence is model.cooccurrence
 
 
 def test_batches_are_not_compiled():
     with pytest.raises(InputError, match="one prompt at a time, and there are 2"):
         decode(dynamo_of("gpt_neox"), random_tokens(2, 6).tolist(), DecodingOptions(5, 2, compile=True), seeds=[0, 1])
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+def test_a_compiled_batch_holds_one_row():
+    batch = Batch(dynamo_of("gpt_neox", 2), 2, compile=True)
+    batch.join([1], DecodingOptions(4, 2), seed=0)
+    with pytest.raises(InputError, match="one row at a time"):
+        batch.join([1], DecodingOptions(4, 2), seed=0)

@@ -11,9 +11,10 @@ from torch import nn
 
 from dynamo_lm import few_rows as few_rows_module
 from dynamo_lm.cache import RowCache, attention_mask
-from dynamo_lm.decoding import DecodingOptions, decode
+from dynamo_lm.decoding import decode
 from dynamo_lm.errors import InputError
 from dynamo_lm.few_rows import FewRows, few_rows
+from dynamo_lm.rows import DecodingOptions
 from dynamo_lm.verification import accept_greedy
 from dynamo_lm.wide import WideLayer
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from dynamo_lm.cache import RowCache
 from dynamo_lm.counting import count
-from dynamo_lm.decoding import DecodingOptions, decode
+from dynamo_lm.decoding import decode
 from dynamo_lm.errors import InputError
 from dynamo_lm.joint import Heads
+from dynamo_lm.rows import DecodingOptions
 from dynamo_lm.sampling import Algorithm1, conditional
 from dynamo_lm.tree import TRIES, Pace, ancestry, depths, grow
 from dynamo_lm.verification import accept_greedy, accept_tree

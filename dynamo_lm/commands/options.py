@@ -39,7 +39,7 @@ def verification(text: str) -> str | float:
     Raises:
         InputError: anything else.
     """
-    from dynamo_lm.decoding import check_verify
+    from dynamo_lm.rows import check_verify
 
     dial: str | float = text
     with suppress(ValueError):

@@ -27,12 +27,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dynamo_lm.decoding import DecodingOptions, decode
+from dynamo_lm.decoding import decode
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation import record
 from dynamo_lm.model import DynaMoForCausalLM
 from dynamo_lm.packing import Blocks, targets
 from dynamo_lm.plan import parameters
+from dynamo_lm.rows import DecodingOptions
 from dynamo_lm.sampling import Algorithm1
 from dynamo_lm.training import CHUNK, Progress, TrainingOptions, packed_hidden, train
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
     from transformers import PreTrainedModel
 
-    from dynamo_lm.decoding import Statistics
+    from dynamo_lm.rows import Statistics
 
 PREFIX = "local_"  # of our tasks' names, which would otherwise collide with the harness's own
 BOOTSTRAP = 1000  # resamples for the standard error of a perplexity; those of accuracies are in closed form
