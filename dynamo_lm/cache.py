@@ -34,7 +34,7 @@ class RowCache(Cache):
         self.lengths = torch.zeros(rows, dtype=torch.long)
         self.end = 0  # slots in use after the write in progress
         self.start: int | None = 0  # where it begins, if in all rows at the same slot; else
-        self.places: tuple[Tensor, Tensor] | None = None  # row (rows, 1) and slot (rows, new) of every token written
+        self.places: dict[int, tuple[Tensor, Tensor]] = {}  # else where, by copies of the rows in an entry, see `written`
 
     @property
     def rows(self) -> int:
@@ -46,8 +46,16 @@ class RowCache(Cache):
         self.end = max(starts) + new
         positions = self.lengths[:, None] + torch.arange(new)
         self.start = starts[0] if min(starts) == max(starts) else None
-        self.places = (torch.arange(len(starts))[:, None], positions) if self.start is None else None
+        self.places = {1: (torch.arange(len(starts))[:, None], positions)}
         return positions
+
+    def written(self, copies: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where the write in progress goes in an entry that holds all rows `copies` times: row (copies * rows, 1) and
+        slot (copies * rows, new) of every token, computed once for all layers."""
+        if copies not in self.places or self.places[copies][0].device != device:
+            rows, slots = self.places[1]
+            self.places[copies] = _copied(rows, copies, self.rows).to(device), slots.repeat(copies, 1).to(device)
+        return self.places[copies]
 
     def keep(self, counts: Tensor) -> None:
         """Ends a forward: of the tokens just written, row r keeps the first `counts[r]`. counts: (rows,) int64."""
@@ -178,10 +186,7 @@ def _write(buffer: Tensor, new: Tensor, cache: RowCache) -> Tensor:
     if cache.start is not None:
         buffer[:, :, cache.start : cache.start + new.shape[2]] = new
     else:
-        rows, slots = cache.places  # type: ignore[misc]
-        copies = len(buffer) // len(rows)
-        rows = _copied(rows, copies, cache.rows).to(buffer.device)
-        slots = slots.repeat(copies, 1).to(buffer.device)
+        rows, slots = cache.written(len(buffer) // cache.rows, buffer.device)
         buffer[rows, :, slots] = new.transpose(1, 2)  # (rows, new, heads, width): one write for rows of any lengths
     return buffer
 

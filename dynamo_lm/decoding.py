@@ -199,8 +199,7 @@ class Batch:
         if first:
             for row in rows:
                 row.began = began
-        alone = rows[0] if len(rows) == 1 and not first and rows[0].pace is not None else None
-        size, promised = rows[0].size, rows[0].promise
+        pace, size, promised = rows[0].pace, rows[0].size, rows[0].promise
 
         # 1. Absorb: one forward over what every row emitted (or drafted) last.
         hidden, logits, ends = self._absorb(rows, cache, first)
@@ -210,7 +209,7 @@ class Batch:
 
         # 2. Judge: how many of the absorbed tokens stay, and the base's next token behind them.
         judged = [self._judge(r, row, logits[r], scores, first) for r, row in enumerate(rows)]
-        if not first and any(row.pace is not None for row in rows):
+        if not first and any(row.branches for row in rows):
             cache.gather([one.path for one in judged])
         kept = [row.prompt_length if first else 1 + len(one.path) for row, one in zip(rows, judged, strict=True)]
         cache.keep(torch.tensor(kept))
@@ -231,7 +230,7 @@ class Batch:
                 scores.add(row, r, drawn[:1], behind=[one.last])
                 one.emitted.extend(drawn)
             else:
-                self._draft(row, chosen[r], link, one.emitted)
+                self._draft(row, chosen[r], link, one.emitted, alone=len(rows) == 1)
 
         # 4. Emit, as far as no stop rule cuts it short.
         for r, (row, one) in enumerate(zip(rows, judged, strict=True)):
@@ -247,8 +246,8 @@ class Batch:
                 else:
                     row.finished = row.ending
             row.statistics.seconds = time.perf_counter() - row.began
-        if alone is not None and alone.pace is not None:
-            alone.pace.record(size, time.perf_counter() - began, promised, len(judged[0].emitted) - 1)
+        if len(rows) == 1 and pace is not None and size > 0:
+            pace.record(size, time.perf_counter() - began, promised, len(judged[0].emitted) - 1)
 
     def _absorb(self, rows: list[Row], cache: RowCache, first: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The forward; shorter rows are padded behind their end.
@@ -264,7 +263,7 @@ class Batch:
         positions = cache.begin(width)  # (rows, width)
         tokens = torch.tensor([row.pending + [0] * (width - len(row.pending)) for row in rows])
         keys, visible = torch.arange(cache.end)[None], None
-        if not first and any(row.pace is not None for row in rows):
+        if not first and any(row.branches for row in rows):
             positions, keys, visible = _as_trees(cache, positions, [row.parents for row in rows])
         mask = attention_mask(model.base.config, positions, keys, model.dtype, visible=visible, device=model.device)
         hidden = (model.hidden if first else self.forward)(
@@ -333,16 +332,19 @@ class Batch:
         row.pending, row.parents = list(drawn.tokens), list(range(len(drawn.tokens) - 1))
         return list(drawn.tokens)
 
-    def _draft(self, row: Row, heads: Heads | None, link: Link | None, emitted: list[int]) -> None:
-        """Sets what the row's next forward absorbs: its last certain token and drafts of those behind it."""
+    def _draft(self, row: Row, heads: Heads | None, link: Link | None, emitted: list[int], *, alone: bool) -> None:
+        """Sets what the row's next forward absorbs: its last certain token and drafts of those behind it.
+
+        A tree whose size is measured is for a row alone: in a batch a forward is wide already.
+        """
         options, certain = row.options, emitted[-1]
-        row.pending, row.parents, row.proposals, row.promise = [certain], [], [], 0.0
+        row.pending, row.parents, row.proposals, row.size = [certain], [], [], 0
         room = min(options.num_heads, min(self.context - len(row.tokens), row.left) - len(emitted)) - 1
         if heads is None or room <= 0:
             return
         alpha_c, temperature, table = options.algorithm.alpha_c, options.draft_temperature, self.model.cooccurrence
         how = {"alpha_c": alpha_c, "temperature": temperature}
-        if row.pace is not None:
+        if row.pace is not None and (alone or options.tree is not None):
             tree = grow(heads.of(0, room), certain, table, **how, link=link, most=row.pace.sizes[-1] - 1)
             row.size = row.pace.choose(tree.probabilities)
             tree = tree.first(row.size - 1)

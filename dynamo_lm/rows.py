@@ -140,8 +140,8 @@ class Row:
     pending: list[int]  # what the next forward absorbs: the prompt, then last step's tokens
     parents: list[int] = field(default_factory=list)  # where in pending the token before each of pending[1:] is
     pace: Pace | None = None  # how large its trees of drafts are; None: chains
-    size: int = 1  # tokens that this step was to carry
-    promise: float = 0.0  # how many of the tree's drafts should be kept
+    size: int = 0  # tokens of the step, if a tree of drafts was to fill it
+    promise: float = 0.0  # how many of that tree's drafts should be kept
     proposals: list[Proposal] = field(default_factory=list)  # the distributions pending[1:] were drafted from
     present: np.ndarray | None = None  # under "off", (vocabulary,) bool: the tokens that are there already
     emitted: list[int] = field(default_factory=list)  # by the last step; empty where it only scored
@@ -154,6 +154,11 @@ class Row:
     @property
     def new_tokens(self) -> list[int]:
         return self.tokens[self.prompt_length :]
+
+    @property
+    def branches(self) -> bool:
+        """Whether the pending tokens are a tree and no chain."""
+        return self.parents != list(range(len(self.parents)))
 
     @property
     def left(self) -> int:
