@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dynamo_lm.model import DynaMoForCausalLM
 
 LEAST = 256  # slots of the smallest cache; larger ones double
+SHAPES = 64  # compiled steps that one process may hold
 
 
 def capacity(tokens: int) -> int:
@@ -37,6 +38,8 @@ def compiled(model: DynaMoForCausalLM, num_heads: int) -> tuple[DynaMoForCausalL
         InputError: heads that do not run beside the last layer, or no C++ compiler on a CPU.
     """
     n = num_heads
+    # torch counts every width, capacity and number of heads against one limit, and would go on uncompiled behind it.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     if n not in model.arranged:
         if model.device.type == "cpu":
             check_compiler()
