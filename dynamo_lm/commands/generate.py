@@ -15,8 +15,8 @@ from dynamo_lm.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dynamo_lm.decoding import Statistics
     from dynamo_lm.model import DynaMoForCausalLM
+    from dynamo_lm.rows import Statistics
 
 SPEED, CHOICE, OUTPUT = "How many tokens per step", "How tokens are chosen", "Input, output and machine"
 
@@ -191,6 +191,7 @@ def generate(
     from dynamo_lm.commands.opening import open_config, open_model, open_tokenizer, resolve
     from dynamo_lm.commands.options import verification
     from dynamo_lm.config import DynaMoConfig
+    from dynamo_lm.writer import Writer
 
     # 1. What to continue, before the wait for the model.
     texts = _prompts(prompt, prompts)
@@ -236,7 +237,7 @@ def generate(
         given["eos_token_id"] = tokens.eos_token_id
 
     # 4. Write, and print as it comes where there is one text.
-    writers = [_Writer(tokens, row, text, stop or []) for row, text in zip(encoded, texts, strict=True)]
+    writers = [Writer(tokens, row, stop or []) for row in encoded]
     streaming = len(texts) == 1 and not json
     begun = False
 
@@ -277,7 +278,7 @@ def generate(
         else:
             _say(text + writer.said + "\n")
         if stats:
-            print(_sentence(statistics), file=sys.stderr)
+            print(sentence(statistics), file=sys.stderr)
 
 
 def _generate(network: DynaMoForCausalLM, ids: Tensor, **kwargs: Any) -> Any:
@@ -305,7 +306,8 @@ def numbers(statistics: Statistics) -> dict[str, Any]:
     }
 
 
-def _sentence(statistics: Statistics) -> str:
+def sentence(statistics: Statistics) -> str:
+    """The statistics of one text in words."""
     steps = ", ".join(f"{count} of {size}" for size, count in enumerate(statistics.histogram, start=1) if count)
     rate = statistics.new_tokens / statistics.seconds if statistics.seconds else 0.0
     said = (
@@ -317,37 +319,6 @@ def _sentence(statistics: Statistics) -> str:
         said += f"; regret {statistics.mean_regret:.3f} nats per token"
     accepted = " ".join(f"{share:.0%}" for share in statistics.acceptance)
     return f"{said}; drafts accepted by head: {accepted}" if any(statistics.proposed) else said
-
-
-class _Writer:
-    """Turns one text's tokens into characters as soon as they are certain, and stops behind the first stop string."""
-
-    def __init__(self, tokenizer: Any, prompt: list[int], text: str, stops: list[str]):
-        self.tokenizer, self.tokens, self.stops = tokenizer, list(prompt), stops
-        self.before = len(self._decoded())  # the prompt as the tokenizer sees it; what is printed is the user's own
-        self.said, self.ended = "", False
-
-    def add(self, new: list[int]) -> str:
-        """The characters that these tokens make certain."""
-        self.tokens += new
-        return self._advance(self._decoded()[self.before :], whole=False)
-
-    def end(self) -> str:
-        """The characters that were held back in case more bytes followed."""
-        return self._advance(self._decoded()[self.before :], whole=True)
-
-    def _advance(self, text: str, *, whole: bool) -> str:
-        if self.ended or (not whole and text.endswith("\ufffd")):
-            return ""
-        ends = [text.find(stop) + len(stop) for stop in self.stops if stop in text]
-        if ends:
-            text, self.ended = text[: min(ends)], True
-        more = text[len(self.said) :]
-        self.said += more
-        return more
-
-    def _decoded(self) -> str:
-        return self.tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _say(text: str) -> None:
