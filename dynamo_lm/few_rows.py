@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-LARGE = 2**18  # entries of a weight that no longer sits in the caches near a core; smaller ones are best left alone
+LARGE = 2**14  # entries of a weight whose product outweighs what it takes to transpose it
 HUGE = 2**23  # entries from which on up to eight rows are better transposed; output embeddings, mostly
 
 M = TypeVar("M", bound=nn.Module)
