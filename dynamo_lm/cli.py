@@ -23,6 +23,7 @@ from dynamo_lm.commands.eval_ablation import ablation
 from dynamo_lm.commands.eval_completion import completion
 from dynamo_lm.commands.eval_nlu import nlu
 from dynamo_lm.commands.eval_perplexity import perplexity
+from dynamo_lm.commands.finetune import finetune
 from dynamo_lm.commands.generate import generate
 from dynamo_lm.commands.info import info
 from dynamo_lm.commands.report import report
@@ -31,16 +32,17 @@ from dynamo_lm.errors import InputError
 
 WRONG, INTERRUPTED, READER_GONE = 2, 130, 141  # exit statuses, as shells know them
 EXTRAS = {  # packages that only some verbs need: which extra brings them
-    "eval": ("lm_eval", "accelerate", "datasets", "matplotlib", "jinja2", "openai", "mauve", "faiss", "sacrebleu"),
-    "train": ("tensorboard", "pyarrow"),
+    "eval": ("lm_eval", "accelerate", "datasets", "matplotlib", "openai", "mauve", "faiss", "sacrebleu"),
+    "train": ("tensorboard", "pyarrow", "peft"),
     "bench": ("xllamacpp", "gguf", "flashspec"),
 }
 
 app = typer.Typer(
     name="dynamo-lm",
     help="Language models that predict several tokens per forward pass, with a dial from exact to fast.\n\n"
-    "Begin with `dynamo-lm demo`. To do the same to a model of your own: `train` adds heads to it, `count` makes the "
-    "tables that make them agree, `generate` writes with it, `info` says what a folder holds. `eval` measures it, "
+    "Begin with `dynamo-lm demo`. To do the same to a model of your own: `train` adds heads to it, `finetune` teaches it "
+    "to answer, `count` makes the tables that make them agree, `generate` writes with it, "
+    "`info` says what a folder holds. `eval` measures it, "
     "`bench` races it, `calibrate` chooses its dial, `report` makes a page of it all.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -56,7 +58,17 @@ evaluation = typer.Typer(
 questions: tuple[Callable[..., None], ...] = (perplexity, nlu, completion, ablation)
 for question in questions:
     evaluation.command()(question)
-verbs: tuple[Callable[..., None], ...] = (demo, generate, train, count, info, bench, calibrate, report)
+verbs: tuple[Callable[..., None], ...] = (
+    demo,
+    generate,
+    train,
+    finetune,
+    count,
+    info,
+    bench,
+    calibrate,
+    report,
+)
 for verb in verbs:
     app.command()(verb)
 app.add_typer(evaluation)

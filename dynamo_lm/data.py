@@ -1,235 +1,47 @@
 """Text in, tokens on disk out.
 
-`documents` reads text from files, folders and the hub, one string at a time. `tokenize` streams such strings through a
-Hugging Face tokenizer into a `TokenStore`: one flat memory-mapped file and the documents' borders, so that a corpus may
-be larger than memory (a single document may not). Nothing here knows models; cutting a store into blocks is `packing`.
+`tokenize` streams the texts of `dynamo_lm.sources` through a Hugging Face tokenizer into a `TokenStore`: one flat
+memory-mapped file and the documents' borders, so that a corpus may be larger than memory (a single document may not).
+Nothing here knows models; cutting a store into blocks is `packing`, and conversations come from `instruct.tokens`.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import importlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from dynamo_lm.errors import InputError
+from dynamo_lm.sources import documents, first_line
+from dynamo_lm.sources import files as files_of
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 FORMAT = 1  # of a store's folder; another number is rebuilt
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1000, 4_000_000  # a batch for the tokenizer is full at either
-
-
-# --- text -----------------------------------------------------------------------
-
-
-def documents(source: str, *, text_field: str | None = None) -> Iterator[str]:
-    """The documents of `source` in a fixed order, without those that are empty or whitespace only.
-
-    `source` is a file (.txt: one document; .jsonl or .json: one per object; .parquet: one per row), a folder (all such
-    files in it, recursively, sorted, hidden ones left out), a glob, or the id of a `datasets` data set ("owner/name" or
-    "owner/name:split", streamed). `text_field` names the field that holds the text; without it that is "text" or else
-    the only string field, as the first object of each file has it.
-    """
-    files = _files(source)  # here and not in the generator: a wrong path is reported at once
-    return _non_empty(source, _hub(source, text_field) if files is None else _read_all(files, text_field))
-
-
-def _non_empty(source: str, texts: Iterable[str]) -> Iterator[str]:
-    found = False
-    for text in texts:
-        if text.strip():
-            found = True
-            yield text
-    if not found:
-        raise InputError(f"{source} holds no document with any text.")
-
-
-def _files(source: str) -> list[Path] | None:
-    """The files that `source` names, sorted; None if it can only be a hub id."""
-    path, readable = Path(source), f"files that can be read end in {', '.join(SUFFIXES)}"
-    if path.is_file():
-        if path.suffix.lower() not in SUFFIXES:
-            raise InputError(f"{source} is no kind of text known here; {readable}.")
-        return [path]
-    if path.is_dir() and source:  # an empty name is not the current folder
-        inside = (file.relative_to(path) for file in path.rglob("*"))
-        found = [path / file for file in inside if not any(part.startswith(".") for part in file.parts)]
-    elif glob.has_magic(source):
-        found = [Path(name) for name in glob.glob(source, recursive=True)]
-    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?", source) and path.suffix.lower() not in SUFFIXES:
-        return None
-    else:
-        raise InputError(f'"{source}" does not exist; give a file, a folder, a glob or the id of a data set (owner/name).')
-    files = sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not files:
-        raise InputError(f"{source} matches no file to read; {readable}.")
-    return files
-
-
-def _read_all(files: Iterable[Path], text_field: str | None) -> Iterator[str]:
-    for file in files:
-        suffix = file.suffix.lower()
-        if suffix == ".txt":
-            yield _decode(_bytes(file), file).replace("\r\n", "\n").replace("\r", "\n")
-        elif suffix == ".parquet":
-            yield from _parquet(file, text_field)
-        else:
-            yield from _texts(_json_objects(file), text_field)
-
-
-def _bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from error
-
-
-def _decode(data: bytes, file: Path, first_line: int = 1) -> str:
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
-        column = error.start - data.rfind(b"\n", 0, error.start)
-        raise InputError(f"{file} is not UTF-8: line {line}, byte {column} is 0x{data[error.start]:02x}.") from error
-
-
-def _json_objects(file: Path) -> Iterator[tuple[str, Any]]:
-    """(where it stands, value) for each line of a .jsonl file and each line or array element of a .json file."""
-    try:
-        with open(file, "rb") as lines:  # in bytes: only \n ends a line, so that line numbers are an editor's
-            start = lines.peek().removeprefix(b"\xef\xbb\xbf").lstrip()
-            if file.suffix.lower() == ".json" and start.startswith(b"["):
-                for number, value in enumerate(_parse(_decode(lines.read(), file), file, 1), 1):
-                    yield f"{file}, element {number}", value
-            for number, line in enumerate(lines, 1):
-                text = _decode(line, file, number)
-                if text.strip():
-                    yield f"{file}, line {number}", _parse(text.rstrip(), file, number)
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from error
-
-
-def _parse(text: str, file: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file} is not JSON at line {first_line + error.lineno - 1}: {error.msg}.") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting as deep
-        raise InputError(f"{file} holds JSON that cannot be read, from line {first_line} on: {error}.") from error
-
-
-def _texts(records: Iterable[tuple[str, Any]], text_field: str | None) -> Iterator[str]:
-    """The text of each (where, record). The first record decides the field for all that follow."""
-    field: str | None = None
-    for where, record in records:
-        if not isinstance(record, dict):
-            raise InputError(f"{where}: expected an object with a text field, found {type(record).__name__}.")
-        if field is None:
-            field = _text_field(where, list(record), [k for k, v in record.items() if isinstance(v, str)], text_field)
-        if field not in record:
-            raise InputError(f"{where}: no field {field!r}; its fields are {_names(record)}.")
-        yield _text(where, field, record[field])
-
-
-def _text_field(where: str, fields: Sequence[str], strings: Sequence[str], text_field: str | None) -> str:
-    wanted = text_field or "text"
-    if wanted in fields:
-        return wanted
-    if text_field is None and len(strings) == 1:
-        return strings[0]
-    hint = "" if text_field else "; name the one with the text with --text-field"
-    raise InputError(f"{where}: no field {wanted!r}; its fields are {_names(fields)}{hint}.")
-
-
-def _names(fields: Iterable[str]) -> str:
-    return ", ".join(map(repr, fields)) or "none"
-
-
-def _text(where: str, field: str, value: Any) -> str:
-    if value is None:  # a null is an empty document
-        return ""
-    if not isinstance(value, str):
-        raise InputError(f"{where}: the field {field!r} is no text but {type(value).__name__}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # "\ud800" in JSON: tokenizers refuse it
-        raise InputError(f"{where}: the field {field!r} holds half a surrogate pair, which is no text.") from error
-    return value
-
-
-def _parquet(file: Path, text_field: str | None) -> Iterator[str]:
-    pyarrow, parquet = _extra("pyarrow"), _extra("pyarrow.parquet")
-    unreadable = (pyarrow.ArrowException, OSError, UnicodeDecodeError)
-    try:
-        table = parquet.ParquetFile(file)
-    except unreadable as error:
-        raise InputError(f"{file} is not a readable Parquet file: {_first_line(error)}.") from error
-    with table:
-        schema, types = table.schema_arrow, pyarrow.types
-        kinds = [column.type.value_type if types.is_dictionary(column.type) else column.type for column in schema]
-        is_text = [types.is_string(kind) or types.is_large_string(kind) for kind in kinds]
-        strings = [name for name, text in zip(schema.names, is_text, strict=True) if text]
-        field = _text_field(str(file), schema.names, strings, text_field)
-        rows = 0
-        try:
-            for batch in table.iter_batches(batch_size=BATCH_DOCUMENTS, columns=[field]):
-                for value in batch.column(0).to_pylist():
-                    rows += 1
-                    yield _text(f"{file}, row {rows}", field, value)
-        except unreadable as error:
-            raise InputError(f"{file} is damaged after row {rows}: {_first_line(error)}.") from error
-
-
-def _hub(source: str, text_field: str | None) -> Iterator[str]:
-    datasets = _extra("datasets")
-    name, _, split = source.partition(":")
-    try:
-        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
-        yield from _texts(((f"{source}, row {number}", dict(row)) for number, row in enumerate(rows, 1)), text_field)
-    except InputError:
-        raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{source} is no file and no data set that can be read: {_first_line(error)}.") from error
-
-
-def _extra(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise InputError(f"This source needs the package {package}: pip install 'dynamo-lm[train]'.") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-# --- tokens on disk -------------------------------------------------------------
 
 
 class TokenStore:
     """The tokens of a corpus: iterating yields each document's as an array, `len` counts the documents.
 
     Its folder holds `tokens-*.bin` (little-endian, nothing else), `offsets-*.npy` and `store.json`, which names the
-    other two and is written last: a folder holds a whole store or none. Opening checks the sizes, not every token.
+    other two and is written last: a folder holds a whole store or none. Opening checks the sizes, not every token. A
+    store of conversations has `responses-*.bin`, too, a byte per token.
     """
 
     tokens: np.memmap  # (num_tokens,) uint16 where the vocabulary fits, otherwise uint32
     offsets: np.ndarray  # (documents + 1,) int64: document i is tokens[offsets[i]:offsets[i + 1]]
+    responses: np.ndarray | None  # (num_tokens,) bool: what the assistant says, which is learned; None for plain text
     vocab_size: int  # 1 + the largest id of the tokenizer
-    fingerprint: str  # sha256 over the tokens' bytes
+    fingerprint: str  # sha256 over the tokens' bytes, and those of `responses`
     tokenizer: str  # `tokenizer_fingerprint` of the tokenizer that made it
     inputs: str  # sha256 over what it was made from
+    facts: dict[str, Any]  # what its maker wanted to be known of it
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -239,15 +51,19 @@ class TokenStore:
                 raise ValueError(f"format {about['format']}")
             self.vocab_size, self.fingerprint = int(about["vocab_size"]), str(about["fingerprint"])
             self.tokenizer, self.inputs = str(about["tokenizer"]), str(about["inputs"])
-            tokens, offsets = _store_files(self.folder, self.inputs)
+            self.facts = dict(about.get("facts", {}))
+            tokens, offsets, responses = _store_files(self.folder, self.inputs)
             self.offsets = np.load(offsets, allow_pickle=False)
             self.tokens = np.memmap(tokens, dtype=_dtype(self.vocab_size), mode="r")
+            self.responses = np.memmap(responses, dtype=np.bool_, mode="r") if about.get("responses") else None
+            if self.responses is not None and len(self.responses) != len(self.tokens):
+                raise ValueError("responses and tokens disagree")
             if self.offsets.dtype != np.int64 or self.offsets.ndim != 1 or len(self.offsets) < 2:
                 raise ValueError("offsets of another kind")
             if self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens) or (np.diff(self.offsets) < 0).any():
                 raise ValueError("offsets and tokens disagree")
         except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{self.folder} holds no usable token store: {_first_line(error)}.") from error
+            raise InputError(f"{self.folder} holds no usable token store: {first_line(error)}.") from error
         self._tokens = np.asarray(self.tokens)  # the same memory map, without memmap's cost per slice
 
     @property
@@ -311,13 +127,34 @@ def tokenize(
     if limit_tokens is not None and limit_tokens < 1:
         raise InputError(f"The token limit must be at least 1, not {limit_tokens}.")
     inputs = _inputs(sources, tokenizer, text_field, limit_tokens)
+    texts = chain.from_iterable(documents(source, text_field=text_field) for source in sources)
+    rows = ((row, None) for row in _tokenized(texts, tokenizer))
+    return build_store(folder, inputs, rows, tokenizer, limit_tokens=limit_tokens, progress=progress)
+
+
+def build_store(
+    folder: Path,
+    inputs: str,
+    batches: Iterable[tuple[list[list[int]], list[list[bool]] | None]],
+    tokenizer: Any,
+    *,
+    facts: dict[str, Any] | None = None,
+    limit_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> TokenStore:
+    """The store in `folder`, made of `batches` unless what is there has the same `inputs`.
+
+    Args:
+        inputs: a hash of all that decides the content.
+        batches: documents as ids and, for conversations, as many booleans (True: an answer); read only if needed.
+        facts: kept in the store; read when the batches are exhausted, so that their maker may fill it meanwhile.
+    """
     if store := _reusable(folder, inputs):  # before the lock: a finished store may lie on a read-only disk
         return store
     with _locked(folder):
         if store := _reusable(folder, inputs):
             return store
-        texts = chain.from_iterable(documents(source, text_field=text_field) for source in sources)
-        _build(folder, inputs, _tokenized(texts, tokenizer), tokenizer, limit_tokens, progress)
+        _build(folder, inputs, batches, tokenizer, facts, limit_tokens, progress)
     return TokenStore(folder)
 
 
@@ -327,21 +164,27 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:  # merges, normalization, the special tokens it adds
         about["backend"] = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-    return _digest(about)[:16]
+    return digest(about)[:16]
 
 
 def _inputs(sources: Sequence[str], tokenizer: Any, text_field: str | None, limit_tokens: int | None) -> str:
     """What decides a store's content, as a sha256."""
+    options = {"text_field": text_field, "limit_tokens": limit_tokens, "eos": tokenizer.eos_token_id, "format": FORMAT}
+    return digest({"sources": identities(sources), "tokenizer": tokenizer_fingerprint(tokenizer), **options})
+
+
+def identities(sources: Sequence[str]) -> list[Any]:
+    """What tells sources apart: path, size and time of local files, the id of a data set."""
     named: list[Any] = []
     for source in sources:
-        files = _files(source)
+        files = files_of(source)
         facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files or ()]
         named.append(source if files is None else facts)
-    options = {"text_field": text_field, "limit_tokens": limit_tokens, "eos": tokenizer.eos_token_id, "format": FORMAT}
-    return _digest({"sources": named, "tokenizer": tokenizer_fingerprint(tokenizer), **options})
+    return named
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """sha256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -353,9 +196,10 @@ def _reusable(folder: Path, inputs: str) -> TokenStore | None:
     return store if store.inputs == inputs else None
 
 
-def _store_files(folder: Path, inputs: str) -> tuple[Path, Path]:
+def _store_files(folder: Path, inputs: str) -> tuple[Path, Path, Path]:
     """Named after the inputs, so that a new store never touches the old one's files before it is complete."""
-    return folder / f"tokens-{inputs[:16]}.bin", folder / f"offsets-{inputs[:16]}.npy"
+    made = inputs[:16]
+    return folder / f"tokens-{made}.bin", folder / f"offsets-{made}.npy", folder / f"responses-{made}.bin"
 
 
 def _dtype(vocab_size: int) -> np.dtype:
@@ -385,26 +229,32 @@ def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
 def _build(
     folder: Path,
     inputs: str,
-    batches: Iterable[list[list[int]]],
+    batches: Iterable[tuple[list[list[int]], list[list[bool]] | None]],
     tokenizer: Any,
+    facts: dict[str, Any] | None,
     limit_tokens: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Write a store into `folder`. Until `store.json` is replaced, what was there before stays whole."""
     vocab_size = 1 + max(tokenizer.get_vocab().values())
-    tokens_file, offsets_file = files = _store_files(folder, inputs)
+    tokens_file, offsets_file, responses_file = files = _store_files(folder, inputs)
     new_about = folder / "store.json.new"
     ends: list[int] = [0]
-    sha = hashlib.sha256()
+    sha, flags_sha, flagged = hashlib.sha256(), hashlib.sha256(), False
     try:
         # 1. The tokens, batch by batch.
-        with _writing(folder), open(tokens_file, "wb") as file:
-            for rows in batches:
+        with _writing(folder), open(tokens_file, "wb") as file, open(responses_file, "wb") as responses:
+            for rows, flags in batches:
                 flat = np.fromiter(chain.from_iterable(rows), dtype=_dtype(vocab_size))
                 if limit_tokens is not None:
                     flat = flat[: limit_tokens - ends[-1]]
                 file.write(flat.data)
                 sha.update(flat.data)
+                if flags is not None:
+                    said = np.fromiter(chain.from_iterable(flags), dtype=np.bool_)
+                    responses.write(said.data)
+                    flags_sha.update(said.data)
+                    flagged = True
                 last = ends[-1] + len(flat)
                 for row in rows:
                     if ends[-1] < last:  # documents beyond the limit are not there
@@ -414,8 +264,13 @@ def _build(
                 if last == limit_tokens:
                     break
             _to_disk(file)
+            _to_disk(responses)
         if ends[-1] == 0:
             raise InputError("There is no source to read tokens from; give at least one.")
+        if flagged:
+            sha.update(flags_sha.digest())
+        else:
+            responses_file.unlink()
         # 2. The borders, then the description that makes the store valid.
         about = {
             "format": FORMAT,
@@ -424,6 +279,7 @@ def _build(
             "fingerprint": sha.hexdigest(),
             "tokenizer": tokenizer_fingerprint(tokenizer),
         }
+        about |= {"responses": True, "facts": facts or {}} if flagged else {}
         with _writing(folder):
             with open(offsets_file, "wb") as file:
                 np.save(file, np.array(ends, dtype=np.int64))
@@ -437,7 +293,7 @@ def _build(
             path.unlink(missing_ok=True)
         raise
     # 3. What no store uses any more.
-    for path in (*folder.glob("tokens-*.bin"), *folder.glob("offsets-*.npy")):
+    for path in (*folder.glob("tokens-*.bin"), *folder.glob("offsets-*.npy"), *folder.glob("responses-*.bin")):
         if path not in files:
             path.unlink(missing_ok=True)
 

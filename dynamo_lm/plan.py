@@ -22,13 +22,14 @@ def parameters(model: DynaMoForCausalLM, *, frozen: bool, coupling_only: bool = 
     """How many there are and how many learn; the heads' coupling counts as theirs."""
     base = sum(p.numel() for p in model.base.parameters())
     heads = round(model.overhead() * base)
+    changes = sum(p.numel() for name, p in model.base.named_parameters() if ".lora_" in name)  # what learns in place of it
     coupling = sum(p.numel() for p in model.coupling.parameters()) if model.coupling is not None else 0
     return {
-        "base": base,
+        "base": base - changes,
         "heads": heads,
         "coupling": coupling,
         "overhead": round(model.overhead(), 5),
-        "trained": coupling if coupling_only else heads + base * (not frozen),
+        "trained": coupling if coupling_only else heads + (changes or base) * (not frozen),
     }
 
 

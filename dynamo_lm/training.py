@@ -85,6 +85,7 @@ def heads_loss(
     tokens: Tensor,
     segments: Tensor,
     positions: Tensor,
+    responses: Tensor | None = None,
     *,
     options: TrainingOptions | None = None,
     counts: list[int] | None = None,
@@ -100,6 +101,7 @@ def heads_loss(
 
     Args:
         tokens, segments, positions: (batch, length), from `dynamo_lm.packing.Blocks`.
+        responses: (batch, length), from `WholeBlocks`: only these tokens are targets, of any head; None for all.
         options: take gradients, scaled for `options.gradient_scale`; a frozen base skips head 1's loss (its entry is 0).
             Under `coupling_only` nothing but the coupling gets any, and there is no backward through the heads.
             Without options there are no gradients and the model computes in its own precision.
@@ -113,7 +115,7 @@ def heads_loss(
     """
     n, coupling, learn = model.num_heads, model.coupling, options is not None
     alone = options is not None and options.coupling_only
-    counts = counts or target_counts(tokens, segments, n)
+    counts = counts or target_counts(tokens, segments, n, responses)
     scale = options.gradient_scale if options else 1.0
     autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=options is not None and options.bf16)
     with torch.set_grad_enabled(learn and not alone), autocast:
@@ -123,7 +125,7 @@ def heads_loss(
         for head in range(1, n + 1):
             if options is not None and options.frozen and head == 1:
                 continue
-            labels = targets(tokens, segments, head).flatten()
+            labels = targets(tokens, segments, head, responses).flatten()
             at_loss, at_states = (1.0 if head == 1 else scale), 1.0
             if model.config.own_output_embedding:  # it learns at its head's full rate: scale what is sent on
                 at_loss, at_states = at_states, at_loss
@@ -139,7 +141,7 @@ def heads_loss(
                 if gradient is not None:
                     gradient[head - 1].flatten(0, 1)[here] = at_states * chunk.grad  # type: ignore[operator]
                 if coupling is not None and head > 1:
-                    before = targets(tokens, segments, head - 1).flatten()[here]
+                    before = targets(tokens, segments, head - 1).flatten()[here]  # a prompt's token, too
                     with torch.set_grad_enabled(learn):
                         corrected = coupled_logits(model, head, chunk.detach(), before, logits.detach())
                         loss = F.cross_entropy(corrected, labels[here], ignore_index=IGNORED, reduction="sum")
@@ -174,9 +176,15 @@ def packed_hidden(
     return model.hidden(tokens, attention_mask=mask, position_ids=positions, gradient_scale=gradient_scale)
 
 
-def target_counts(tokens: Tensor, segments: Tensor, num_heads: int) -> list[int]:
-    """How many positions have a target `i` ahead in the same document, for i = 1..num_heads."""
-    return [int((targets(tokens, segments, head) != -100).sum()) for head in range(1, num_heads + 1)]
+def target_counts(tokens: Tensor, segments: Tensor, num_heads: int, responses: Tensor | None = None) -> list[int]:
+    """How many positions have a target `i` ahead in the same document (and response), for i = 1..num_heads."""
+    return [int((targets(tokens, segments, head, responses) != IGNORED).sum()) for head in range(1, num_heads + 1)]
+
+
+def scored_positions(tokens: Tensor, segments: Tensor, num_heads: int, responses: Tensor | None = None) -> Tensor:
+    """Where every head has a target: bool (batch, length)."""
+    each = [targets(tokens, segments, head, responses) != IGNORED for head in range(1, num_heads + 1)]
+    return torch.stack(each).all(0)
 
 
 @dataclass(frozen=True)
@@ -208,8 +216,8 @@ class Perplexities:
 def perplexities(model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, bf16: bool, limit: int = 64) -> Perplexities:
     """PPL_1..PPL_n and PPL_1:1..PPL_1:n on the first `limit` blocks, and PPL_i|i-1 of a model with a coupling.
 
-    Comparable between models with the same tokenizer on the same blocks: every head is scored at the positions where all n
-    targets exist in the same document.
+    Comparable between models with the same tokenizer, heads and blocks: every head is scored at the positions where all n
+    targets exist in the same document and, in conversations, all are of the response.
     """
     was_training, n = model.training, model.num_heads
     model.eval()
@@ -223,9 +231,9 @@ def perplexities(model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, b
     device = model.device
     total = min(limit, blocks.num_blocks(0))
     for start in range(0, total, batch_size):
-        rows = [blocks.block(0, index) for index in range(start, min(start + batch_size, total))]
-        tokens, segments, positions = (torch.stack([torch.as_tensor(row[i]) for row in rows]).to(device) for i in range(3))
-        scored = targets(tokens, segments, n).flatten() != -100
+        batch = {name: value.to(device) for name, value in blocks.rows(range(start, min(start + batch_size, total))).items()}
+        tokens, segments, positions = (batch[name] for name in ("tokens", "segments", "positions"))
+        scored = scored_positions(tokens, segments, n, batch.get("responses")).flatten()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             hidden = packed_hidden(model, tokens, segments, positions)
             for head in range(1, n + 1):
@@ -337,7 +345,7 @@ def train(
             factor = learning_rate_factor(step, options.steps, options.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-            counts = target_counts(batch["tokens"], batch["segments"], model.num_heads)
+            counts = target_counts(batch["tokens"], batch["segments"], model.num_heads, batch.get("responses"))
             parts = _split(batch, options.accumulation)
             sums = torch.stack([heads_loss(model, **part, options=options, counts=counts) for part in parts]).sum(0)
             means = counts + counts[1:] if coupling else counts

@@ -61,7 +61,8 @@ def byte_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
 def neox(vocab_size: int = 300, **kwargs) -> GPTNeoXForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
-    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=vocab_size, max_position_embeddings=128, **sizes | kwargs))
+    sizes["max_position_embeddings"] = 128
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=vocab_size, **sizes | kwargs))
 
 
 class Run:

@@ -53,7 +53,7 @@ def write_lines(path: Path, *texts: str) -> str:
 def store_of(*lengths: int) -> SimpleNamespace:
     """Documents of the tokens 0, 1, 2, .. numbered through."""
     offsets = np.cumsum([0, *lengths], dtype=np.int64)
-    return SimpleNamespace(tokens=np.arange(offsets[-1]), offsets=offsets)
+    return SimpleNamespace(tokens=np.arange(offsets[-1]), offsets=offsets, responses=None)
 
 
 # --- text -----------------------------------------------------------------------

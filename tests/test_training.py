@@ -144,7 +144,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 
 def store_of(*documents) -> SimpleNamespace:
     offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
-    return SimpleNamespace(tokens=np.concatenate(documents), offsets=offsets)
+    return SimpleNamespace(tokens=np.concatenate(documents), offsets=offsets, responses=None)
 
 
 def random_blocks(block_size: int = 12, seed: int = 0) -> Blocks:

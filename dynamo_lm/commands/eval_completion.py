@@ -7,14 +7,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dynamo_lm.commands.judging import (
+    JUDGE,
+    Endpoint,
+    JudgeModel,
+    KeyFrom,
+    PriceIn,
+    PriceOut,
+    Reference,
+    RequestsPerMinute,
+    Yes,
+    agree,
+    open_judge,
+)
 from dynamo_lm.commands.options import Device, Dtype, Json, Model, Threads, Tokenizer, grid
 from dynamo_lm.errors import InputError
 
 if TYPE_CHECKING:
     from dynamo_lm.evaluation.comparison import Completions
-    from dynamo_lm.evaluation.judges import Judge
+    from dynamo_lm.model import DynaMoForCausalLM
 
-TEXTS, JUDGE = "What is written", "Who judges"
+TEXTS = "What is written"
 
 
 def completion(
@@ -48,6 +61,22 @@ def completion(
         str | None,
         typer.Option("--ablation-eps-b", help="Settings of the dial for these. Default: --eps-b.", rich_help_panel=TEXTS),
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Ask the prompts through the model's chat template, as one user message each.",
+            rich_help_panel=TEXTS,
+        ),
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="A model whose base is compared with, one token per step, in place of MODEL's own: for one that was tuned "
+            "on the same data without heads. Any causal language model with the same tokenizer.",
+            rich_help_panel=TEXTS,
+        ),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict/--no-strict", help="Strict decoding, sampled, too.", rich_help_panel=TEXTS)
     ] = True,
@@ -57,43 +86,14 @@ def completion(
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", help="Length of a completion in tokens.", rich_help_panel=TEXTS)
     ] = 100,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            help="A language model as the judge, without a network: folder or hub id of one that is better than MODEL and "
-            "that was trained by others. It compares log-likelihoods per byte.",
-            rich_help_panel=JUDGE,
-        ),
-    ] = None,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="URL of an OpenAI-compatible endpoint as the judge; needs --judge-model.",
-            rich_help_panel=JUDGE,
-        ),
-    ] = None,
-    judge_model: Annotated[
-        str | None, typer.Option("--judge-model", help="Name of the model behind --endpoint.", rich_help_panel=JUDGE)
-    ] = None,
-    requests_per_minute: Annotated[
-        float | None,
-        typer.Option("--requests-per-minute", help="At most so many questions to --endpoint.", rich_help_panel=JUDGE),
-    ] = None,
-    price_in: Annotated[
-        float | None, typer.Option("--price-in", help="Its price per million tokens read.", rich_help_panel=JUDGE)
-    ] = None,
-    price_out: Annotated[
-        float | None, typer.Option("--price-out", help="Its price per million tokens written.", rich_help_panel=JUDGE)
-    ] = None,
-    key_from: Annotated[
-        str | None,
-        typer.Option(
-            "--key-from", help='Environment variable with its key; "" for an endpoint without.', rich_help_panel=JUDGE
-        ),
-    ] = "OPENAI_API_KEY",
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Do not ask before questions to --endpoint cost money.", rich_help_panel=JUDGE)
-    ] = False,
+    reference: Reference = None,
+    endpoint: Endpoint = None,
+    judge_model: JudgeModel = None,
+    requests_per_minute: RequestsPerMinute = None,
+    price_in: PriceIn = None,
+    price_out: PriceOut = None,
+    key_from: KeyFrom = "OPENAI_API_KEY",
+    yes: Yes = False,
     mauve: Annotated[
         bool, typer.Option("--mauve", help="MAUVE with the features of --reference, too.", rich_help_panel=JUDGE)
     ] = False,
@@ -119,13 +119,14 @@ def completion(
     from dynamo_lm.evaluation import record as records
     from dynamo_lm.evaluation.comparison import Completions, compare
     from dynamo_lm.evaluation.completion import BASELINE, METHODS, PAPER, arms, write_texts
+    from dynamo_lm.instruct.template import chat_template
 
     # 1. What was asked for.
     if out is None:
         raise InputError("Say where the texts and results go with --out FOLDER.")
     if seeds < 1:
         raise InputError(f"--seeds is {seeds}; give 1 or more.")
-    if reference is not None and endpoint is not None:
+    if reference is not None and endpoint is not None:  # before the model is opened
         raise InputError("Give one judge: --reference or --endpoint.")
     if mauve and reference is None:
         raise InputError("--mauve needs the features of a --reference model.")
@@ -135,17 +136,35 @@ def completion(
 
     # 2. The model, and the judge before the long work, so that a wrong name is told at once.
     network, tokens = open_for_evaluation(model, tokenizer=tokenizer, dtype=dtype, device=device, threads=threads)
+    opponent = None if base is None else _opponent(base, tokens, dtype=dtype, device=device)
+    if chat:
+        chat_template(tokens)
     table = network.cooccurrence
     widest = network.num_heads if table is None else min(network.num_heads, table.order)
     ceiling = heads or widest
     if not 1 < ceiling <= widest:
         raise InputError(f"--heads is {ceiling}; this model and its tables have 2 to {widest}.")
     kind = "completion" if name == "paper" else f"completion-{name}"
-    settings = {"bench": name, "seeds": seeds, "max_new_tokens": max_new_tokens, "heads": ceiling, "eps_b": dial}
+    settings: dict[str, Any] = {"bench": name, "seeds": seeds, "max_new_tokens": max_new_tokens}
+    settings |= {"heads": ceiling, "eps_b": dial}
+    if opponent is not None:
+        settings["base"] = records.describe(opponent, str(base))
+    if chat:
+        settings["chat_template"] = tokens.chat_template
     command = context.find_root().obj or []
     found = records.begin(kind, command, network, model, seed=seed, settings=settings)
     records.check_folder(out, found["model"])
-    judge = _judge(out, reference, endpoint, judge_model, requests_per_minute, price_in, price_out, key_from, device)
+    judge = open_judge(
+        out,
+        reference=reference,
+        endpoint=endpoint,
+        judge_model=judge_model,
+        requests_per_minute=requests_per_minute,
+        price_in=price_in,
+        price_out=price_out,
+        key_from=key_from,
+        device=device,
+    )
 
     # 3. The texts.
     chosen = arms(ceiling, [PAPER], dial, strict=strict)
@@ -159,17 +178,20 @@ def completion(
             prompts,
             chosen,
             out / f"{kind}.texts.jsonl",
+            base=opponent,
+            chat=chat,
             identity=found["model"]["identity"],
             seeds=seeds,
             seed=seed,
             max_new_tokens=max_new_tokens,
             progress=lambda done, total: say("writing", done, total),
         )
-    completions = Completions.gather(texts, chosen, prompts, seeds)
+    questions = [f"{prompt}\n\n" if chat else prompt for prompt in prompts]  # a completion goes on where its prompt ends
+    completions = Completions.gather(texts, chosen, questions, seeds)
 
     # 4. The verdicts.
     if endpoint is not None:
-        _agree(judge, completions, yes)
+        agree(_estimate(judge, completions), yes)
     with counting() as say:
         compared = compare(completions, judge, ceiling=ceiling, seed=seed, with_mauve=mauve, say=say)
     found |= {
@@ -177,7 +199,7 @@ def completion(
         "seeds": seeds,
         "max_new_tokens": max_new_tokens,
         "ceiling": ceiling,
-        "baseline": BASELINE,
+        "baseline": BASELINE if base is None else f"{base}, {BASELINE}",
         **compared,
     }
     file = records.save(out, found)
@@ -188,57 +210,35 @@ def completion(
     print(f"{file}; make a page of it: dynamo-lm report {out}")
 
 
-def _judge(
-    out: Path,
-    reference: str | None,
-    endpoint: str | None,
-    judge_model: str | None,
-    requests_per_minute: float | None,
-    price_in: float | None,
-    price_out: float | None,
-    key_from: str | None,
-    device: str,
-) -> Judge | None:
-    if reference is not None:
-        from dynamo_lm.evaluation.judges import ReferenceJudge
+def _opponent(base: str, tokenizer: Any, *, dtype: str, device: str) -> DynaMoForCausalLM:
+    """The base to compare with, as a model of one head.
 
-        return ReferenceJudge(reference, device=device, cache=out / "judge.reference.jsonl")
-    if endpoint is None:
-        return None
-    if judge_model is None:
-        raise InputError("--endpoint needs the name of a model: --judge-model.")
-    from dynamo_lm.evaluation.endpoint import EndpointJudge
+    Raises:
+        InputError: there is none, or its tokenizer is another one.
+    """
+    from dynamo_lm import DynaMoForCausalLM
+    from dynamo_lm.commands.opening import choose_device, open_config, open_model, open_tokenizer, resolve
+    from dynamo_lm.config import DynaMoConfig
+    from dynamo_lm.data import tokenizer_fingerprint
 
-    return EndpointJudge(
-        judge_model,
-        base_url=endpoint,
-        key_from=key_from or None,
-        requests_per_minute=requests_per_minute,
-        price_in=price_in,
-        price_out=price_out,
-        cache=out / "judge.endpoint.jsonl",
-    )
+    name = resolve(base)
+    config = open_config(name)
+    if tokenizer_fingerprint(open_tokenizer(name)) != tokenizer_fingerprint(tokenizer):
+        raise InputError(f'--base "{base}" has another tokenizer than the model; compare models with the same one.')
+    if isinstance(config, DynaMoConfig):
+        return open_model(name, dtype=dtype, device=device)
+    return DynaMoForCausalLM.from_base(name, num_heads=1, dtype=dtype).to(choose_device(device)).eval()  # type: ignore[arg-type]
 
 
-def _agree(judge: Any, completions: Completions, yes: bool) -> None:
-    """Says what the questions will cost at most and, where someone can answer, asks."""
-    import sys
-
+def _estimate(judge: Any, completions: Completions) -> dict[str, Any]:
+    """What the questions will cost at most."""
     from dynamo_lm.evaluation.comparison import duels
 
     every = len(completions.prompts) * completions.seeds
     pairs = (len(duels(completions, every_rung=False)) + 2) * every  # the sanity check asks two more
     singles = (len(completions.role("candidate")) + 1) * every
     lengths = [len(text.text) for rows in completions.texts.values() for row in rows for text in row]
-    estimate = judge.estimate(pairs, singles, sum(lengths) / len(lengths))
-    said = f"{estimate['requests']:,} questions at most, about {estimate['tokens_in'] + estimate['tokens_out']:,} tokens"
-    if estimate["cost"] is not None:
-        said += f", {estimate['cost']:.2f} at the prices given"
-    if estimate["minutes"] is not None:
-        said += f", {estimate['minutes']:.0f} minutes at the rate given"
-    typer.echo(f"{said}; verdicts of an earlier run are not asked for again.", err=True)
-    if not yes and sys.stdin.isatty() and not typer.confirm("Ask them?", err=True):
-        raise typer.Abort
+    return judge.estimate(pairs, singles, sum(lengths) / len(lengths))
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -57,8 +57,8 @@ def open_config(name: str) -> PreTrainedConfig:
         raise InputError(f'"{name}" {what}: {_reason(error)}') from error
 
 
-def open_tokenizer(name: str, *, vocab_size: int | None = None) -> Any:
-    """The tokenizer of a folder or hub id.
+def open_tokenizer(name: str, *, vocab_size: int | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or hub id; code that comes with it runs only if it is trusted.
 
     Raises:
         InputError: there is none, or it has ids at or beyond `vocab_size`.
@@ -69,7 +69,7 @@ def open_tokenizer(name: str, *, vocab_size: int | None = None) -> Any:
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
         raise InputError(f'"{name}" has no tokenizer; name one with --tokenizer, or save the model\'s own there.')
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         largest = max(tokenizer.get_vocab().values())
     except Exception as error:  # whatever a tokenizer's own code makes of broken files
         raise InputError(f'The tokenizer of "{name}" could not be opened: {_reason(error)}') from error
@@ -81,8 +81,10 @@ def open_tokenizer(name: str, *, vocab_size: int | None = None) -> Any:
     return tokenizer
 
 
-def open_model(name: str, *, dtype: str = "auto", device: str = "auto", tokenizer: Any = None) -> DynaMoForCausalLM:
-    """A DynaMo model ready to generate.
+def open_model(
+    name: str, *, dtype: str = "auto", device: str = "auto", tokenizer: Any = None, trust_remote_code: bool = False
+) -> DynaMoForCausalLM:
+    """A DynaMo model ready to generate; code that comes with it runs only if it is trusted.
 
     Raises:
         InputError: no such model, damaged files, or tables that were counted with another tokenizer.
@@ -92,14 +94,20 @@ def open_model(name: str, *, dtype: str = "auto", device: str = "auto", tokenize
     if dtype not in DTYPES:
         raise InputError(f'--dtype is "{dtype}"; give one of {", ".join(DTYPES)}.')
     where = choose_device(device)
-    model = DynaMoForCausalLM.from_pretrained(name, dtype=dtype)
+    model = DynaMoForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     if tokenizer is not None:
         check_table(model.cooccurrence, tokenizer, model.config.vocab_size, name)
     return model.to(where).eval()  # type: ignore[arg-type]
 
 
 def open_for_evaluation(
-    model: str, *, tokenizer: str | None, dtype: str, device: str, threads: int | None = None
+    model: str,
+    *,
+    tokenizer: str | None,
+    dtype: str,
+    device: str,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[DynaMoForCausalLM, Any]:
     """A DynaMo model and its tokenizer; sets the number of CPU threads if one is given.
 
@@ -118,8 +126,9 @@ def open_for_evaluation(
     config = open_config(name)
     if not isinstance(config, DynaMoConfig):
         raise InputError(f'"{model}" has no DynaMo heads; add some with `dynamo-lm train {model} --data ...`.')
-    tokens = open_tokenizer(tokenizer or name, vocab_size=config.vocab_size)
-    return open_model(name, dtype=dtype, device=device, tokenizer=tokens), tokens
+    trusted = {"trust_remote_code": trust_remote_code}
+    tokens = open_tokenizer(tokenizer or name, vocab_size=config.vocab_size, **trusted)
+    return open_model(name, dtype=dtype, device=device, tokenizer=tokens, **trusted), tokens
 
 
 def check_table(table: Any, tokenizer: Any, vocab_size: int, name: str) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from dynamo_lm.errors import InputError
+from dynamo_lm.evaluation import record
+from dynamo_lm.instruct.template import encode_chat
 from dynamo_lm.model import DynaMoForCausalLM
 
 PAPER = "mask+Otsu+blur"
@@ -32,6 +34,7 @@ STRICT = "strict"
 TEMPERATURE, TOP_K, PENALTY = 0.7, 50, 1.1  # the paper's sampling, of the baseline, too
 LADDER = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)  # temperatures of the base that are tried for matched diversity
 BASELINE = "one token per step, sampled as Algorithm 1 does at m = 1 (top-k 50, temperature 0.7, repetition penalty 1.1)"
+COMPARED_WITH = ("base", "again", "ladder")  # roles of the arms that candidates meet
 APART = 500_000  # added to the seed of the second, independent samples of the base
 
 
@@ -99,6 +102,8 @@ def write_texts(
     seeds: int,
     seed: int,
     max_new_tokens: int,
+    base: DynaMoForCausalLM | None = None,
+    chat: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Text]:
     """Continues every prompt `seeds` times with every arm, one text at a time; what `file` already has is kept.
@@ -106,6 +111,8 @@ def write_texts(
     Args:
         file: JSON lines: a head that says what the run is, then a text each.
         identity: of the model (`record.identity`).
+        base: the model of the arms that candidates are compared with, if it is not `model` at one token per step.
+        chat: ask each prompt as a user's message, through the tokenizer's chat template.
         progress: called with texts done and texts in all.
 
     Raises:
@@ -118,11 +125,17 @@ def write_texts(
         "seed": seed,
         "arms": [asdict(arm) for arm in chosen],
     }
+    if base is not None:
+        head["base"] = record.identity(base)
+    if chat:
+        head["chat_template"] = tokenizer.chat_template
     done = {(text.arm, text.prompt, text.seed): text for text in _resume(file, head)}
-    encoded = [tokenizer(prompt, return_tensors="pt").input_ids.to(model.device) for prompt in prompts]
+    encoded = [_encode(tokenizer, prompt, chat).to(model.device) for prompt in prompts]
+    writers = {arm.name: base if base is not None and arm.role in COMPARED_WITH else model for arm in chosen}
     if any(ids.shape[1] == 0 for ids in encoded):
         raise InputError("A prompt is empty; give a few words to begin with.")
-    ends = {} if model.generation_config.eos_token_id is not None else {"eos_token_id": tokenizer.eos_token_id}
+    stops = model.generation_config.eos_token_id  # of all arms, whoever writes
+    ends = {"eos_token_id": tokenizer.eos_token_id if stops is None else stops}
     total, fresh = len(prompts) * seeds * len(chosen), True
     with file.open("a", encoding="utf-8") as stream:
         for number in range(seeds):
@@ -134,14 +147,21 @@ def write_texts(
                         continue
                     if fresh:  # first calls pay for what is set up once
                         for other in chosen:
-                            model.generate(ids, max_new_tokens=4, seed=0, **other.arguments, **ends)
+                            writers[other.name].generate(ids, max_new_tokens=4, seed=0, **other.arguments, **ends)
                         fresh = False
-                    text = _complete(model, tokenizer, ids, arm, prompt, number, seed, max_new_tokens, ends)
+                    text = _complete(writers[arm.name], tokenizer, ids, arm, prompt, number, seed, max_new_tokens, ends)
                     done[arm.name, prompt, number] = text
                     stream.write(json.dumps(asdict(text), ensure_ascii=False) + "\n")
                     stream.flush()
                     progress(len(done), total)
     return list(done.values())
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
+    """(1, tokens)"""
+    if chat:
+        return torch.tensor([encode_chat(tokenizer, [{"role": "user", "content": prompt}])])
+    return tokenizer(prompt, return_tensors="pt").input_ids
 
 
 def _complete(
