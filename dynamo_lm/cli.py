@@ -17,6 +17,7 @@ import typer
 
 from dynamo_lm.commands.bench import bench
 from dynamo_lm.commands.calibrate import calibrate
+from dynamo_lm.commands.chat import chat
 from dynamo_lm.commands.count import count
 from dynamo_lm.commands.demo import demo
 from dynamo_lm.commands.eval_ablation import ablation
@@ -41,7 +42,7 @@ app = typer.Typer(
     name="dynamo-lm",
     help="Language models that predict several tokens per forward pass, with a dial from exact to fast.\n\n"
     "Begin with `dynamo-lm demo`. To do the same to a model of your own: `train` adds heads to it, `finetune` teaches it "
-    "to answer, `count` makes the tables that make them agree, `generate` writes with it, "
+    "to answer, `count` makes the tables that make them agree, `generate` writes with it, `chat` talks with it, "
     "`info` says what a folder holds. `eval` measures it, "
     "`bench` races it, `calibrate` chooses its dial, `report` makes a page of it all.",
     add_completion=False,
@@ -61,6 +62,7 @@ for question in questions:
 verbs: tuple[Callable[..., None], ...] = (
     demo,
     generate,
+    chat,
     train,
     finetune,
     count,

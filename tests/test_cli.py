@@ -19,7 +19,6 @@ from transformers import AutoTokenizer, BertConfig, GPTNeoXForCausalLM, T5Config
 from dynamo_lm import DynaMoForCausalLM, training
 from dynamo_lm.cli import main
 from dynamo_lm.commands import opening
-from dynamo_lm.commands.generate import _Writer
 from dynamo_lm.commands.train import train as train_verb
 from dynamo_lm.data import tokenizer_fingerprint
 
@@ -81,6 +80,7 @@ def test_the_help_names_every_verb(run):
         ),
         ("train", "--text-field --tables --out --save --dry-run --json"),
         ("count", "--data --tokenizer --order --min-count --memory-mb --out --merge --json"),
+        ("chat", "--system --verify --eps-b --temperature --max-new-tokens --seed --dtype --device --tokenizer"),
         ("info", "--json"),
     ],
 )
@@ -381,14 +381,6 @@ def test_a_budget_buys_tokens_per_step_for_regret(run, model):
     assert facts["0"][0] == facts["strict"][0]
     assert facts["strict"][1]["mean_regret"] == 0 < facts["0.5"][1]["mean_regret"] <= 0.5
     assert facts["0.5"][1]["forwards"] < facts["strict"][1]["forwards"]
-
-
-def test_characters_of_several_tokens_appear_when_they_are_whole():
-    tokenizer = byte_tokenizer(258)  # a token a byte
-    ids = tokenizer("fox é!")["input_ids"]
-    writer = _Writer(tokenizer, ids[:3], "fox", [])
-    assert [writer.add([token]) for token in ids[3:]] == [" ", "", "é", "!"]
-    assert (writer.end(), writer.said) == ("", " é!")
 
 
 # --- info -----------------------------------------------------------------------
