@@ -28,6 +28,7 @@ from dynamo_lm.commands.finetune import finetune
 from dynamo_lm.commands.generate import generate
 from dynamo_lm.commands.info import info
 from dynamo_lm.commands.report import report
+from dynamo_lm.commands.serve import serve
 from dynamo_lm.commands.train import train
 from dynamo_lm.errors import InputError
 
@@ -36,14 +37,15 @@ EXTRAS = {  # packages that only some verbs need: which extra brings them
     "eval": ("lm_eval", "accelerate", "datasets", "matplotlib", "openai", "mauve", "faiss", "sacrebleu"),
     "train": ("tensorboard", "pyarrow", "peft"),
     "bench": ("xllamacpp", "gguf", "flashspec"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client", "structlog"),
 }
 
 app = typer.Typer(
     name="dynamo-lm",
     help="Language models that predict several tokens per forward pass, with a dial from exact to fast.\n\n"
     "Begin with `dynamo-lm demo`. To do the same to a model of your own: `train` adds heads to it, `finetune` teaches it "
-    "to answer, `count` makes the tables that make them agree, `generate` writes with it, `chat` talks with it, "
-    "`info` says what a folder holds. `eval` measures it, "
+    "to answer, `count` makes the tables that make them agree, `generate` writes with it, `chat` talks with it, `serve` "
+    "lets other programs do so, `info` says what a folder holds. `eval` measures it, "
     "`bench` races it, `calibrate` chooses its dial, `report` makes a page of it all.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -63,6 +65,7 @@ verbs: tuple[Callable[..., None], ...] = (
     demo,
     generate,
     chat,
+    serve,
     train,
     finetune,
     count,

@@ -89,7 +89,7 @@ def heatmap(model: DynaMoForCausalLM, tokenizer: Any, prompt: str, *, eps_b: flo
         raise InputError("The prompt is empty; give a few words with --prompt.")
     limit = model.config.max_context
     if limit and len(ids) > limit:
-        raise InputError(f"The prompt has {len(ids)} tokens and the model's context is {limit}; shorten --prompt.")
+        raise InputError(f"The prompt has {len(ids)} tokens and the model's context is {limit}; shorten it.")
     states = model.hidden(torch.tensor([ids], device=model.device), num_heads=2)[:, :, -1:]  # (2, 1, 1, hidden)
     logits = torch.cat([model.readout(state, head)[0] for head, state in enumerate(states, start=1)])  # (2, V)
     own = getattr(model.generation_config, "eps_b", None)

@@ -1,0 +1,198 @@
+"""A load test of `dynamo-lm serve`: more clients than the queue takes, strict greedy answers compared with the offline ones.
+
+`nice python -m benchmarks.load --seconds 600 > results/serving/load.json`. locust is the load generator; its clients are
+in `benchmarks.load_clients`. Three parts on one server: throughput with one client, then with as many as the batch holds;
+then overload, with the server's memory sampled every second; in its last seconds the server gets SIGTERM and must still
+finish what it accepted. Clients and server share the machine, so throughput is a ratio between two such runs and no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.story import PROMPTS
+from dynamo_lm.bench.results import machine
+from dynamo_lm.commands.opening import open_for_evaluation
+from dynamo_lm.provenance import now, versions
+
+LENGTHS = (16, 32, 48, 64)  # new tokens of an answer
+
+
+def plan(model: str) -> dict[str, Any]:
+    """Prompts with what the model writes behind them, one at a time and offline."""
+    network, tokenizer = open_for_evaluation(model, tokenizer=None, dtype="float32", device="cpu")
+    texts = []
+    for number, prompt in enumerate(PROMPTS.read_text().splitlines()):
+        tokens = LENGTHS[number % len(LENGTHS)]
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        output = network.generate(ids, max_new_tokens=tokens, num_heads=1)
+        text = tokenizer.decode(output[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
+        texts.append({"prompt": prompt, "tokens": tokens, "text": text})
+    return {"model": model, "texts": texts}
+
+
+class Server:
+    """`dynamo-lm serve` in a process of its own."""
+
+    def __init__(self, arguments: list[str], log: Path):
+        command = [sys.executable, "-m", "dynamo_lm.cli", "serve", *arguments, "--port", "0"]
+        self.log = log
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log.open("w"), text=True)
+        assert self.process.stdout is not None
+        ready = re.search(r"http://\S+", self.process.stdout.readline())
+        if ready is None:
+            raise SystemExit(log.read_text())
+        self.url = ready[0]
+
+    def numbers(self) -> dict[str, float]:
+        """The server's metrics, labels summed up."""
+        found: dict[str, float] = {}
+        with urllib.request.urlopen(f"{self.url}/metrics") as answer:
+            for line in answer.read().decode().splitlines():
+                if not line.startswith("#"):
+                    name, value = line.split()
+                    found[name.partition("{")[0]] = found.get(name.partition("{")[0], 0.0) + float(value)
+        return found
+
+    def megabytes(self) -> float:
+        """Resident memory."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
+
+    def requests(self) -> list[dict[str, Any]]:
+        """What its log says of requests."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        return [line for line in lines if line["event"] == "request" and line["path"].startswith("/v1")]
+
+
+def clients(server: Server, number: int, seconds: float, folder: Path) -> subprocess.Popen:
+    """locust, so many clients for so long."""
+    environment = {**os.environ, "LOAD_PLAN": str(folder / "plan.json"), "LOAD_REPORT": str(folder / "report.json")}
+    options = f"--headless -u {number} -r {number} -t {seconds:g}s --host {server.url} --only-summary --stop-timeout 120"
+    command = [sys.executable, "-m", "locust", "-f", "benchmarks/load_clients.py", *options.split()]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=(folder / "locust.log").open("a"), env=environment)
+
+
+def throughput(server: Server, number: int, seconds: float, folder: Path) -> dict[str, Any]:
+    """Tokens a second with so many clients, the first and last tenth of the time left out."""
+    running = clients(server, number, seconds, folder)
+    while server.numbers().get("dynamo_running_texts", 0) < 1:
+        time.sleep(0.1)
+    time.sleep(seconds * 0.1)
+    before, began = server.numbers(), time.perf_counter()
+    time.sleep(seconds * 0.7)
+    after, spent = server.numbers(), time.perf_counter() - began
+    running.wait()
+    gained = {key: after[f"dynamo_{key}_total"] - before[f"dynamo_{key}_total"] for key in ("tokens", "steps", "forwards")}
+    return {
+        "clients": number,
+        "seconds": round(spent, 1),
+        "tokens_per_second": round(gained["tokens"] / spent, 1),
+        "tokens_per_step": round(gained["tokens"] / gained["steps"], 3),
+        "texts_per_forward": round(gained["steps"] / gained["forwards"], 2),
+        **json.loads((folder / "report.json").read_text()),
+    }
+
+
+def overload(server: Server, number: int, seconds: float, folder: Path) -> dict[str, Any]:
+    """More clients than there is room for, and SIGTERM in the last seconds."""
+    samples: list[float] = []
+    stopped = threading.Event()
+
+    def sample() -> None:
+        while not stopped.wait(1.0) and server.process.poll() is None:
+            samples.append(round(server.megabytes(), 1))
+
+    earlier = len(server.requests())
+    running = clients(server, number, seconds, folder)
+    watch = threading.Thread(target=sample)
+    watch.start()
+    time.sleep(max(1.0, seconds - 3))
+    stopped.set()
+    watch.join()
+    numbers = server.numbers()
+    server.process.terminate()
+    status = server.process.wait(180)
+    running.wait()
+    report = json.loads((folder / "report.json").read_text())
+    logged = server.requests()[earlier:]
+    accepted = [line for line in logged if "finish" in line and None not in line["finish"]]
+    counts = report["counts"]
+    return {
+        "clients": number,
+        "seconds": seconds,
+        **report,
+        "server": {
+            "exit_status": status,
+            "statuses": {str(s): sum(line["status"] == s for line in logged) for s in {line["status"] for line in logged}},
+            "finished": len(accepted),  # texts that the engine wrote to their end
+            "received": counts.get("200", 0),  # of those, by clients that waited for the end
+            "tokens": numbers["dynamo_tokens_total"],
+        },
+        "memory_mb": memory(samples),
+    }
+
+
+def memory(samples: list[float]) -> dict[str, Any]:
+    """Resident memory over time; the slope leaves out the first fifth."""
+    late = samples[len(samples) // 5 :]
+    slope = statistics.linear_regression(range(len(late)), late).slope * 60 if len(late) > 1 else 0.0
+    tenth = max(1, len(samples) // 10)
+    return {
+        "first": statistics.median(samples[:tenth]),
+        "last": statistics.median(samples[-tenth:]),
+        "most": max(samples),
+        "per_minute": round(slope, 2),
+        "every_tenth": samples[::tenth],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="story")
+    parser.add_argument("--seconds", type=float, default=600, help="of the overload; throughput takes a tenth of it each")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--queue", type=int, default=8)
+    parser.add_argument("--clients", type=int, default=40)
+    options = parser.parse_args()
+    limits = ["--max-batch", str(options.batch), "--max-queue", str(options.queue)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "plan.json").write_text(json.dumps(plan(options.model)))
+        server = Server([options.model, "--dtype", "float32", *limits], folder / "server.log")
+        try:
+            short = max(8.0, options.seconds / 10)
+            one = throughput(server, 1, short, folder)
+            many = throughput(server, options.batch, short, folder)
+            rush = overload(server, options.clients, options.seconds, folder)
+        finally:
+            server.process.kill()
+    record = {
+        "finished": now(),
+        "versions": versions() | {"locust": version("locust")},
+        "machine": machine(torch.device("cpu")),
+        "settings": vars(options),
+        "throughput": {"one": one, "batch": many},
+        "ratio": round(many["tokens_per_second"] / one["tokens_per_second"], 2),
+        "overload": rush,
+    }
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

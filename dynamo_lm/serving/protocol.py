@@ -1,0 +1,280 @@
+"""What goes over the wire: OpenAI's requests and answers for completions and chats, and this project's fields beside them.
+
+Knows no model and no network. Numbers that JSON cannot hold (NaN, infinities) are refused; fields that are not listed
+here are ignored, as clients expect. What a field may be is checked here, what the model makes of it in
+`dynamo_lm.serving.choices`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Finish = Literal["stop", "length"]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+UNLESS_NONE = Field(exclude_if=lambda value: value is None)  # a field of an answer that is left out where it says nothing
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a pair, which JSON can hold and no text can
+        raise ValueError("it holds characters that are no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
+class Refusal(Exception):
+    """A request that is not carried out: one sentence, in OpenAI's error form."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
+        self.retry_after = retry_after  # seconds
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+
+
+# ------------------------------------------------------------------ requests
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = None  # one more chunk, with the tokens counted
+
+
+class Request(BaseModel):
+    """What completions and chats have in common. None is the same as no value at all."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None  # 0: the most likely
+    top_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    # Ours
+    verify: Literal["strict", "off"] | Annotated[Finite, Field(ge=0)] | None = None
+    eps_b: Annotated[Finite, Field(ge=0, le=1)] | None = None  # with verify "off"
+    num_heads: Annotated[int, Field(ge=1)] | None = None  # the most tokens a step may give
+    top_k: Annotated[int, Field(ge=1, le=1000)] | None = None
+    repetition_penalty: Annotated[Finite, Field(ge=0.1, le=10)] | None = None
+
+    # What would change the text and is not done: refused unless it asks for nothing
+    presence_penalty: Finite | None = None
+    frequency_penalty: Finite | None = None
+    logit_bias: dict[str, float] | None = None
+
+
+class CompletionRequest(Request):
+    """POST /v1/completions"""
+
+    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    suffix: str | None = None
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: Text
+
+
+class Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text"]
+
+
+class ChatRequest(Request):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = None
+    functions: list[Any] | None = None
+
+
+# ------------------------------------------------------------------ answers
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Figures(BaseModel):
+    """What the texts cost and what they are worth; log-likelihood and regret are the base's own, in nats per token."""
+
+    forwards: int  # of the model, the prompt's included
+    new_tokens: int
+    tokens_per_step: float
+    ceiling: int  # the most tokens a step could give
+    histogram: list[int]  # how many steps gave 1, 2, .. tokens
+    backed_off: int  # steps that gave fewer tokens than the ceiling
+    step_sizes: list[int] | None  # tokens of each step, in order; null where several texts are summed up
+    mean_log_likelihood: float
+    mean_regret: float
+    verify: str | float
+    eps_b: float | None  # null where it has no part, which is unless verify is "off"
+    seed: int | None  # that gives the same text again; null where several texts are summed up
+    seconds: float  # from the first forward to the last
+    timed_out: bool  # whether the server's time limit cut a text short
+
+
+class Steps(BaseModel):
+    """Beside a streamed chunk: the tokens that one step of decoding gave, each as text."""
+
+    step: list[str]
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Finish | None = None
+    dynamo: Annotated[Figures | None, UNLESS_NONE] = None
+
+
+class Completion(BaseModel):
+    """The answer to a completion, and each chunk of a streamed one."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Annotated[Usage | None, UNLESS_NONE] = None
+    dynamo: Annotated[Figures | Steps | None, UNLESS_NONE] = None
+
+
+class TopLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Finish
+    dynamo: Annotated[Figures | None, UNLESS_NONE] = None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    dynamo: Figures
+
+
+class Delta(BaseModel):
+    role: Annotated[Literal["assistant"] | None, UNLESS_NONE] = None
+    content: Annotated[str | None, UNLESS_NONE] = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Finish | None = None
+    dynamo: Annotated[Figures | None, UNLESS_NONE] = None
+
+
+class ChatChunk(BaseModel):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Annotated[Usage | None, UNLESS_NONE] = None
+    dynamo: Annotated[Figures | Steps | None, UNLESS_NONE] = None
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "dynamo-lm"
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    status: Literal["ok", "stopping", "failed"]
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: Error

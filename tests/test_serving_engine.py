@@ -1,0 +1,215 @@
+"""The engine: rows come and go between steps, nobody's options stop the others, and what was accepted is finished."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+import torch
+from served import PROMPTS, offline, small
+
+from dynamo_lm.errors import InputError
+from dynamo_lm.rows import DecodingOptions
+from dynamo_lm.sampling import Algorithm1
+from dynamo_lm.serving.choices import Ask, Limits
+from dynamo_lm.serving.engine import ABSORBED, Engine, Observer
+from dynamo_lm.serving.metrics import Metrics
+from dynamo_lm.serving.protocol import Refusal
+
+
+def ask(prompt: str = PROMPTS[0], tokens: int = 24, seed: int = 0, **options) -> Ask:
+    ids = small()[1](prompt)["input_ids"]
+    algorithm = Algorithm1(alpha_c=0.0, eps_b=0.1)
+    return Ask(ids, DecodingOptions(tokens, **{"num_heads": 3, "algorithm": algorithm, "tree": 0} | options), seed)
+
+
+async def tokens_of(ticket) -> list[list[int]]:
+    """The tokens of each text of a ticket."""
+    found: list[list[int]] = [[] for _ in ticket.seats]
+    while (event := await ticket.next()) is not None:
+        found[ticket.seats.index(event.seat)] += event.tokens
+    return found
+
+
+def with_engine(scenario, limits: Limits = Limits(), observer: Observer | None = None):  # noqa: B008
+    """Runs scenario(engine) beside an engine of the small model."""
+
+    async def run():
+        engine = Engine(small()[0], 3, limits, observer or Metrics(3))
+        engine.start()
+        try:
+            return await asyncio.wait_for(scenario(engine), 20)
+        finally:
+            await asyncio.wait_for(engine.stop(), 20)
+            assert not engine._seated and not engine._waiting and engine._held == 0
+
+    return asyncio.run(run())
+
+
+def test_rows_that_come_while_others_run_are_what_they_are_alone():
+    async def scenario(engine):
+        tasks = []
+        for number in range(12):  # strict, sampled, off and one head, in a batch of four
+            options = [{}, {"sample": True}, {"verify": "off", "sample": True}, {"num_heads": 1}][number % 4]
+            tasks.append(asyncio.ensure_future(tokens_of(engine.accept([ask(PROMPTS[number % 6], **options)]))))
+            await asyncio.sleep(0.005)
+        return await asyncio.gather(*tasks)
+
+    found = with_engine(scenario, Limits(batch=4))
+    for number in (0, 4, 8, 3, 7, 11):
+        assert found[number][0] == offline(PROMPTS[number % 6], 24), number
+
+
+def test_a_rule_that_raises_ends_its_own_text_alone():
+    def bad_stop(tokens):
+        raise RuntimeError("a stop rule of somebody's")
+
+    def bad_warp(row, tokens, logits):
+        raise RuntimeError("a warp of somebody's")
+
+    def empty_warp(row, tokens, logits):
+        return torch.full_like(logits, -torch.inf)
+
+    async def scenario(engine):
+        good = asyncio.ensure_future(tokens_of(engine.accept([ask(tokens=60)])))
+        errors = []
+        for options in ({"stops": (bad_stop,)}, {"warps": (bad_warp,)}, {"warps": (empty_warp,), "sample": True}):
+            try:
+                await tokens_of(engine.accept([ask(**options)]))
+            except (RuntimeError, InputError) as error:
+                errors.append(str(error))
+        return errors, await good, await tokens_of(engine.accept([ask()]))
+
+    errors, good, after = with_engine(scenario)
+    assert [error.split()[0] for error in errors] == ["a", "a", "The"]
+    assert good[0] == offline(PROMPTS[0], 60) and after[0] == offline(PROMPTS[0], 24)
+
+
+def test_a_step_that_fails_ends_its_rows_and_the_next_request_is_answered():
+    async def scenario(engine):
+        weight = small()[0].base.get_input_embeddings().weight
+        before = weight.detach().clone()
+        running = asyncio.ensure_future(tokens_of(engine.accept([ask(tokens=3000), ask(PROMPTS[1], tokens=3000)])))
+        await asyncio.sleep(0.05)
+        await engine.call(lambda model: weight.data.fill_(float("nan")))
+        with pytest.raises(InputError):
+            await running
+        await engine.call(lambda model: weight.data.copy_(before))
+        return await tokens_of(engine.accept([ask()]))
+
+    assert with_engine(scenario)[0] == offline(PROMPTS[0], 24)
+
+
+def test_whatever_else_fails_in_the_thread_does_not_end_it():
+    class Fails(Metrics):
+        failures = 1
+
+        def stepped(self, rows, seconds):
+            self.failures -= 1
+            if self.failures >= 0:
+                raise RuntimeError("no room for numbers")
+
+    async def scenario(engine):
+        with pytest.raises(RuntimeError, match="no room"):
+            await tokens_of(engine.accept([ask(), ask()]))
+        return await tokens_of(engine.accept([ask()]))
+
+    assert with_engine(scenario, observer=Fails(3))[0] == offline(PROMPTS[0], 24)
+
+
+def test_a_cancelled_text_leaves_within_a_step_and_its_place_is_taken():
+    async def scenario(engine):
+        long = engine.accept([ask(tokens=4000)])
+        await long.next()
+        waiting = engine.accept([ask(tokens=8)])
+        gone = engine.accept([ask(tokens=8)])
+        gone.cancel()
+        began = time.monotonic()
+        long.cancel()
+        found = await tokens_of(waiting)
+        assert await long.next() is None and await gone.next() is None
+        return found, time.monotonic() - began
+
+    found, seconds = with_engine(scenario, Limits(batch=1))
+    assert found[0] == offline(PROMPTS[0], 8)
+    assert seconds < 1  # 4,000 tokens take several
+
+
+def test_no_more_is_accepted_than_batch_and_queue_hold():
+    async def scenario(engine):
+        with pytest.raises(Refusal, match="holds 3") as refusal:
+            engine.accept([ask()] * 4)
+        assert refusal.value.status == 400
+        tickets = [engine.accept([ask()]) for _ in range(3)]
+        with pytest.raises(Refusal, match="queue is full") as refusal:
+            engine.accept([ask()])
+        assert refusal.value.status == 429 and refusal.value.retry_after >= 1
+        await asyncio.gather(*(tokens_of(ticket) for ticket in tickets))
+        return await tokens_of(engine.accept([ask()]))  # and there is room again
+
+    assert with_engine(scenario, Limits(batch=1, queue=2))[0] == offline(PROMPTS[0], 24)
+
+
+def test_time_is_limited_with_the_text_so_far_and_without_any_refused():
+    async def scenario(engine):
+        running, waiting = engine.accept([ask(tokens=4000)]), engine.accept([ask()])
+        events = []
+        while (event := await running.next()) is not None:
+            events.append(event)
+        with pytest.raises(Refusal, match="max-seconds") as refusal:
+            await tokens_of(waiting)
+        assert refusal.value.status == 503
+        return events
+
+    events = with_engine(scenario, Limits(batch=1, seconds=0.3))
+    assert events[-1].finished == "length" and events[-1].timed_out and events[-1].statistics.new_tokens > 3
+    written = [token for event in events for token in event.tokens]
+    assert written == offline(PROMPTS[0], len(written))
+
+
+def test_borrowed_functions_run_between_steps_in_the_engines_thread():
+    async def scenario(engine):
+        text = asyncio.ensure_future(tokens_of(engine.accept([ask(tokens=60)])))
+        logits = await engine.call(lambda model: model(torch.tensor([[5, 6]])).logits)
+        with pytest.raises(ZeroDivisionError):
+            await engine.call(lambda model: 1 / 0)
+        ran = []
+        forgotten = asyncio.ensure_future(engine.call(lambda model: time.sleep(0.1)))
+        cancelled = asyncio.ensure_future(engine.call(lambda model: ran.append(1)))
+        await asyncio.sleep(0.02)
+        cancelled.cancel()
+        await forgotten
+        return logits, await text, ran
+
+    logits, text, ran = with_engine(scenario)
+    assert logits.shape == (1, 2, 300) and text[0] == offline(PROMPTS[0], 60) and ran == []
+
+
+def test_long_prompts_join_over_several_steps_and_in_order():
+    prompt = "the fox ran to a red house " * 100
+    length = len(small()[1](prompt)["input_ids"])
+    assert ABSORBED // 4 < length < ABSORBED // 2
+
+    async def scenario(engine):
+        tickets = [engine.accept([ask(prompt, tokens=4)]) for _ in range(5)]
+        order = []
+
+        async def watch(number, ticket):
+            await ticket.next()
+            order.append(number)
+            return await tokens_of(ticket)
+
+        await asyncio.gather(*(watch(number, ticket) for number, ticket in enumerate(tickets)))
+        return order
+
+    assert with_engine(scenario) == [0, 1, 2, 3, 4]
+
+
+def test_what_was_accepted_is_finished_before_the_engine_stops():
+    async def scenario(engine):
+        tickets = [engine.accept([ask(prompt)]) for prompt in PROMPTS]
+        await engine.stop()
+        return [(await tokens_of(ticket))[0] for ticket in tickets]
+
+    assert with_engine(scenario, Limits(batch=2)) == [offline(prompt, 24) for prompt in PROMPTS]
