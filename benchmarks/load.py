@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--queue", type=int, default=8)
     parser.add_argument("--clients", type=int, default=40)
     options = parser.parse_args()
+    generator = {"locust": version("locust")}
     limits = ["--max-batch", str(options.batch), "--max-queue", str(options.queue)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -184,7 +185,7 @@ def main() -> None:
             server.process.kill()
     record = {
         "finished": now(),
-        "versions": versions() | {"locust": version("locust")},
+        "versions": versions() | generator,
         "machine": machine(torch.device("cpu")),
         "settings": vars(options),
         "throughput": {"one": one, "batch": many},

@@ -83,11 +83,13 @@ class RowCache(Cache):
         self.lengths = self.lengths[rows]
 
     def extend(self, other: RowCache) -> None:
-        """Appends the rows of another cache of the same model."""
+        """Appends the rows of another cache of the same model. Slots that only rows now gone have needed are given back."""
+        lengths = torch.cat([self.lengths, other.lengths])
+        slots = int(lengths.max()) + GROWTH
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             if mine.is_initialized:  # type: ignore[union-attr]
-                mine.extend(theirs)  # type: ignore[union-attr]
-        self.lengths = torch.cat([self.lengths, other.lengths])
+                mine.extend(theirs, slots)  # type: ignore[union-attr]
+        self.lengths = lengths
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return int(self.lengths.max()) if len(self.lengths) else 0
@@ -142,11 +144,11 @@ class _RowLayer(CacheLayerMixin):
         self.keys = self.keys.index_select(0, rows)  # type: ignore[union-attr]
         self.values = self.values.index_select(0, rows)  # type: ignore[union-attr]
 
-    def extend(self, other: _RowLayer) -> None:
+    def extend(self, other: _RowLayer, slots: int) -> None:
         """Appends the rows of another cache's entry, to every copy of the rows; call it before the lengths change."""
         copies = len(self.keys) // self.cache.rows  # type: ignore[arg-type]
-        self.keys = _appended(self.keys, other.keys, copies)  # type: ignore[arg-type]
-        self.values = _appended(self.values, other.values, copies)  # type: ignore[arg-type]
+        self.keys = _appended(self.keys, other.keys, copies, slots)  # type: ignore[arg-type]
+        self.values = _appended(self.values, other.values, copies, slots)  # type: ignore[arg-type]
 
     def move(self, rows: Tensor, to: Tensor, at: Tensor) -> None:
         """Copies slots `at` of `rows` to slots `to`, (moves,) each."""
@@ -171,9 +173,8 @@ def _copied(rows: Tensor, copies: int, total: int) -> Tensor:
     return rows if copies == 1 else torch.cat([rows + copy * total for copy in range(copies)])
 
 
-def _appended(buffer: Tensor, more: Tensor, copies: int) -> Tensor:
-    """Two buffers of (copies * rows, heads, slots, width) as one with the rows of both and the slots of the longer."""
-    slots = max(buffer.shape[2], more.shape[2])
+def _appended(buffer: Tensor, more: Tensor, copies: int, slots: int) -> Tensor:
+    """Two buffers of (copies * rows, heads, any, width) as one of (copies * all rows, heads, slots, width)."""
     parts = [F.pad(part, (0, 0, 0, slots - part.shape[2])).unflatten(0, (copies, -1)) for part in (buffer, more)]
     return torch.cat(parts, 1).flatten(0, 1)
 

@@ -127,7 +127,7 @@ class TokenScore(NamedTuple):
     top: list[tuple[int, float]]  # the likeliest tokens and their log-probabilities, as many as were asked for
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """One sequence being decoded."""
 

@@ -29,6 +29,7 @@ from dynamo_lm.serving.engine import Engine, Ticket
 from dynamo_lm.serving.gate import Gate, refuse
 from dynamo_lm.serving.logs import log
 from dynamo_lm.serving.metrics import Metrics
+from dynamo_lm.serving.playground import playground
 from dynamo_lm.serving.protocol import (
     ChatCompletion,
     ChatRequest,
@@ -182,10 +183,7 @@ def create_app(model: DynaMoForCausalLM, tokenizer: Any, settings: Settings) -> 
     async def failed(request: Request, error: Exception) -> Response:
         return _Refused(FAILED)
 
-    with contextlib.suppress(ModuleNotFoundError):
-        from dynamo_lm.serving.playground import playground
-
-        app.include_router(playground(model, tokenizer, engine))
+    app.include_router(playground(model, tokenizer, engine))
     app.state.gate, app.state.engine, app.state.metrics = gate, engine, metrics
     return app
 
