@@ -327,6 +327,16 @@ def test_a_useless_judge_leaves_a_banner_and_no_win_rate_anywhere(story, tmp_pat
     assert "2.60" not in [headline.value for headline in page.headlines]
 
 
+def test_where_too_few_prompts_gave_an_interval_there_is_none(full):
+    file = full / "completion.json"
+    found = json.loads(file.read_text())
+    for method in found["methods"].values():
+        for each in method["points"]:
+            each |= {"tokens_per_step_interval": None, "speed_up": {"median": 1.234, "low": None, "high": None}}
+    file.write_text(json.dumps(found))
+    assert "| 1.23x |" in report.markdown(report.assemble(full))
+
+
 @pytest.mark.parametrize("kind", ["completion", "perplexity", "calibration", "nlu", "ablation"])
 def test_every_part_is_optional_and_a_missing_one_is_named_with_its_command(story, tmp_path, kind):
     write_results(tmp_path, *story, kinds={kind})

@@ -245,7 +245,8 @@ def _ablations(record: Record, prefix: str) -> list[Any]:
         for p in entry["points"]:
             speed = p["speed_up"]
             row = [method, _dial(p["eps_b"]), within(p["tokens_per_step"], p.get("tokens_per_step_interval"))]
-            row.append(f"{speed['median']:.2f}x ({speed['low']:.2f}-{speed['high']:.2f})")
+            spread = f" ({speed['low']:.2f}-{speed['high']:.2f})" if speed["low"] is not None else ""  # too few prompts
+            row.append(f"{speed['median']:.2f}x{spread}")
             row += [_rate(p, "matched"), _rate(p, "plain")] * judged
             rows.append([*row, number(p["log_likelihood_per_byte"], 3), number(p["regret"], 3)])
     note = "" if judged else HIDDEN
