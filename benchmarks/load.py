@@ -169,9 +169,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--queue", type=int, default=8)
     parser.add_argument("--clients", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1, help="of the server; its clients need a core, too")
     options = parser.parse_args()
     generator = {"locust": version("locust")}
-    limits = ["--max-batch", str(options.batch), "--max-queue", str(options.queue)]
+    limits = ["--max-batch", str(options.batch), "--max-queue", str(options.queue), "--threads", str(options.threads)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "plan.json").write_text(json.dumps(plan(options.model)))

@@ -2,8 +2,9 @@
 
 The only file that knows transformers' cache classes and mask conventions. In a `RowCache` slot j of a row holds the row's
 position j, always: there is no padding on the left and nothing to crop. A step writes its tokens behind each row's length;
-keeping fewer than were written only means that the length grows by less, and the next step overwrites the rest. An entry
-may hold every row several times, once for each head of a `WideLayer`. Sliding
+keeping fewer than were written only means that the length grows by less, and the next step overwrites the rest. A row that
+ended leaves its seat empty (length 0) for another, because moving the rest costs more than to compute an empty row once. An
+entry may hold every row several times, once for each head of a `WideLayer`. Sliding
 layers keep the whole context (their window is in the mask), so memory grows with the context, not with the window.
 """
 
@@ -71,25 +72,33 @@ class RowCache(Cache):
                  for to, at in enumerate(path, start=1) if to != at]  # fmt: skip
         if moves:
             rows, to, at = torch.tensor(moves).T
-            for layer in self.layers:
-                if layer.is_initialized:  # type: ignore[union-attr]
-                    layer.move(rows, to, at)  # type: ignore[union-attr]
+            for layer in self._filled():
+                layer.move(rows, to, at)
 
     def select(self, rows: Tensor) -> None:
-        """Drops all rows but these. rows: (kept,) int64."""
-        for layer in self.layers:
-            if layer.is_initialized:  # type: ignore[union-attr]
-                layer.reorder_cache(rows)  # type: ignore[arg-type]
-        self.lengths = self.lengths[rows]
+        """Drops all rows but these, and slots that none of them needs. rows: (kept,) int64."""
+        lengths = self.lengths[rows]
+        for layer in self._filled():
+            layer.select(rows, int(lengths.max()) + GROWTH)
+        self.lengths = lengths
+
+    def place(self, other: RowCache, rows: Tensor, seats: Tensor) -> None:
+        """Copies rows of another cache of the same model into seats of this one, (copied,) int64 each."""
+        lengths = other.lengths[rows]
+        for mine, theirs in zip(self._filled(), other._filled(), strict=True):
+            mine.place(theirs, rows, seats, int(lengths.max()))
+        self.lengths[seats] = lengths
 
     def extend(self, other: RowCache) -> None:
-        """Appends the rows of another cache of the same model. Slots that only rows now gone have needed are given back."""
+        """Appends the rows of another cache of the same model. Slots that no row needs are given back."""
         lengths = torch.cat([self.lengths, other.lengths])
-        slots = int(lengths.max()) + GROWTH
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            if mine.is_initialized:  # type: ignore[union-attr]
-                mine.extend(theirs, slots)  # type: ignore[union-attr]
+        for mine, theirs in zip(self._filled(), other._filled(), strict=True):
+            mine.extend(theirs, int(lengths.max()) + GROWTH)
         self.lengths = lengths
+
+    def _filled(self) -> list[_RowLayer]:
+        """The entries that a forward has written."""
+        return [layer for layer in self.layers if layer.is_initialized]  # type: ignore[union-attr, misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return int(self.lengths.max()) if len(self.lengths) else 0
@@ -138,23 +147,35 @@ class _RowLayer(CacheLayerMixin):
         self.values = _write(self.values, value_states, self.cache)  # type: ignore[arg-type]
         return self.keys[:, :, : self.cache.end], self.values[:, :, : self.cache.end]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        copies = len(self.keys) // self.cache.rows  # type: ignore[arg-type]
-        rows = _copied(beam_idx, copies, self.cache.rows).to(self.device)
-        self.keys = self.keys.index_select(0, rows)  # type: ignore[union-attr]
-        self.values = self.values.index_select(0, rows)  # type: ignore[union-attr]
+    @property
+    def copies(self) -> int:
+        """How often the entry holds every row; ask before the cache's rows change."""
+        return len(self.keys) // self.cache.rows  # type: ignore[arg-type]
+
+    def select(self, rows: Tensor, slots: int) -> None:
+        """Keeps these rows, in every copy, and as many slots at most."""
+        rows = _copied(rows, self.copies, self.cache.rows).to(self.device)
+        self.keys = self.keys[:, :, :slots].index_select(0, rows)  # type: ignore[index]
+        self.values = self.values[:, :, :slots].index_select(0, rows)  # type: ignore[index]
+
+    def place(self, other: _RowLayer, rows: Tensor, seats: Tensor, slots: int) -> None:
+        """Copies so many slots of another entry's rows to the seats, in every copy."""
+        at = _copied(rows, other.copies, other.cache.rows).to(self.device)
+        to = _copied(seats, self.copies, self.cache.rows).to(self.device)
+        self.keys, self.values = _roomy(self.keys, slots), _roomy(self.values, slots)  # type: ignore[arg-type]
+        self.keys[to, :, :slots] = other.keys[at, :, :slots]  # type: ignore[index]
+        self.values[to, :, :slots] = other.values[at, :, :slots]  # type: ignore[index]
 
     def extend(self, other: _RowLayer, slots: int) -> None:
-        """Appends the rows of another cache's entry, to every copy of the rows; call it before the lengths change."""
-        copies = len(self.keys) // self.cache.rows  # type: ignore[arg-type]
+        """Appends the rows of another entry, to every copy of the rows."""
+        copies = self.copies
         self.keys = _appended(self.keys, other.keys, copies, slots)  # type: ignore[arg-type]
         self.values = _appended(self.values, other.values, copies, slots)  # type: ignore[arg-type]
 
     def move(self, rows: Tensor, to: Tensor, at: Tensor) -> None:
         """Copies slots `at` of `rows` to slots `to`, (moves,) each."""
-        copies = len(self.keys) // self.cache.rows  # type: ignore[arg-type]
-        rows = _copied(rows, copies, self.cache.rows).to(self.device)
-        to, at = to.repeat(copies).to(self.device), at.repeat(copies).to(self.device)
+        rows = _copied(rows, self.copies, self.cache.rows).to(self.device)
+        to, at = to.repeat(self.copies).to(self.device), at.repeat(self.copies).to(self.device)
         self.keys[rows, :, to] = self.keys[rows, :, at]  # type: ignore[index]
         self.values[rows, :, to] = self.values[rows, :, at]  # type: ignore[index]
 
@@ -179,11 +200,17 @@ def _appended(buffer: Tensor, more: Tensor, copies: int, slots: int) -> Tensor:
     return torch.cat(parts, 1).flatten(0, 1)
 
 
+def _roomy(buffer: Tensor, slots: int) -> Tensor:
+    """The buffer, or a larger one with its contents where it has fewer slots."""
+    if buffer.shape[2] >= slots:
+        return buffer
+    grown = buffer.new_zeros((*buffer.shape[:2], max(2 * buffer.shape[2], slots + GROWTH), buffer.shape[3]))
+    grown[:, :, : buffer.shape[2]] = buffer
+    return grown
+
+
 def _write(buffer: Tensor, new: Tensor, cache: RowCache) -> Tensor:
-    if buffer.shape[2] < cache.end:
-        grown = buffer.new_zeros((*buffer.shape[:2], max(2 * buffer.shape[2], cache.end + GROWTH), buffer.shape[3]))
-        grown[:, :, : buffer.shape[2]] = buffer
-        buffer = grown
+    buffer = _roomy(buffer, cache.end)
     if cache.start is not None:
         buffer[:, :, cache.start : cache.start + new.shape[2]] = new
     else:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -101,8 +101,9 @@ class Batch:
             self.model = model.for_decoding(num_heads)
             self.forward = self.model.hidden
         self._newcomers: list[Row] = []
-        self._rows: list[Row] = []  # in the order of the cache's
-        self._cache: RowCache | None = None  # of self._rows
+        self._rows: list[Row] = []
+        self._seats: list[int] = []  # of each of them: which of the cache's rows it is; the others are empty
+        self._cache: RowCache | None = None
 
     @property
     def running(self) -> list[Row]:
@@ -145,7 +146,9 @@ class Batch:
         if row in self._newcomers:
             self._newcomers.remove(row)
         elif row in self._rows:
-            self._keep([other is not row for other in self._rows])
+            with torch.inference_mode():
+                self._vacate({row})
+                self._close_up()
 
     def step(self) -> list[Row]:
         """One forward over what every row emitted last, one over the prompts of newcomers, and the tokens that follow.
@@ -157,29 +160,53 @@ class Batch:
         with torch.inference_mode():
             if self._rows:
                 assert self._cache is not None
-                self._advance(self._rows, self._cache, first=False)
+                self._advance(self._rows, self._cache, self._seats, first=False)
+                self._vacate({row for row in self._rows if row.finished})
             if self._newcomers:
                 newcomers, self._newcomers = self._newcomers, []
                 cache = self._new_cache(newcomers)
-                self._advance(newcomers, cache, first=True)
-                if self._cache is None:
-                    self._rows, self._cache = newcomers, cache
-                else:
-                    self._rows = self._rows + newcomers
-                    self._cache.extend(cache)
-            self._keep([row.finished is None for row in self._rows])
+                self._advance(newcomers, cache, range(len(newcomers)), first=True)
+                self._seat(newcomers, cache)
+            self._close_up()
         return stepped
 
-    def _keep(self, going: list[bool]) -> None:
-        """Drops the rows that are not going on."""
-        if all(going):
+    def _vacate(self, rows: set[Row]) -> None:
+        """Takes rows out; their seats stay empty."""
+        if not rows:
             return
-        self._rows = [row for row, goes in zip(self._rows, going, strict=True) if goes]
+        assert self._cache is not None
+        self._cache.lengths[[seat for row, seat in zip(self._rows, self._seats, strict=True) if row in rows]] = 0
+        kept = [(row, seat) for row, seat in zip(self._rows, self._seats, strict=True) if row not in rows]
+        self._rows, self._seats = [row for row, _ in kept], [seat for _, seat in kept]
+
+    def _seat(self, newcomers: list[Row], cache: RowCache) -> None:
+        """Takes in those newcomers that are not finished already: in empty seats, or in new ones behind the others."""
+        going = [place for place, row in enumerate(newcomers) if not row.finished]
+        if not going:
+            return
+        if self._cache is None or not self._rows:
+            self._rows, self._seats, self._cache = newcomers, list(range(len(newcomers))), cache
+            self._vacate({row for row in newcomers if row.finished})
+            return
+        if len(going) < len(newcomers):
+            cache.select(torch.tensor(going))
+        empty = sorted(set(range(self._cache.rows)) - set(self._seats))
+        if len(empty) >= len(going):
+            seats = empty[: len(going)]
+            self._cache.place(cache, torch.arange(len(going)), torch.tensor(seats))
+        else:
+            seats = list(range(self._cache.rows, self._cache.rows + len(going)))
+            self._cache.extend(cache)
+        self._rows = self._rows + [newcomers[place] for place in going]
+        self._seats = self._seats + seats
+
+    def _close_up(self) -> None:
+        """Gives empty seats back, once they are a quarter of all: each costs a step what a row does."""
         if not self._rows:
-            self._cache = None
-        elif self._cache is not None:
-            with torch.inference_mode():
-                self._cache.select(torch.tensor(going).nonzero().flatten())
+            self._cache, self._seats = None, []
+        elif self._cache is not None and 4 * len(self._rows) <= 3 * self._cache.rows:
+            self._cache.select(torch.tensor(self._seats))
+            self._seats = list(range(len(self._rows)))
 
     def _new_cache(self, rows: list[Row]) -> RowCache:
         if not self.compile:
@@ -193,8 +220,8 @@ class Batch:
             return 0
         return rows[0].pace.sizes[-1] if rows[0].pace is not None else rows[0].options.num_heads
 
-    def _advance(self, rows: list[Row], cache: RowCache, *, first: bool) -> None:
-        """One step of rows that are all at their prompt (`first`) or all behind it."""
+    def _advance(self, rows: list[Row], cache: RowCache, seats: Sequence[int], *, first: bool) -> None:
+        """One step of rows that are all at their prompt (`first`) or all behind it; seats: theirs in the cache."""
         began = time.perf_counter()
         if first:
             for row in rows:
@@ -202,7 +229,7 @@ class Batch:
         pace, size, promised = rows[0].pace, rows[0].size, rows[0].promise
 
         # 1. Absorb: one forward over what every row emitted (or drafted) last.
-        hidden, logits, ends = self._absorb(rows, cache, first)
+        hidden, logits, ends = self._absorb(rows, cache, seats, first)
         scores = Scores(logits)
         if first:
             self._score_prompts(rows, hidden[0])
@@ -210,9 +237,9 @@ class Batch:
         # 2. Judge: how many of the absorbed tokens stay, and the base's next token behind them.
         judged = [self._judge(r, row, logits[r], scores, first) for r, row in enumerate(rows)]
         if not first and any(row.branches for row in rows):
-            cache.gather([one.path for one in judged])
+            cache.gather(_by_seat(cache, seats, [one.path for one in judged], []))
         kept = [row.prompt_length if first else 1 + len(one.path) for row, one in zip(rows, judged, strict=True)]
-        cache.keep(torch.tensor(kept))
+        cache.keep(torch.tensor(_by_seat(cache, seats, kept, 0)))
 
         # 3. Choose: from all heads behind the last token that stays, a draft of the tokens behind the certain one, or m
         # tokens at once.
@@ -226,7 +253,7 @@ class Batch:
                 continue
             link = link_of(self.model, states[:, r]) if chosen[r] is not None and self.model.coupling is not None else None
             if row.options.off:
-                drawn = self._draw(row, chosen[r], link, int(cache.lengths[r]))
+                drawn = self._draw(row, chosen[r], link, int(cache.lengths[seats[r]]))
                 scores.add(row, r, drawn[:1], behind=[one.last])
                 one.emitted.extend(drawn)
             else:
@@ -249,8 +276,8 @@ class Batch:
         if len(rows) == 1 and pace is not None and size > 0:
             pace.record(size, time.perf_counter() - began, promised, len(judged[0].emitted) - 1)
 
-    def _absorb(self, rows: list[Row], cache: RowCache, first: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The forward; shorter rows are padded behind their end.
+    def _absorb(self, rows: list[Row], cache: RowCache, seats: Sequence[int], first: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The forward; shorter rows are padded behind their end, empty seats are all padding.
 
         Returns:
             Hidden states of the heads, (n, rows, width, hidden); the base's logits as float32 on the CPU, (rows, width,
@@ -261,10 +288,11 @@ class Batch:
         if not first:
             width = max(width, self._fixed(rows))
         positions = cache.begin(width)  # (rows, width)
-        tokens = torch.tensor([row.pending + [0] * (width - len(row.pending)) for row in rows])
+        pending = [row.pending + [0] * (width - len(row.pending)) for row in rows]
+        tokens = torch.tensor(_by_seat(cache, seats, pending, [0] * width))
         keys, visible = torch.arange(cache.end)[None], None
         if not first and any(row.branches for row in rows):
-            positions, keys, visible = _as_trees(cache, positions, [row.parents for row in rows])
+            positions, keys, visible = _as_trees(cache, positions, _by_seat(cache, seats, [row.parents for row in rows], []))
         mask = attention_mask(model.base.config, positions, keys, model.dtype, visible=visible, device=model.device)
         hidden = (model.hidden if first else self.forward)(
             tokens.to(model.device),
@@ -273,6 +301,8 @@ class Batch:
             position_ids=positions.clamp(max=self.context - 1).to(model.device),
             past_key_values=cache,
         )
+        if list(seats) != list(range(cache.rows)):
+            hidden = hidden[:, list(seats)]
         ends = torch.tensor([len(row.pending) - 1 for row in rows], device=model.device)
         read = hidden[0, torch.arange(len(rows), device=model.device), ends][:, None] if first else hidden[0]
         return hidden, model.readout(read).float().cpu(), ends
@@ -416,6 +446,14 @@ class Scores:
             statistics.unverified += costs is None or regret > 0
             if row.options.logprobs is not None:
                 row.scores.append(self.of(row, r, token, place))
+
+
+def _by_seat(cache: RowCache, seats: Sequence[int], values: list[Any], empty: Any) -> list[Any]:
+    """What belongs to rows, in the order of the cache's, with something for empty seats."""
+    found = [empty] * cache.rows
+    for seat, value in zip(seats, values, strict=True):
+        found[seat] = value
+    return found
 
 
 def context_of(model: DynaMoForCausalLM) -> int:
