@@ -521,7 +521,7 @@ def _pace(model: DynaMoForCausalLM, options: DecodingOptions) -> Pace | None:
     if options.budget > 0 or model.dtype != torch.float32 or options.compile:
         return None
     key = (n, torch.get_num_threads())
-    return model.paces.setdefault(key, Pace((1, n, 2 * n, 4 * n)))  # 1: where drafts do not pay
+    return model.paces.setdefault(key, Pace((n, 2 * n, 4 * n)))
 
 
 def _as_trees(cache: RowCache, positions: Tensor, parents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from dynamo_lm.errors import InputError
 from dynamo_lm.joint import Heads
 from dynamo_lm.rows import DecodingOptions
 from dynamo_lm.sampling import Algorithm1, conditional
-from dynamo_lm.tree import TRIES, Pace, ancestry, depths, grow
+from dynamo_lm.tree import PATIENCE, REMEMBERED, TRIES, Pace, ancestry, depths, grow
 from dynamo_lm.verification import accept_greedy, accept_tree
 
 
@@ -110,6 +110,19 @@ def test_sizes_are_tried_and_then_the_fastest_is_taken():
             pace.record(size, seconds, expected=1.5, kept=1)
     assert pace.choose([0.5, 0.4, 0.3, 0.3, 0.3, 0.2, 0.2] + [0.01] * 8) == 8
     assert pace.choose([0.9, 0.1, 0.01, 0.001] + [0.0] * 11) == 4  # the rest is worth nothing
+
+
+def test_where_hardly_any_draft_is_kept_none_is_tried_and_taken_if_faster():
+    pace, promising, hopeless = Pace((4, 8)), [0.9] * 7, [0.05] * 7
+    for step in range(PATIENCE):
+        assert pace.choose(hopeless) in (4, 8)
+        pace.record(pace.choose(hopeless), 1.5, expected=0.3, kept=step % 4 == 0)
+    for _ in range(TRIES):
+        assert pace.choose(hopeless) == 1
+        pace.record(1, 1.0, expected=0.0, kept=0)
+    assert pace.choose(hopeless) == 1
+    assert pace.choose(promising) in (4, 8)  # as soon as drafts are likely again
+    assert all(len(times) <= REMEMBERED for times in pace.seconds.values())
 
 
 def test_kept_slots_move_up_for_every_copy_of_a_row():
