@@ -91,6 +91,41 @@ def bench_table(race: dict[str, Any], *, trained: bool = True) -> str:
     return "\n".join(lines)
 
 
+def groups_table(race: dict[str, Any]) -> str:
+    """A race over a benchmark's groups: each way's ratio and tokens per step in each of them."""
+    groups = sorted(race["ways"][0]["groups"])
+    lines = [f"| way | all | {' | '.join(groups)} |", "|---|---|" + "---|" * len(groups)]
+    for way in race["ways"]:
+        ratio = way["ratio"]
+        cells = [
+            f"{each['ratio']['median']:.2f} at {each['tokens_per_step']:.2f}" for _, each in sorted(way["groups"].items())
+        ]
+        every = f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}) at {way['tokens_per_step']:.2f}"
+        lines.append(f"| {way['name']}{'' if way['lossless'] else ' *'} | {every} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def batches_table(races: list[dict[str, Any]]) -> str:
+    """The same ways at several batch sizes, and what the largest writes over what the smallest does."""
+    sizes = [race["batch"] for race in races]
+    lines = [
+        f"| way | tokens per step | {' | '.join(f'batch {size}' for size in sizes)} | tokens a second, last over first |",
+        "|---|---|" + "---|" * (len(sizes) + 1),
+    ]
+    ways = [{way["name"]: way for way in race["ways"]} for race in races]
+    for name, way in ways[-1].items():
+        cells = []
+        for found in ways:
+            each = found[name]["ratio"]
+            spread = f"{each['median']:.2f} ({each['min']:.2f}-{each['max']:.2f})"
+            cells.append("baseline" if found[name]["baseline"] == name else spread)
+        most = f" of {way['ceiling']}" if way["ceiling"] not in (None, 1) else ""
+        gain = way["tokens_per_second"]["median"] / ways[0][name]["tokens_per_second"]["median"]
+        star = "" if way["lossless"] else " *"
+        lines.append(f"| {name}{star} | {way['tokens_per_step']:.2f}{most} | {' | '.join(cells)} | {gain:.1f} |")
+    return "\n".join(lines)
+
+
 def shares_table(profiles: dict[str, dict[str, Any]]) -> str:
     """Where a step's time goes, by way."""
     parts = list(dict.fromkeys(part for found in profiles.values() for part in found["shares"]))
@@ -132,5 +167,9 @@ if __name__ == "__main__":
         for race in record["races"]:
             print(f"\n{file.parent.name}: {race['context']} context, batch {race['batch']}\n")
             print(bench_table(race, trained=race["ways"][0]["log_likelihood"] is not None))
+            if len(race["ways"][0]["groups"]) > 1:
+                print("", groups_table(race), sep="\n")
+        if len(record["races"]) > 1 and record["races"][-1]["batch"] > 1:
+            print("", batches_table(record["races"]), sep="\n")
         if record["profiles"]:
             print("", shares_table(record["profiles"]), sep="\n")
