@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamo_lm.errors import InputError
+from dynamo_lm.tree import ancestry, depths
 
 GROWTH = 256  # slots; capacity at least doubles, so that n tokens cost O(log n) copies
 
@@ -61,6 +62,28 @@ class RowCache(Cache):
     def keep(self, counts: Tensor) -> None:
         """Ends a forward: of the tokens just written, row r keeps the first `counts[r]`. counts: (rows,) int64."""
         self.lengths = self.lengths + counts
+
+    def as_trees(self, positions: Tensor, parents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions of queries and slots, and what each query sees, where the tokens of a forward are trees.
+
+        Args:
+            positions: slots that are written, (rows, width), as `begin` gave them.
+            parents: by row, where in the forward the token before each but the first is.
+
+        Returns:
+            (rows, width), (rows, slots) and (rows, width, slots) bool.
+        """
+        rows, width = positions.shape
+        depth = torch.zeros(rows, width, dtype=torch.long)
+        seen = torch.empty(rows, width, width, dtype=torch.bool)
+        for row, each in enumerate(parents):
+            depth[row, : len(each) + 1] = torch.tensor(depths(each))
+            seen[row] = torch.from_numpy(ancestry(each, width))
+        slots = torch.arange(self.end).expand(rows, -1)
+        queries = self.lengths[:, None] + depth
+        keys = slots.scatter(1, positions, queries)
+        visible = (slots < self.lengths[:, None])[:, None].repeat(1, width, 1)
+        return queries, keys, visible.scatter(2, positions[:, None].expand(-1, width, -1), seen)
 
     def gather(self, paths: Sequence[Sequence[int]]) -> None:
         """Before `keep`: moves the tokens just written at places 1, 2, .. of each row there from the places in its path.

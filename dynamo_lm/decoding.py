@@ -30,9 +30,10 @@ from dynamo_lm.coupling import link_of
 from dynamo_lm.errors import InputError
 from dynamo_lm.joint import Heads, Link
 from dynamo_lm.model import DynaMoForCausalLM
-from dynamo_lm.rows import DecodingOptions, Row, Statistics, TokenScore
+from dynamo_lm.rows import DecodingOptions, Row, Statistics
 from dynamo_lm.sampling import check, check_weighting, draft_from, draw_from
-from dynamo_lm.tree import Pace, ancestry, depths, grow
+from dynamo_lm.scores import Scores
+from dynamo_lm.tree import Pace, depths, grow
 from dynamo_lm.verification import accept_greedy, accept_sampled, accept_tree
 
 CHUNK = 512  # positions of a prompt whose logits exist at one time, where they are asked for
@@ -292,7 +293,8 @@ class Batch:
         tokens = torch.tensor(_by_seat(cache, seats, pending, [0] * width))
         keys, visible = torch.arange(cache.end)[None], None
         if not first and any(row.branches for row in rows):
-            positions, keys, visible = _as_trees(cache, positions, _by_seat(cache, seats, [row.parents for row in rows], []))
+            parents = _by_seat(cache, seats, [row.parents for row in rows], [])
+            positions, keys, visible = cache.as_trees(positions, parents)
         mask = attention_mask(model.base.config, positions, keys, model.dtype, visible=visible, device=model.device)
         hidden = (model.hidden if first else self.forward)(
             tokens.to(model.device),
@@ -407,47 +409,6 @@ class _Judged(NamedTuple):
     last: int  # where the last of them is
 
 
-class Scores:
-    """What the base says of tokens, from its logits behind each absorbed one."""
-
-    def __init__(self, logits: Tensor):
-        """logits: (rows, width, vocabulary) float32 on the CPU."""
-        self.logits, self.normaliser = logits.numpy(), logits.logsumexp(-1).numpy()
-
-    def of(self, row: Row, r: int, token: int, place: int) -> TokenScore:
-        """The score of a token behind the r-th row's absorbed token `place`."""
-        line, normaliser = self.logits[r, place], float(self.normaliser[r, place])
-        best = torch.from_numpy(line).topk(min(row.options.logprobs or 0, len(line)))
-        top = [(token, value - normaliser) for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-        return TokenScore(float(line[token]) - normaliser, top)
-
-    def add(
-        self,
-        row: Row,
-        r: int,
-        tokens: Sequence[int],
-        *,
-        behind: Sequence[int] | None = None,
-        costs: Sequence[float] | None = None,
-    ) -> None:
-        """Adds the log-likelihood and the regret of tokens[i] behind absorbed token behind[i] (or i) of the r-th row.
-
-        `costs` are the regrets of tokens that were verified; without them nobody looked, and the regret is against the
-        base's first choice.
-        """
-        statistics = row.statistics
-        for i, token in enumerate(tokens):
-            place = i if behind is None else behind[i]
-            line = self.logits[r, place]
-            statistics.log_likelihood += float(line[token] - self.normaliser[r, place])
-            statistics.scored += 1
-            regret = float(line.max() - line[token]) if costs is None else costs[i]
-            statistics.regret += regret
-            statistics.unverified += costs is None or regret > 0
-            if row.options.logprobs is not None:
-                row.scores.append(self.of(row, r, token, place))
-
-
 def _by_seat(cache: RowCache, seats: Sequence[int], values: list[Any], empty: Any) -> list[Any]:
     """What belongs to rows, in the order of the cache's, with something for empty seats."""
     found = [empty] * cache.rows
@@ -522,24 +483,6 @@ def _pace(model: DynaMoForCausalLM, options: DecodingOptions) -> Pace | None:
         return None
     key = (n, torch.get_num_threads())
     return model.paces.setdefault(key, Pace((n, 2 * n, 4 * n)))
-
-
-def _as_trees(cache: RowCache, positions: Tensor, parents: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions of the queries and of the slots, and what each query sees, where the tokens of a forward are trees.
-
-    positions: (rows, width) slots that are written. Returns (rows, width), (rows, slots) and (rows, width, slots) bool.
-    """
-    rows, width = positions.shape
-    depth = torch.zeros(rows, width, dtype=torch.long)
-    seen = torch.empty(rows, width, width, dtype=torch.bool)
-    for row, each in enumerate(parents):
-        depth[row, : len(each) + 1] = torch.tensor(depths(each))
-        seen[row] = torch.from_numpy(ancestry(each, width))
-    slots = torch.arange(cache.end).expand(rows, -1)
-    queries = cache.lengths[:, None] + depth
-    keys = slots.scatter(1, positions, queries)
-    visible = (slots < cache.lengths[:, None])[:, None].repeat(1, width, 1)
-    return queries, keys, visible.scatter(2, positions[:, None].expand(-1, width, -1), seen)
 
 
 def _present(tokens: Sequence[int], vocab_size: int) -> np.ndarray:
