@@ -354,11 +354,12 @@ def test_at_a_terminal_steps_have_colours_and_ctrl_c_stops_the_answer_and_not_th
     assert "stopped; " in screen.seen
     screen.wait_for(PROMPT)
     screen.type("/stats\r")
-    assert "1 answer: " in screen.wait_for("per pass; ")
+    assert "1 answer: " in screen.wait_for(PROMPT)
     screen.type("\x03")
     screen.wait_for("Ctrl-C again or Ctrl-D leaves.")
     screen.type("/eps 2\r")
     screen.wait_for("0 to 1, not 2.0.")
+    screen.wait_for(PROMPT)
     screen.type("\x03")
     screen.wait_for("Ctrl-C again or Ctrl-D leaves.")  # not in a row: still here
     screen.wait_for(PROMPT)

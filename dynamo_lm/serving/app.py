@@ -56,7 +56,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         503: "The server is stopping, or found no place in time",
     }.items()
 }
-EVENTS = {"text/event-stream": {"schema": {"type": "string", "description": "With stream: true; ends with [DONE]."}}}
+EVENTS = {"text/event-stream": {"schema": {"description": "With stream: true, chunks as events; the last one is [DONE]."}}}
 
 
 @dataclass(frozen=True)
