@@ -305,6 +305,11 @@ class Screen:
         self.seen = ""
         os.write(self.end, text.encode())
 
+    def interrupt(self) -> None:
+        """Ctrl-C, once the program has had time to wait for a line: Python loses one that comes before that."""
+        time.sleep(2)
+        self.type("\x03")
+
     def wait_for(self, text: str, seconds: float = 60) -> str:
         """What was shown since something was typed, up to `text`."""
         give_up = time.monotonic() + seconds
@@ -355,12 +360,12 @@ def test_at_a_terminal_steps_have_colours_and_ctrl_c_stops_the_answer_and_not_th
     screen.wait_for(PROMPT)
     screen.type("/stats\r")
     assert "1 answer: " in screen.wait_for(PROMPT)
-    screen.type("\x03")
+    screen.interrupt()
     screen.wait_for("Ctrl-C again or Ctrl-D leaves.")
     screen.type("/eps 2\r")
     screen.wait_for("0 to 1, not 2.0.")
     screen.wait_for(PROMPT)
-    screen.type("\x03")
+    screen.interrupt()
     screen.wait_for("Ctrl-C again or Ctrl-D leaves.")  # not in a row: still here
     screen.wait_for(PROMPT)
     screen.type("\x04")
