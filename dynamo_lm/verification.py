@@ -10,6 +10,7 @@ the base loses by it, summed over the tokens so far, is within what is allowed a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -124,7 +125,8 @@ def _chain(costs: list[float]) -> list[int]:
 
 
 def _allowed(cost: float, costs: list[float], allowance: Sequence[float]) -> bool:
-    return bool(allowance) and sum(costs) + cost <= allowance[len(costs)]
+    """Whether a draft may stay at this cost; one that the base cannot say at all (an infinite cost) never may."""
+    return bool(allowance) and cost < math.inf and sum(costs) + cost <= allowance[len(costs)]
 
 
 def _pick(weights: Tensor, generator: torch.Generator) -> int:

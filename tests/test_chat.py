@@ -23,7 +23,7 @@ from rich.console import Console
 
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.chat import Conversation, Dials
-from dynamo_lm.commands.chat import Terminal, read_message
+from dynamo_lm.commands.chat import Session, Terminal, read_message
 from dynamo_lm.demo import COLOURS
 from dynamo_lm.errors import InputError
 from dynamo_lm.instruct.template import encode_chat
@@ -305,11 +305,6 @@ class Screen:
         self.seen = ""
         os.write(self.end, text.encode())
 
-    def interrupt(self) -> None:
-        """Ctrl-C, once the program has had time to wait for a line: Python loses one that comes before that."""
-        time.sleep(2)
-        self.type("\x03")
-
     def wait_for(self, text: str, seconds: float = 60) -> str:
         """What was shown since something was typed, up to `text`."""
         give_up = time.monotonic() + seconds
@@ -360,13 +355,30 @@ def test_at_a_terminal_steps_have_colours_and_ctrl_c_stops_the_answer_and_not_th
     screen.wait_for(PROMPT)
     screen.type("/stats\r")
     assert "1 answer: " in screen.wait_for(PROMPT)
-    screen.interrupt()
-    screen.wait_for("Ctrl-C again or Ctrl-D leaves.")
-    screen.type("/eps 2\r")
-    screen.wait_for("0 to 1, not 2.0.")
-    screen.wait_for(PROMPT)
-    screen.interrupt()
-    screen.wait_for("Ctrl-C again or Ctrl-D leaves.")  # not in a row: still here
-    screen.wait_for(PROMPT)
     screen.type("\x04")
     assert screen.leaves() == 0
+
+
+def test_at_the_prompt_ctrl_c_asks_and_a_second_one_in_a_row_leaves():
+    typed = iter([KeyboardInterrupt, "/help", KeyboardInterrupt, KeyboardInterrupt])
+
+    class Typist(Terminal):
+        def __init__(self):
+            super().__init__()
+            self.noted = []
+
+        def ask(self, more):
+            line = next(typed)
+            if line is KeyboardInterrupt:
+                raise line
+            return line
+
+        def note(self, text):
+            self.noted.append(text.strip())
+
+    typist = Typist()
+    conversation = Conversation(alphabet(), byte_tokenizer(), Dials())
+    with pytest.raises(KeyboardInterrupt):
+        Session(conversation, typist).run()
+    assert typist.noted.count("Ctrl-C again or Ctrl-D leaves.") == 2
+    assert next(typed, None) is None

@@ -260,3 +260,10 @@ def test_a_base_with_attention_keeps_its_distribution_too():
     pairs = model.generate(prompt.expand(2500, -1), **options)[:, 3:5].clamp(max=others).tolist()
     seen = tally((a, others if a == others else b) for a, b in pairs)
     assert p_value(seen, expected) > TOO_UNLIKELY
+
+
+def test_no_budget_keeps_what_the_base_cannot_say():
+    logits = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 1.0, 2.0]])
+    assert accept_greedy(logits, [2], [1e308]).kept == 0
+    certain = (torch.tensor([2]), torch.tensor([1.0], dtype=torch.float64))
+    assert accept_sampled(logits, [2], [certain], torch.Generator().manual_seed(0), [1e308]).kept == 0
