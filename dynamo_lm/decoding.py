@@ -64,8 +64,6 @@ def decode(
         raise InputError(
             f"compile=True decodes one prompt at a time, and there are {len(prompts)}; leave it out for batches."
         )
-    for prompt in prompts:
-        check_row(model, prompt, options)
     batch = Batch(model, options.num_heads, compile=options.compile)
     numbered = enumerate(zip(prompts, seeds, strict=True))
     rows = [batch.join(prompt, options, seed=seed, number=number) for number, (prompt, seed) in numbered]
