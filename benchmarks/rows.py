@@ -1,8 +1,8 @@
 """What a linear layer costs by rows, in the ways `dynamo_lm.few_rows` chooses from.
 
-`python -m benchmarks.rows > results/rows.json`. Every product reads another weight than the one before, as layers do, so
-that large weights come from memory. Ratios are to one row of the plain layer in the same run: medians over interleaved
-repetitions.
+`python -m benchmarks.rows --threads 1 > results/rows.json`. Every product reads another weight than the one before, as
+layers do, so that large weights come from memory. Ratios are to one row of torch's product in the same type and run: medians
+over interleaved repetitions.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynamo_lm import kernels
 from dynamo_lm.bench.results import machine
 from dynamo_lm.provenance import versions
 
@@ -46,18 +48,26 @@ def filled(weight: Tensor, x: Tensor) -> Tensor:
     return (weight @ F.pad(x, (0, 0, 0, -len(x) % 4)).t()).t()[: len(x)]
 
 
-WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"plain": plain, "transposed": transposed, "filled to 4": filled}
+def kernel(weight: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.dynamo_lm.few_rows(x, weight, None)
+
+
+WAYS: dict[torch.dtype, dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    torch.float32: {"plain": plain, "transposed": transposed, "filled to 4": filled, "kernel": kernel},
+    torch.bfloat16: {"plain": plain, "kernel": kernel},
+}
 
 
 @torch.inference_mode()
-def measure(shape: tuple[int, int], repetitions: int) -> list[dict]:
+def measure(shape: tuple[int, int], dtype: torch.dtype, repetitions: int) -> list[dict]:
     """One row of numbers per count of rows: every way's time over that of one plain row."""
-    weights = [torch.randn(shape) for _ in range(max(1, int(APART / (4 * shape[0] * shape[1]))))]
-    inputs = {rows: torch.randn(rows, shape[1]) for rows in ROWS}
+    ways = WAYS[dtype]
+    weights = [torch.randn(shape).to(dtype) for _ in range(max(1, int(APART / (4 * shape[0] * shape[1]))))]
+    inputs = {rows: torch.randn(rows, shape[1]).to(dtype) for rows in ROWS}
     seconds: dict[tuple[int, str], list[float]] = {}
     for repetition in range(repetitions + 1):
         for rows, x in inputs.items():
-            for name, way in WAYS.items():
+            for name, way in ways.items():
                 began = time.perf_counter()
                 for weight in weights:
                     way(weight, x)
@@ -66,7 +76,7 @@ def measure(shape: tuple[int, int], repetitions: int) -> list[dict]:
     one = seconds[1, "plain"]
     found = []
     for rows in ROWS:
-        ratios = {name: [a / b for a, b in zip(seconds[rows, name], one, strict=True)] for name in WAYS}
+        ratios = {name: [a / b for a, b in zip(seconds[rows, name], one, strict=True)] for name in ways}
         found.append({"rows": rows} | {name: round(statistics.median(values), 2) for name, values in ratios.items()})
     return found
 
@@ -77,8 +87,13 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    shapes = {name: {"shape": shape, "rows": measure(shape, arguments.repetitions)} for name, shape in SHAPES.items()}
-    print(json.dumps({"machine": machine(torch.device("cpu")), "versions": versions(), "shapes": shapes}, indent=1))
+    if not kernels.available():
+        raise SystemExit("The kernel cannot be built here; it needs a C++ compiler.")
+    facts: dict[str, Any] = {"machine": machine(torch.device("cpu")), "versions": versions(), "threads": arguments.threads}
+    for dtype in WAYS:
+        measured = {name: measure(shape, dtype, arguments.repetitions) for name, shape in SHAPES.items()}
+        facts[str(dtype)] = {name: {"shape": SHAPES[name], "rows": rows} for name, rows in measured.items()}
+    print(json.dumps(facts, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,26 @@
-"""A model whose linear layers take the shape that a few rows are fastest in, on a CPU in float32.
+"""A model whose linear layers are fast for the few rows of a decoding step, on a CPU.
 
-A decoding step hands each layer one row per new token. In float32 a library's x @ weight^T with 2 to 4 rows takes 1.4 to
-3.4 times what it takes with one, although the weight is read once in both; weight @ x^T has a kernel for exactly 4 columns
-that takes 1.1 to 1.75 times that (`benchmarks/rows.py`). In: a model. Out: a shallow twin that shares every tensor
-with it and only multiplies differently, up to rounding. The model itself is never touched.
+A step hands each layer one row per new token. With 2 to 4 rows a library's x @ weight^T takes 1.4 to 3.4 times what it
+takes with one, although the weight is read once in both (`benchmarks/rows.py`). The project's kernel takes 1.1 to 1.5
+times that, in float32 and bfloat16, and gives every row the same result whichever rows are beside it. Where it cannot be
+built, weight @ x^T helps in float32: it has a kernel for exactly 4 columns. In: a model. Out: a shallow twin that shares
+every tensor with it and only multiplies differently, up to rounding. The model itself is never touched.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from dynamo_lm import kernels
+
+STRIDE = 16  # entries of a row that the kernel takes at a time
+MOST = 16  # rows from which on a library is as fast in float32
 LARGE = 2**14  # entries of a weight whose product outweighs what it takes to transpose it
 HUGE = 2**23  # entries from which on up to eight rows are better transposed; output embeddings, mostly
 
@@ -23,6 +28,18 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class FewRows(nn.Linear):
+    """A linear layer that multiplies few rows with the project's kernel."""
+
+    most: int  # rows up to which it is faster than torch's product
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if not 0 < x.numel() <= self.most * self.in_features or torch.is_grad_enabled() or x.dtype != self.weight.dtype:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.dynamo_lm.few_rows(x, self.weight, self.bias)
+
+
+class Transposed(nn.Linear):
     """A linear layer that multiplies 2 to 4 rows (8, if the weight is huge) as weight @ x^T, 3 of them filled up to 4."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,7 +55,7 @@ class FewRows(nn.Linear):
 
 
 def few_rows(model: M) -> M:
-    """A shallow copy of a tree of modules, with `FewRows` for linear layers where those help: on a CPU, in float32."""
+    """A shallow copy of a tree of modules, with `FewRows` or `Transposed` for linear layers where those help: on a CPU."""
     return _twin(model, {})
 
 
@@ -48,7 +65,24 @@ def _twin(module: M, made: dict[int, nn.Module]) -> M:
     if parametrize.is_parametrized(module):  # an adapter: it cannot be copied, and computes its weight anew each time
         return module
     twin = made[id(module)] = copy.copy(module)
-    if type(twin) is nn.Linear and twin.weight.device.type == "cpu" and twin.weight.dtype == torch.float32:
-        twin.__class__ = FewRows  # type: ignore[assignment]  # of this copy: same attributes, another product
+    if type(twin) is nn.Linear and twin.weight.device.type == "cpu":
+        _quicken(cast(nn.Linear, twin))
     twin._modules = {name: child if child is None else _twin(child, made) for name, child in module._modules.items()}
     return twin
+
+
+def _quicken(layer: nn.Linear) -> None:
+    """Gives a layer of a copy the class that suits its weight: same attributes, another product."""
+    weight = layer.weight
+    fits = layer.in_features % STRIDE == 0 and weight.is_contiguous() and weight.dtype in (torch.float32, torch.bfloat16)
+    if fits and kernels.available():
+        layer.__class__ = FewRows  # type: ignore[assignment]
+        slow = weight.dtype == torch.bfloat16 and not multiplies_bfloat16()
+        layer.most = 2**31 if slow else MOST  # type: ignore[assignment]
+    elif weight.dtype == torch.float32:
+        layer.__class__ = Transposed  # type: ignore[assignment]
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has units for bfloat16; without them torch's product is slower at any number of rows."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

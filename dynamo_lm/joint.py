@@ -54,13 +54,15 @@ class Heads:
         ids, scores = best.indices.cpu().numpy(), best.values.double().cpu().numpy()
         if not np.isfinite(scores[:, 0]).all():
             raise InputError("The largest logit of a head is not a finite number; check the model's output.")
-        if (scores[:, :-1] == scores[:, 1:]).any():  # torch.topk takes any of equal ones, in any order; we the lowest ids
-            for row in np.flatnonzero((scores[:, :-1] == scores[:, 1:]).any(-1)):
-                least = scores[row, top_k - 1]
-                at_least = (logits[row].double() >= least).nonzero().flatten()
-                values = logits[row, at_least].double().cpu().numpy()
-                first = np.argsort(-values, kind="stable")[:top_k]
-                ids[row, :top_k], scores[row, :top_k] = at_least.cpu().numpy()[first], values[first]
+        tied = scores[:, :-1] == scores[:, 1:]
+        if tied.any():  # torch.topk takes any of equal ones, in any order; we the lowest ids, in their order
+            for row in np.flatnonzero(tied[:, top_k - 1 :].any(-1)):
+                values = logits[row].double().cpu().numpy()
+                at_least = np.flatnonzero(values >= scores[row, top_k - 1])
+                first = at_least[np.argsort(-values[at_least], kind="stable")[:top_k]]
+                ids[row, :top_k], scores[row, :top_k] = first, values[first]
+            order = np.lexsort((ids[:, :top_k], -scores[:, :top_k]))
+            ids, scores = np.take_along_axis(ids, order, -1), np.take_along_axis(scores, order, -1)
         ids, scores = ids[:, :top_k], scores[:, :top_k]
         probs = np.exp((scores - scores[:, :1]) / temperature)
         return cls(ids, probs / probs.sum(-1, keepdims=True))

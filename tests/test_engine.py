@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from architectures import NAMES, dynamo_of, random_tokens
@@ -10,10 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dynamo_lm import few_rows as few_rows_module
+from dynamo_lm import kernels
 from dynamo_lm.cache import RowCache, attention_mask
 from dynamo_lm.decoding import decode
 from dynamo_lm.errors import InputError
-from dynamo_lm.few_rows import FewRows, few_rows
+from dynamo_lm.few_rows import FewRows, Transposed, few_rows
 from dynamo_lm.rows import DecodingOptions
 from dynamo_lm.verification import accept_greedy
 from dynamo_lm.wide import WideLayer
@@ -21,27 +24,79 @@ from dynamo_lm.wide import WideLayer
 # ---------------------------------------------------------------- products of few rows
 
 
+needs_kernel = pytest.mark.skipif(not kernels.available(), reason="needs a C++ compiler")
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@needs_kernel
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 7), st.integers(1, 9), st.integers(1, 40), st.booleans(), DTYPES)
+def test_few_rows_multiply_as_any_linear_layer_does(batch, length, wide, tall, bias, dtype):
+    plain = nn.Linear(16 * wide, tall, bias=bias, dtype=dtype)
+    layer, x = few_rows(plain), torch.randn(length, batch, 16 * wide, dtype=dtype).transpose(0, 1)  # not contiguous
+    assert isinstance(layer, FewRows)
+    with torch.inference_mode():  # exact but for one rounding to the type, and what float32 sums lose
+        exact = copy.deepcopy(plain).double()(x.double())
+        torch.testing.assert_close(layer(x).double(), exact, rtol=torch.finfo(dtype).eps / 2 + 1e-5, atol=1e-5)
+
+
+@needs_kernel
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 21), st.integers(1, 30), st.integers(1, 20), DTYPES, st.data())
+def test_a_row_has_the_same_product_bit_for_bit_whatever_is_beside_it(rows, wide, tall, dtype, data):
+    layer = few_rows(nn.Linear(16 * wide, tall, dtype=dtype))
+    layer.most = 2**31
+    x, start = torch.randn(rows, 16 * wide, dtype=dtype), data.draw(st.integers(0, rows - 1))
+    end, threads = data.draw(st.integers(start + 1, rows)), torch.get_num_threads()
+    with torch.inference_mode():
+        together = layer(x)
+        try:
+            torch.set_num_threads(1)
+            assert torch.equal(layer(x[start:end]), together[start:end])
+        finally:
+            torch.set_num_threads(threads)
+
+
+@needs_kernel
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3.3e38, 1e-40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_at_the_edge_come_out_as_torch_has_them(dtype, value):
+    plain = nn.Linear(16, 3, dtype=dtype)
+    with torch.inference_mode():
+        plain.weight.zero_()[0, 5] = 1
+        x = torch.zeros(2, 16, dtype=dtype)
+        x[1, 5] = value
+        torch.testing.assert_close(few_rows(plain)(x), plain(x), equal_nan=True)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 10), st.integers(1, 5), st.integers(1, 7), st.integers(1, 9), st.booleans(), st.sampled_from([0, 10**9])
 )
-def test_few_rows_multiply_as_any_linear_layer_does(batch, length, wide, tall, bias, huge):
-    plain = nn.Linear(wide, tall, bias=bias)
-    layer, x = few_rows(plain), torch.randn(batch, length, wide)
-    before = few_rows_module.LARGE, few_rows_module.HUGE
-    try:
-        few_rows_module.LARGE, few_rows_module.HUGE = 0, huge
-        with torch.inference_mode():
-            torch.testing.assert_close(layer(x), plain(x))
-    finally:
-        few_rows_module.LARGE, few_rows_module.HUGE = before
+def test_without_a_kernel_few_rows_are_transposed(batch, length, wide, tall, bias, huge):
+    plain, x = nn.Linear(wide, tall, bias=bias), torch.randn(batch, length, wide)
+    with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
+        patched.setattr(kernels, "available", lambda: False)
+        patched.setattr(few_rows_module, "LARGE", 0)
+        patched.setattr(few_rows_module, "HUGE", huge)
+        layer = few_rows(plain)
+        assert isinstance(layer, Transposed)
+        torch.testing.assert_close(layer(x), plain(x))
+
+
+def test_where_gradients_are_wanted_the_layer_is_torchs_own():
+    plain = nn.Linear(16, 3)
+    x = torch.randn(2, 16, requires_grad=True)
+    few_rows(plain)(x).sum().backward()
+    torch.testing.assert_close(x.grad, plain.weight.detach().sum(0).expand(2, -1))
 
 
 def test_the_twin_shares_every_tensor_and_leaves_the_model_alone():
     model = dynamo_of("llama")
     twin = model.for_decoding(3)
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
-    assert FewRows in {type(m) for m in twin.modules()} and not any(isinstance(m, WideLayer) for m in model.modules())
+    assert {FewRows, Transposed} & {type(m) for m in twin.modules()}
+    assert not any(isinstance(m, WideLayer) for m in model.modules())
     assert {id(p) for p in twin.parameters()} == {id(p) for p in model.parameters()}
 
 
