@@ -56,7 +56,7 @@ class RowCache(Cache):
         slot (copies * rows, new) of every token, computed once for all layers."""
         if copies not in self.places or self.places[copies][0].device != device:
             rows, slots = self.places[1]
-            self.places[copies] = _copied(rows, copies, self.rows).to(device), slots.repeat(copies, 1).to(device)
+            self.places[copies] = sent(_copied(rows, copies, self.rows), device), sent(slots.repeat(copies, 1), device)
         return self.places[copies]
 
     def keep(self, counts: Tensor) -> None:
@@ -133,14 +133,15 @@ class FixedCache(RowCache):
     Every forward sees all `capacity` slots; the mask hides those that hold nothing.
     """
 
-    def __init__(self, num_layers: int, capacity: int):
+    def __init__(self, num_layers: int, capacity: int, device: torch.device | None = None):
+        """device: of the keys and values, the CPU by default."""
         super().__init__(num_layers, 1)
-        self.capacity = capacity
-        self.slots: Tensor | None = None  # (new,) where the forward in progress writes
+        self.capacity, self.device = capacity, device or torch.device("cpu")
+        self.slots: Tensor | None = None  # (new,) on the device: where the forward in progress writes
 
     def begin(self, new: int) -> Tensor:
         positions = super().begin(new)
-        self.end, self.slots = self.capacity, positions[0]
+        self.end, self.slots = self.capacity, sent(positions[0], self.device)
         return positions
 
 
@@ -177,14 +178,14 @@ class _RowLayer(CacheLayerMixin):
 
     def select(self, rows: Tensor, slots: int) -> None:
         """Keeps these rows, in every copy, and as many slots at most."""
-        rows = _copied(rows, self.copies, self.cache.rows).to(self.device)
+        rows = sent(_copied(rows, self.copies, self.cache.rows), self.device)
         self.keys = self.keys[:, :, :slots].index_select(0, rows)  # type: ignore[index]
         self.values = self.values[:, :, :slots].index_select(0, rows)  # type: ignore[index]
 
     def place(self, other: _RowLayer, rows: Tensor, seats: Tensor, slots: int) -> None:
         """Copies so many slots of another entry's rows to the seats, in every copy."""
-        at = _copied(rows, other.copies, other.cache.rows).to(self.device)
-        to = _copied(seats, self.copies, self.cache.rows).to(self.device)
+        at = sent(_copied(rows, other.copies, other.cache.rows), self.device)
+        to = sent(_copied(seats, self.copies, self.cache.rows), self.device)
         self.keys, self.values = _roomy(self.keys, slots), _roomy(self.values, slots)  # type: ignore[arg-type]
         self.keys[to, :, :slots] = other.keys[at, :, :slots]  # type: ignore[index]
         self.values[to, :, :slots] = other.values[at, :, :slots]  # type: ignore[index]
@@ -197,8 +198,8 @@ class _RowLayer(CacheLayerMixin):
 
     def move(self, rows: Tensor, to: Tensor, at: Tensor) -> None:
         """Copies slots `at` of `rows` to slots `to`, (moves,) each."""
-        rows = _copied(rows, self.copies, self.cache.rows).to(self.device)
-        to, at = to.repeat(self.copies).to(self.device), at.repeat(self.copies).to(self.device)
+        rows = sent(_copied(rows, self.copies, self.cache.rows), self.device)
+        to, at = (sent(slots.repeat(self.copies), self.device) for slots in (to, at))
         self.keys[rows, :, to] = self.keys[rows, :, at]  # type: ignore[index]
         self.values[rows, :, to] = self.values[rows, :, at]  # type: ignore[index]
 
@@ -210,6 +211,12 @@ class _RowLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for what is queued there: when the call returns, CUDA has read what
+    lies in ordinary memory. Nobody promises that of Apple's GPUs, nor of the way back, so these wait."""
+    return tensor.to(device, non_blocking=tensor.is_cpu and device.type != "mps")
 
 
 def _copied(rows: Tensor, copies: int, total: int) -> Tensor:
@@ -281,7 +288,7 @@ def attention_mask(
         seen = seen & visible
 
     def form(mask: Tensor) -> Tensor:
-        mask = mask[:, None].to(device or mask.device)
+        mask = sent(mask[:, None], device or mask.device)
         if config._attn_implementation in ("sdpa", "flex_attention"):
             return mask
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

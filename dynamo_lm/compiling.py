@@ -40,7 +40,7 @@ def compiled(model: DynaMoForCausalLM, num_heads: int) -> tuple[DynaMoForCausalL
     n = num_heads
     # torch counts every width, capacity and number of heads against one limit, and would go on uncompiled behind it.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
-    if n not in model.arranged:
+    if (n, model.device) not in model.arranged:
         if model.device.type == "cpu":
             check_compiler()
         twin = model.for_decoding(n)
@@ -50,8 +50,8 @@ def compiled(model: DynaMoForCausalLM, num_heads: int) -> tuple[DynaMoForCausalL
         if model.device.type == "cpu":
             # The C++ wrapper calls kernels without Python in between; on CPUs that is a third of what compiling saves.
             options |= {"cpp_wrapper": True, "size_asserts": False}
-        model.arranged[n] = twin, torch.compile(twin.hidden, dynamic=False, options=options)
-    twin, forward = model.arranged[n]
+        model.arranged[n, model.device] = twin, torch.compile(twin.hidden, dynamic=False, options=options)
+    twin, forward = model.arranged[n, model.device]
     twin.cooccurrence, twin.coupling = model.cooccurrence, model.coupling  # which may have changed since
     return twin, forward
 

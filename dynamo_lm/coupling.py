@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynamo_lm.cache import sent
 from dynamo_lm.errors import InputError
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def link_of(model: DynaMoForCausalLM, states: Tensor) -> Link:
     """The coupling of a model at one position; states: final hidden states of heads 2.., (heads, hidden)."""
 
     def bonus(head: int, previous: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-        before, here = (torch.from_numpy(ids).to(states.device) for ids in (previous, candidates))
+        before, here = (sent(torch.from_numpy(ids), states.device) for ids in (previous, candidates))
         assert model.coupling is not None
         added = model.coupling.bonus(head, states[head - 2], before, here, model.output_weight(head))
         return added.double().cpu().numpy()

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamo_lm.cache import FixedCache, RowCache, attention_mask
+from dynamo_lm.cache import FixedCache, RowCache, attention_mask, sent
 from dynamo_lm.compiling import capacity, compiled
 from dynamo_lm.coupling import link_of
 from dynamo_lm.errors import InputError
@@ -33,6 +33,7 @@ from dynamo_lm.model import DynaMoForCausalLM
 from dynamo_lm.rows import DecodingOptions, Row, Statistics
 from dynamo_lm.sampling import check, check_weighting, draft_from, draw_from
 from dynamo_lm.scores import Scores
+from dynamo_lm.shortlist import Shortlist, shortlist_of
 from dynamo_lm.tree import Pace, depths, grow
 from dynamo_lm.verification import accept_greedy, accept_sampled, accept_tree
 
@@ -211,7 +212,7 @@ class Batch:
         if not self.compile:
             return RowCache(self.model.cache_entries, len(rows))
         longest = rows[0].prompt_length + rows[0].options.max_new_tokens + self._fixed(rows)
-        return FixedCache(self.model.cache_entries, capacity(longest))
+        return FixedCache(self.model.cache_entries, capacity(longest), self.model.device)
 
     def _fixed(self, rows: list[Row]) -> int:
         """Tokens of every forward behind the prompt's, if they are all to have one shape; else 0."""
@@ -228,7 +229,7 @@ class Batch:
         pace, size, promised = rows[0].pace, rows[0].size, rows[0].promise
 
         # 1. Absorb: one forward over what every row emitted (or drafted) last.
-        hidden, logits, ends = self._absorb(rows, cache, seats, first)
+        hidden, logits = self._absorb(rows, cache, seats, first)
         scores = Scores(logits)
         if first:
             self._score_prompts(rows, hidden[0])
@@ -244,9 +245,9 @@ class Batch:
         # tokens at once.
         index = torch.arange(len(rows), device=hidden.device)
         last = torch.tensor([one.last for one in judged])
-        at = ends if first else last.to(hidden.device)
+        at = sent(torch.tensor([row.prompt_length - 1 for row in rows]) if first else last, hidden.device)
         states = hidden[1:, index, at]  # (n-1, rows, hidden)
-        chosen = self._candidates(rows, logits[torch.arange(len(rows)), last], _read_heads(self.model, states))
+        chosen = self._candidates(rows, logits[torch.arange(len(rows)), last], states)
         for r, (row, one) in enumerate(zip(rows, judged, strict=True)):
             if row.ending:
                 continue
@@ -275,12 +276,12 @@ class Batch:
         if len(rows) == 1 and pace is not None and size > 0:
             pace.record(size, time.perf_counter() - began, promised, len(judged[0].emitted) - 1)
 
-    def _absorb(self, rows: list[Row], cache: RowCache, seats: Sequence[int], first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _absorb(self, rows: list[Row], cache: RowCache, seats: Sequence[int], first: bool) -> tuple[Tensor, Tensor]:
         """The forward; shorter rows are padded behind their end, empty seats are all padding.
 
         Returns:
             Hidden states of the heads, (n, rows, width, hidden); the base's logits as float32 on the CPU, (rows, width,
-            vocabulary), of a prompt those at its end alone; and where a prompt ends, (rows,).
+            vocabulary), of a prompt those at its end alone.
         """
         model = self.model
         width = max(len(row.pending) for row in rows)
@@ -295,17 +296,19 @@ class Batch:
             positions, keys, visible = cache.as_trees(positions, parents)
         mask = attention_mask(model.base.config, positions, keys, model.dtype, visible=visible, device=model.device)
         hidden = (model.hidden if first else self.forward)(
-            tokens.to(model.device),
+            sent(tokens, model.device),
             num_heads=self.num_heads,
             attention_mask=mask,
-            position_ids=positions.clamp(max=self.context - 1).to(model.device),
+            position_ids=sent(positions.clamp(max=self.context - 1), model.device),
             past_key_values=cache,
         )
         if list(seats) != list(range(cache.rows)):
-            hidden = hidden[:, list(seats)]
-        ends = torch.tensor([len(row.pending) - 1 for row in rows], device=model.device)
-        read = hidden[0, torch.arange(len(rows), device=model.device), ends][:, None] if first else hidden[0]
-        return hidden, model.readout(read).float().cpu(), ends
+            hidden = hidden.index_select(1, sent(torch.tensor(seats), hidden.device))
+        read = hidden[0]
+        if first:
+            ends = sent(torch.tensor([row.prompt_length - 1 for row in rows]), hidden.device)
+            read = read[torch.arange(len(rows), device=hidden.device), ends][:, None]
+        return hidden, model.readout(read).cpu().float()
 
     def _judge(self, r: int, row: Row, logits: Tensor, scores: Scores, first: bool) -> _Judged:
         """What stays of one row's pending tokens; logits: (width, vocabulary), the base's behind each of them."""
@@ -327,24 +330,33 @@ class Batch:
             row.statistics.accepted[position] += position < kept
         return _Judged([*(row.pending[place] for place in path), token], [*spent, 0.0], path, path[-1] if path else 0)
 
-    def _candidates(self, rows: list[Row], own: Tensor, ahead: Tensor) -> list[Heads | None]:
+    def _candidates(self, rows: list[Row], own: Tensor, states: Tensor) -> list[Heads | None]:
         """Every row's candidates: of all heads under "off", else of heads 2..; None where it has no use for any.
 
         Args:
             own: head 1's logits, (rows, vocabulary).
-            ahead: those of heads 2..n, (n-1, rows, vocabulary).
+            states: final hidden states of heads 2..n, (n-1, rows, hidden).
         """
-        alike: dict[tuple[bool, int, float], list[int]] = {}
+        listed = shortlist_of(self.model)
+        alike: dict[tuple[bool, bool, int, float], list[int]] = {}
         for r, row in enumerate(rows):
-            options = row.options
+            options, algorithm = row.options, row.options.algorithm
             if not row.ending and (options.off or options.num_heads > 1):
-                temperature = options.algorithm.temperature if options.off else options.draft_temperature
-                alike.setdefault((options.off, options.algorithm.top_k, temperature), []).append(r)
+                whole = options.off or algorithm.alpha_c == 0 or listed is None or algorithm.top_k >= len(listed.ids)
+                temperature = algorithm.temperature if options.off else options.draft_temperature
+                alike.setdefault((options.off, whole, algorithm.top_k, temperature), []).append(r)
         found: list[Heads | None] = [None] * len(rows)
-        for (off, top_k, temperature), members in alike.items():
-            heads, first = (ahead, own) if len(members) == len(rows) else (ahead[:, members], own[members])
-            lines = torch.cat([first[None], heads]) if off else heads
+        for (off, whole, top_k, temperature), members in alike.items():
+            if len(members) < len(rows):
+                theirs, first = states.index_select(1, sent(torch.tensor(members), states.device)), own[members]
+            else:
+                theirs, first = states, own
+            lines = _read_heads(self.model, theirs, None if whole else listed)
+            if off:
+                lines = torch.cat([first[None], lines])
             tops, each = Heads.top(lines.transpose(0, 1).flatten(0, 1), top_k, temperature), len(lines)
+            if not whole and listed is not None:
+                tops = Heads(listed.ids[tops.ids], tops.probs)
             for place, r in enumerate(members):
                 found[r] = tops.of(place * each, (place + 1) * each)
         return found
@@ -393,7 +405,7 @@ class Batch:
             row.prompt_scores = [None]
             for start in range(0, row.prompt_length - 1, CHUNK):
                 end = min(start + CHUNK, row.prompt_length - 1)
-                logits = self.model.readout(hidden[r, start:end][None]).float().cpu()  # (1, chunk, vocabulary)
+                logits = self.model.readout(hidden[r, start:end][None]).cpu().float()  # (1, chunk, vocabulary)
                 scores = Scores(logits)
                 row.prompt_scores += [scores.of(row, 0, row.tokens[at + 1], at - start) for at in range(start, end)]
 
@@ -448,13 +460,16 @@ def check_row(model: DynaMoForCausalLM, prompt: Sequence[int], options: Decoding
         check(options.algorithm, needed, model.config.vocab_size, model.cooccurrence)
 
 
-def _read_heads(model: DynaMoForCausalLM, states: Tensor) -> Tensor:
-    """Logits of heads 2..; states: (heads, rows, hidden), result: (heads, rows, vocabulary) float32 on the CPU."""
+def _read_heads(model: DynaMoForCausalLM, states: Tensor, listed: Shortlist | None) -> Tensor:
+    """Logits of heads 2..; states: (heads, rows, hidden), result: (heads, rows, tokens) float32 on the CPU, where the tokens
+    are those on the list or all."""
     if len(states) == 0:
         return torch.empty(0, states.shape[1], model.config.vocab_size)
+    if listed is not None:
+        return listed.output(states).cpu().float()
     if model.config.own_output_embedding:
-        return torch.cat([model.readout(state[None], head).float() for head, state in enumerate(states, start=2)]).cpu()
-    return model.readout(states).float().cpu()
+        return torch.cat([model.readout(state[None], head) for head, state in enumerate(states, start=2)]).cpu().float()
+    return model.readout(states).cpu().float()
 
 
 def _warp(row: Row, logits: Tensor, first: bool) -> Tensor:
@@ -479,7 +494,7 @@ def _pace(model: DynaMoForCausalLM, options: DecodingOptions) -> Pace | None:
     # Sizes that change from run to run change the rounding: harmless in float32, not where close calls are ties.
     if options.budget > 0 or model.dtype != torch.float32 or options.compile:
         return None
-    key = (n, torch.get_num_threads())
+    key = (n, torch.get_num_threads(), model.device)
     return model.paces.setdefault(key, Pace((n, 2 * n, 4 * n)))
 
 

@@ -193,10 +193,22 @@ def _warps(processors: LogitsProcessorList, off: bool, padding: Sequence[int]) -
                     'use verify="strict", which honours every processor.'
                 )
         return ()
-    rows = [[_without_padding(processor, count) for processor in processors] for count in padding]
+    here = [_on_cpu(processor) for processor in processors]
+    rows = [[_without_padding(processor, count) for processor in here] for count in padding]
     return tuple(
-        lambda row, tokens, logits, i=i: rows[row][i](tokens[None], logits[None].clone())[0] for i in range(len(processors))
+        lambda row, tokens, logits, i=i: rows[row][i](tokens[None], logits[None].clone())[0] for i in range(len(here))
     )
+
+
+def _on_cpu(processor: Any) -> Any:
+    """A processor for logits on the CPU: transformers makes them for the model's device."""
+    elsewhere = {
+        name: value.cpu() for name, value in vars(processor).items() if isinstance(value, Tensor) and not value.is_cpu
+    }
+    if elsewhere:
+        processor = copy.copy(processor)
+        vars(processor).update(elsewhere)
+    return processor
 
 
 def _without_padding(processor: Any, padding: int) -> Any:

@@ -65,8 +65,9 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         self.coupling = Coupling(config.num_heads, rank, self.output_weight()) if rank else None
         self.cooccurrence: Cooccurrence | None = None
         self._plain_readout = False  # known of a model that was arranged for decoding
-        self.arranged: dict[int, Any] = {}  # by heads: this model arranged and compiled, see `dynamo_lm.compiling`
+        self.arranged: dict[Any, Any] = {}  # by heads and device: compiled, see `dynamo_lm.compiling`
         self.paces: dict[Any, Any] = {}  # what decoding learned of the cost of its steps, see `dynamo_lm.tree.Pace`
+        self.shortlists: dict[str, Any] = {}  # the tokens that drafts are taken from, see `dynamo_lm.shortlist`
         self.generation_config = copy.deepcopy(self.base.generation_config)
         self.generation_config._from_model_config = False  # else transformers drops settings of our own, like eps_b
         mine = {id(parameter): f"base.{name}" for name, parameter in self.base.named_parameters()}

@@ -121,7 +121,7 @@ def heads_loss(
     with torch.set_grad_enabled(learn and not alone), autocast:
         hidden = packed_hidden(model, tokens, segments, positions, gradient_scale=scale)
         gradient = torch.zeros_like(hidden) if hidden.requires_grad else None
-        sums = torch.zeros(n if coupling is None else 2 * n - 1)
+        sums = torch.zeros(n if coupling is None else 2 * n - 1, device=hidden.device)  # read once, at the end
         for head in range(1, n + 1):
             if options is not None and options.frozen and head == 1:
                 continue
@@ -135,7 +135,7 @@ def heads_loss(
                 chunk = states[here].detach().requires_grad_(gradient is not None)
                 logits = model.readout(chunk[None], head)[0].float()  # (chunk, vocabulary)
                 loss = F.cross_entropy(logits, labels[here], ignore_index=IGNORED, reduction="sum")
-                sums[head - 1] += loss.detach().cpu()
+                sums[head - 1] += loss.detach()
                 if loss.requires_grad:
                     (loss * (at_loss / count)).backward()
                 if gradient is not None:
@@ -145,12 +145,12 @@ def heads_loss(
                     with torch.set_grad_enabled(learn):
                         corrected = coupled_logits(model, head, chunk.detach(), before, logits.detach())
                         loss = F.cross_entropy(corrected, labels[here], ignore_index=IGNORED, reduction="sum")
-                        sums[n + head - 2] += loss.detach().cpu()
+                        sums[n + head - 2] += loss.detach()
                         if learn:
                             (loss / count).backward()
     if gradient is not None:
         hidden.backward(gradient)
-    return sums
+    return sums.cpu()
 
 
 def coupled_logits(model: DynaMoForCausalLM, head: int, states: Tensor, before: Tensor, logits: Tensor) -> Tensor:
@@ -341,11 +341,12 @@ def train(
         batches = blocks.batches(start, options.batch_size)
         for step in range(start, options.steps):
             began = time.perf_counter()
-            batch = {name: value.to(device) for name, value in next(batches).items()}
+            batch = next(batches)
+            counts = target_counts(batch["tokens"], batch["segments"], model.num_heads, batch.get("responses"))
+            batch = {name: value.to(device) for name, value in batch.items()}
             factor = learning_rate_factor(step, options.steps, options.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-            counts = target_counts(batch["tokens"], batch["segments"], model.num_heads, batch.get("responses"))
             parts = _split(batch, options.accumulation)
             sums = torch.stack([heads_loss(model, **part, options=options, counts=counts) for part in parts]).sum(0)
             means = counts + counts[1:] if coupling else counts

@@ -50,9 +50,9 @@ def test_compiled_steps_write_the_same_text():
     plain = decode(model, prompt, DecodingOptions(12, 2), seeds=[0])
     fast = decode(model, prompt, DecodingOptions(12, 2, compile=True), seeds=[0])
     assert fast[0].tokens == plain[0].tokens
-    kept = model.arranged[2][1]
+    kept = model.arranged[2, model.device][1]
     decode(model, random_tokens(1, 9).tolist(), DecodingOptions(5, 2, compile=True), seeds=[0])
-    assert model.arranged[2][1] is kept
+    assert model.arranged[2, model.device][1] is kept
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
