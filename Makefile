@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/dynamo-lm demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,8 +6,9 @@ every operation of torch comes by here, those inside composite functions and bac
 tensors, its result is on the device of its inputs, and one that mixes devices raises as it would between CPU and CUDA. What
 CUDA lets mix may mix here: numbers (0-dimensional CPU tensors) in pointwise operations, and CPU indices into CUDA tensors.
 
-`Device` also counts how often the host waits. It does not see what kernels do (precision, alignment, memory, limits of
-shapes), when they do it, code that asks for "cuda" by name (autocast, fused optimizers), or what torch.compile makes.
+`Device` also counts how often the host waits. A copy to the host for which it does not wait holds garbage until it waits for
+something else. It does not see what kernels do (precision, alignment, memory, limits of shapes), when they do it, code that
+asks for "cuda" by name (autocast, fused optimizers), or what torch.compile makes.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Device(TorchDispatchMode):
     Attributes:
         counts: "reads": copies to the host, and single values and sizes that it asks for; "stalls": copies from the host
             that return when everything queued before them is done, as torch's do unless they are `non_blocking`;
-            "uploads": those that return at once.
+            "uploads": those that return at once; "downloads": copies to the host that do.
         read: numbers in all tensors that were copied to the host.
     """
 
@@ -72,6 +73,7 @@ class Device(TorchDispatchMode):
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.read = self.depth = 0
+        self.arriving: list[tuple[Tensor, Tensor]] = []  # downloads, and what they will hold
         self.patch = pytest.MonkeyPatch()
 
     @property
@@ -121,13 +123,21 @@ class Device(TorchDispatchMode):
         ours = any(isinstance(tensor, Pretended) for tensor in tensors)
         stays = ours if wanted is None else torch.device(wanted) == THERE
         self._check(func, args, tensors)
+        waits = self.waits
         self._count(func, args, kwargs, stays)
+        if self.waits > waits:
+            for target, contents in self.arriving:
+                target.copy_(contents)
+            self.arriving.clear()
         if wanted is not None:
             held_kwargs["device"] = torch.device("cpu")
         result = func(*held_args, **held_kwargs)
         if func is aten.copy_.default:
             return args[0]
         if not stays:
+            if ours and func is aten._to_copy.default and kwargs.get("non_blocking"):
+                self.arriving.append((result, result.clone()))
+                result.fill_(torch.nan if result.is_floating_point() else -1)
             return result
         with torch.inference_mode(False):  # an inference tensor could not share a version with the parameter it is a view of
             result = _changed(result, Pretended)
@@ -155,11 +165,11 @@ class Device(TorchDispatchMode):
         if copying or func is aten._to_copy.default:
             source = args[1] if copying else args[0]
             target = isinstance(args[0], Pretended) if copying else stays
+            at_once = kwargs.get("non_blocking") or (copying and len(args) > 2 and args[2])
             if isinstance(source, Pretended) and not target:
-                self.counts["reads"] += 1
+                self.counts["downloads" if at_once and not copying else "reads"] += 1
                 self.read += source.numel()
             elif target and not isinstance(source, Pretended):
-                at_once = kwargs.get("non_blocking") or (copying and len(args) > 2 and args[2])
                 self.counts["uploads" if at_once else "stalls"] += 1
         elif func in READS and isinstance(args[0], Pretended):
             self.counts["reads"] += 1

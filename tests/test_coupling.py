@@ -162,20 +162,20 @@ def test_configurations_without_meaning_are_refused(options, reason):
 # ---------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("weights", ["full", "heads"])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_a_coupling_is_saved_with_the_heads(tmp_path, name, weights):
+def test_a_coupling_is_saved_with_the_heads(tmp_path, name):
     base_of(name).save_pretrained(tmp_path / "base")
     model = DynaMoForCausalLM.from_base(str(tmp_path / "base"), num_heads=3).eval()
     shaken(add_coupling(model, 4))
-    model.save_pretrained(tmp_path / "model", weights=weights)
-    opened = DynaMoForCausalLM.from_pretrained(str(tmp_path / "model"))
-    first, second = model.state_dict(), opened.state_dict()
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-    assert opened.coupling.rank == 4 and opened.overhead() == model.overhead()
-    half = DynaMoForCausalLM.from_pretrained(str(tmp_path / "model"), dtype=torch.bfloat16)
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    for weights in ("full", "heads"):
+        model.save_pretrained(tmp_path / weights, weights=weights)
+        opened = DynaMoForCausalLM.from_pretrained(str(tmp_path / weights))
+        first, second = model.state_dict(), opened.state_dict()
+        assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+        assert opened.coupling.rank == 4 and opened.overhead() == model.overhead()
+        half = DynaMoForCausalLM.from_pretrained(str(tmp_path / weights), dtype=torch.bfloat16)
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
 # ---------------------------------------------------------------- training

@@ -47,8 +47,8 @@ WIDTH = BATCH["inputs"].shape[1]
 
 @cache
 def greedy_base(name: str) -> Tensor:
-    """What transformers' own greedy generation makes of the batch, 64 tokens."""
-    return base_of(name).generate(**BATCH, max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=EOS)
+    """What transformers' own greedy generation makes of the batch, 48 tokens."""
+    return base_of(name).generate(**BATCH, max_new_tokens=48, do_sample=False, pad_token_id=0, eos_token_id=EOS)
 
 
 @cache
@@ -89,7 +89,7 @@ def without_padding(row: Tensor, mask: Tensor, new_from: int) -> list[int]:
 def test_strict_greedy_is_the_bases_own_greedy(name):
     base, model = base_of(name), copied(name)
     expected = greedy_base(name)
-    result = model.generate(**BATCH, max_new_tokens=64, do_sample=False, **PLAIN)
+    result = model.generate(**BATCH, max_new_tokens=48, do_sample=False, **PLAIN)
     assert result.sequences.shape == expected.shape
     for row, reference, mask in zip(result.sequences, expected, BATCH["attention_mask"], strict=True):
         assert_equal_or_tied(base, without_padding(row, mask, WIDTH), without_padding(reference, mask, WIDTH))
@@ -98,8 +98,8 @@ def test_strict_greedy_is_the_bases_own_greedy(name):
     assert min(size for s in result.statistics for size in s.step_sizes) == 1  # and refused
 
     alone = torch.tensor([PROMPTS[3]])
-    expected = base.generate(alone, max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=EOS)[0]
-    got = model.generate(alone, max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=EOS)[0]
+    expected = base.generate(alone, max_new_tokens=48, do_sample=False, pad_token_id=0, eos_token_id=EOS)[0]
+    got = model.generate(alone, max_new_tokens=48, do_sample=False, pad_token_id=0, eos_token_id=EOS)[0]
     assert_equal_or_tied(base, got.tolist(), expected.tolist())
 
 
@@ -339,10 +339,10 @@ def test_positions_at_the_contexts_end_are_right_with_real_layers(name):
     long = random_tokens(1, CONTEXT - 10)
     rows = padded([long[0].tolist(), PROMPTS[0]])
     expected = base.generate(long, max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=EOS)[0]
-    out = model.generate(**rows, max_new_tokens=64, do_sample=False, **PLAIN)
+    out = model.generate(**rows, max_new_tokens=48, do_sample=False, **PLAIN)
     assert_equal_or_tied(base, out.sequences[0, :CONTEXT].tolist(), expected.tolist())
     assert out.statistics[0].new_tokens == 10
-    assert out.statistics[1].new_tokens == 64
+    assert out.statistics[1].new_tokens == 48
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

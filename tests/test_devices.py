@@ -18,10 +18,11 @@ from pretend import THERE, Device
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm import DynaMoForCausalLM, candidates, shortlist
 from dynamo_lm.config import MEDUSA
 from dynamo_lm.counting import count
 from dynamo_lm.decoding import Batch, DecodingOptions, decode
+from dynamo_lm.joint import highest
 from dynamo_lm.packing import Blocks
 from dynamo_lm.sampling import Algorithm1
 from dynamo_lm.training import TrainingOptions, heads_loss, perplexities, train
@@ -78,18 +79,21 @@ def test_the_device_refuses_what_a_gpu_refuses_and_counts_what_makes_the_host_wa
         assert device.counts == {"stalls": 1, "reads": 5}
         torch.tensor([1], device=THERE), here.to(THERE), here.to(THERE, non_blocking=True), torch.ones(2, device=THERE)
         assert device.counts == {"stalls": 3, "reads": 5, "uploads": 1}
+        early = (there + 1).to("cpu", non_blocking=True)
+        assert early.isnan().all() and device.counts["downloads"] == 1
+        there.cpu()
+        assert early.tolist() == [[1, 7, 7, 7]] * 3
     with pytest.raises(RuntimeError, match="no pretended device"):
         there + 1
 
 
 # ---------------------------------------------------------------- decoding
 
-# Copies to the host a step: the base's logits behind the absorbed tokens, and the other heads' behind the last that stays.
-# Tokens, mask and positions go the other way, and where the last token is; in rows of several lengths also where keys are
-# written, by row and slot, once for the stem's entries and once for that of all heads. Where a tree branched, what stays is
-# moved in each entry. A coupling is read head by head, in a tree node by node.
-READS, UPLOADS = 2, 4
-ARRANGING = 1  # read when a model is arranged for decoding
+# The host waits once a step, for the base's logits and the other heads' candidates behind all absorbed tokens.
+# Tokens, mask and positions go the other way; in rows of several lengths also where keys are written, by row and slot, once
+# for the stem's entries and once for that of all heads. Where a tree branched, what stays is moved in each entry.
+READS, UPLOADS = 1, 3
+ARRANGING = 1  # read when a model is arranged for decoding, and a coupling's table of tokens
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"tree": 0},
     "sampled": {"sample": True},
@@ -106,7 +110,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("mode", MODES)
-def test_decoding_elsewhere_is_decoding_here_and_the_host_waits_as_seldom_as_before(mode, rows):
+def test_decoding_elsewhere_is_decoding_here_and_the_host_waits_once_a_step(mode, rows):
     model, there, device = models("gpt_neox")
     options = DecodingOptions(**({"max_new_tokens": 10, "num_heads": N} | MODES[mode]))
     expected = decode(model, PROMPTS[:rows], options, seeds=range(rows))
@@ -119,7 +123,7 @@ def test_decoding_elsewhere_is_decoding_here_and_the_host_waits_as_seldom_as_bef
             device.counts.clear()
             batch.step()
             assert device.counts["stalls"] == 0
-            assert device.counts["reads"] == (READS if options.num_heads > 1 else 1)
+            assert device.counts["reads"] == READS
             if len(batch.running) == rows:  # else the others are moved together, three copies for each of their entries
                 steps += 1
                 assert device.counts["uploads"] <= UPLOADS + 4 * (rows > 1) + (3 * 3 if options.tree else 0)
@@ -135,11 +139,8 @@ def test_decoding_elsewhere_is_decoding_here_and_the_host_waits_as_seldom_as_bef
             assert [token for token, _ in score.top] == [token for token, _ in other.top]
 
 
-@pytest.mark.parametrize(
-    ("mode", "reads"),
-    [("greedy", READS + N - 1), ("sampled", READS + N - 1), ("off", READS + N - 1), ("tree", READS + 6)],
-)
-def test_a_coupling_elsewhere(mode, reads):
+@pytest.mark.parametrize("mode", ["greedy", "sampled", "off", "tree"])
+def test_a_coupling_elsewhere(mode):
     model, there, device = models("gpt_neox", **LINKED)
     options = DecodingOptions(**({"max_new_tokens": 10, "num_heads": N} | MODES[mode]))
     expected = tokens_of(decode(model, PROMPTS[:1], options, seeds=[0]))
@@ -148,7 +149,65 @@ def test_a_coupling_elsewhere(mode, reads):
         found = decode(there, PROMPTS[:1], options, seeds=[0])
     assert tokens_of(found) == expected
     assert device.counts["stalls"] == 0
-    assert device.counts["reads"] <= ARRANGING + reads * found[0].statistics.forwards
+    assert device.counts["reads"] == 2 * ARRANGING + READS * found[0].statistics.forwards
+
+
+MIXED = [
+    {"tree": 0},
+    {"tree": 6},
+    {"sample": True, "draft_temperature": 0.8},
+    {"sample": True, "algorithm": Algorithm1(alpha_c=0.0, top_k=5)},
+    {"verify": "off", "sample": True, "algorithm": Algorithm1(top_k=9, eps_b=0.1)},
+]
+
+
+@pytest.mark.parametrize("at_once", [0, candidates.AT_ONCE], ids=["later", "at once"])
+@pytest.mark.parametrize("options", [{}, LINKED], ids=["plain", "coupling"])
+def test_rows_of_all_kinds_elsewhere_alone_and_together(options, at_once, monkeypatch):
+    monkeypatch.setattr(candidates, "AT_ONCE", at_once)
+    monkeypatch.setattr(shortlist, "LEAST", 20)
+    monkeypatch.setattr(shortlist, "COVERED", 0.5)
+
+    def together(model: DynaMoForCausalLM) -> list[list[int]]:
+        batch, each = Batch(model, N), [DecodingOptions(max_new_tokens=10, num_heads=N, **how) for how in MIXED]
+        rows = [batch.join(prompt, how, seed=seed) for seed, (prompt, how) in enumerate(zip(PROMPTS, each, strict=True))]
+        while batch.running:
+            device.counts.clear()
+            batch.step()
+            assert model.device == torch.device("cpu") or device.counts["reads"] <= (1 if at_once else 1 + len(MIXED))
+        return tokens_of(rows)
+
+    model, there, device = models("gpt_neox", **options)
+    for each in (model, there):
+        each.shortlists.clear()
+    expected = together(model)
+    assert model.shortlists["last"][-1] is not None
+    for seed, (prompt, how) in enumerate(zip(PROMPTS, MIXED, strict=True)):
+        chosen = DecodingOptions(max_new_tokens=10, num_heads=N, **how)
+        assert tokens_of(decode(model, [prompt], chosen, seeds=[seed])) == [expected[seed]]
+        with device:
+            assert tokens_of(decode(there, [prompt], chosen, seeds=[seed])) == [expected[seed]]
+    with device:
+        assert together(there) == expected
+    for each in (model, there):
+        each.shortlists.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_highest_logits_elsewhere_are_those_here_in_the_same_order(dtype):
+    few = torch.randint(-3, 4, (3, 5, 60), generator=torch.Generator().manual_seed(0)) * 0.25  # many are equal
+    odd = torch.tensor([0.0, -0.0, -torch.inf, 1e-42, -1e-42, 6e4, -6e4, 0.0, 1.0, -1.0]).repeat(6).expand(1, 5, 60)
+    logits, device = torch.cat([few, few * 1e-3, torch.randn(3, 5, 60), odd]).to(dtype), Device()
+    for k in (1, 7, 60):
+        ids, values = highest(logits, k)
+        with device:
+            device.counts.clear()
+            found = highest(logits.to(THERE, non_blocking=True), k)
+            assert device.waits == 0
+            assert torch.equal(found[0].cpu(), ids) and torch.equal(found[1].cpu().double(), values)
+    logits[0, 0, 7] = torch.nan
+    with device:
+        assert highest(logits.to(THERE), 1)[0][0, 0].tolist() == [7]  # which `Heads.ranked` refuses
 
 
 @pytest.mark.parametrize(

@@ -210,17 +210,17 @@ def test_tables_of_another_vocabulary_are_refused(tmp_path):
 # ---------------------------------------------------------------- damage
 
 
-@pytest.mark.parametrize("checksums", [True, False], ids=["checksums", "no checksums"])
 @pytest.mark.parametrize("weights", ["full", "heads"])
-@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
-def test_truncated_weights_are_refused(tmp_path, weights, keep, checksums):
+def test_truncated_weights_are_refused(tmp_path, weights):
     _, folder = saved(tmp_path, weights)
     file = folder / WEIGHTS[weights]
     content = file.read_bytes()
-    file.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
-    if not checksums:
-        (folder / "checksums.json").unlink()
-    assert "truncated or altered" in refused(folder)
+    for checksums in (True, False):
+        if not checksums:
+            (folder / "checksums.json").unlink()
+        for keep in (0, 4, 100, len(content) // 2, -1):
+            file.write_bytes(content[:keep])
+            assert "truncated or altered" in refused(folder), (keep, checksums)
 
 
 @pytest.mark.parametrize("weights", ["full", "heads"])

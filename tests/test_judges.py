@@ -284,6 +284,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
+        if status != 200:
+            self.send_header("Retry-After-Ms", "1")  # openai's client would wait seconds before it asks again
         self.end_headers()
         self.wfile.write(data)
 

@@ -137,14 +137,25 @@ def browser(tmp_path_factory):
     browser.close()
 
 
-@pytest.fixture
-def page(browser, address):
+def opened(browser: Browser, address: str) -> Browser:
     browser.events.clear()
     browser.size(1200, 900)
     browser.media()
     browser.open(address)
     browser.wait_for("document.querySelector('#about').textContent.includes('teller: up to 2 tokens per step')")
     return browser
+
+
+@pytest.fixture
+def page(browser, address):
+    return opened(browser, address)
+
+
+@pytest.fixture
+def first_page(browser):
+    """Of a model that has written nothing yet: how many tokens it drafts depends on how its steps went so far."""
+    with served(*teller()) as address:
+        yield opened(browser, address)
 
 
 def turn(page: Browser, **dials: object) -> None:
@@ -172,7 +183,8 @@ def names(page: Browser, role: str) -> list[str]:
     return [node["name"]["value"] for node in nodes if not node["ignored"] and node["role"]["value"] == role]
 
 
-def test_a_race_shows_both_texts_by_step_and_what_it_gained(page):
+def test_a_race_shows_both_texts_by_step_and_what_it_gained(first_page):
+    page = first_page
     turn(page, prompt="say: ", max_tokens=24, rounds=2)
     raced(page)
     expected = (LETTERS * 2)[:24]

@@ -94,7 +94,7 @@ def write_texts(file: Path, model, tokenizer) -> None:
                 how = {"verify": "off", "eps_b": arm["eps_b"]}
             out = model.generate(
                 ids,
-                max_new_tokens=16,
+                max_new_tokens=10,
                 do_sample=True,
                 top_k=50,
                 temperature=0.7,

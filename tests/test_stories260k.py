@@ -36,7 +36,7 @@ def pieces():
 @pytest.fixture(scope="module")
 def stories() -> list[str]:
     with STORIES.open() as lines:
-        return [json.loads(line)["text"] for line, _ in zip(lines, range(400), strict=False)]
+        return [json.loads(line)["text"] for line, _ in zip(lines, range(250), strict=False)]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_the_tokenizer_merges_and_comes_back(pieces):
 def test_the_converted_model_knows_its_stories(base, pieces, stories):
     assert sum(p.numel() for p in base.parameters()) == 260_032
     losses = []
-    for story in stories[:20]:
+    for story in stories[:10]:
         tokens = torch.tensor([pieces.encode(story.strip())[:256]])
         with torch.no_grad():
             losses.append(base(tokens, labels=tokens).loss.item())
@@ -91,5 +91,5 @@ def test_strict_greedy_is_transformers_own_greedy_for_a_hundred_prompts(base, mo
 
 def test_strict_greedy_is_the_same_for_a_long_story_alone(base, model, pieces):
     prompt = torch.tensor([pieces.encode("One day, a little dog")])
-    ask = {"max_new_tokens": 200, "do_sample": False, "pad_token_id": 0, "eos_token_id": BOS}
+    ask = {"max_new_tokens": 120, "do_sample": False, "pad_token_id": 0, "eos_token_id": BOS}
     assert torch.equal(model.generate(prompt, **ask), base.generate(prompt, **ask))

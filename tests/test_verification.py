@@ -16,6 +16,7 @@ from dynamo_lm.counting import count
 from dynamo_lm.verification import accept_greedy, accept_sampled
 
 TOO_UNLIKELY = 1e-4  # p-value below which a sample is held to come from another distribution
+RUNS, ROWS = 4000, 1500  # of a rule and of the loop: right ones are asked as often as wrong ones, which are found out
 
 
 def p_value(counts: dict, probabilities: dict) -> float:
@@ -115,19 +116,19 @@ def redraw_from_p(logits, drafts, proposals, generator):
 
 
 def test_the_rejection_rule_keeps_the_bases_distribution_whatever_the_draft():
-    outcomes = draw_and_accept(accept_sampled, 8000)
+    outcomes = draw_and_accept(accept_sampled, RUNS)
     first = {token: p.item() for token, p in enumerate(P[0])}
     both = {(a, b): (P[0, a] * P[1, b]).item() for a, b in itertools.product(range(5), repeat=2)}
     assert p_value(tally(o[0] for o in outcomes), first) > TOO_UNLIKELY
     assert p_value(tally(o[:2] for o in outcomes), both) > TOO_UNLIKELY
     third = tally(o[2] for o in outcomes if len(o) == 3)  # behind two kept drafts
-    assert sum(third.values()) > 1000
+    assert sum(third.values()) > 500
     assert p_value(third, {token: 0.2 for token in range(5)}) > TOO_UNLIKELY
 
 
 @pytest.mark.parametrize("wrong", [always_accept, redraw_from_p])
 def test_the_test_rejects_wrong_rules(wrong):
-    outcomes = draw_and_accept(wrong, 4000)
+    outcomes = draw_and_accept(wrong, RUNS)
     both = {(a, b): (P[0, a] * P[1, b]).item() for a, b in itertools.product(range(5), repeat=2)}
     assert p_value(tally(o[:2] for o in outcomes), both) < TOO_UNLIKELY
 
@@ -137,7 +138,7 @@ def test_acceptance_is_as_likely_as_the_overlap_of_p_and_q():
     generator = torch.Generator().manual_seed(0)
     proposals = [(torch.tensor(ids), torch.tensor(probs, dtype=torch.float64)) for ids, probs in Q[:1]]
     kept = []
-    for _ in range(4000):
+    for _ in range(RUNS):
         draft = int(proposals[0][0][torch.multinomial(proposals[0][1], 1, generator=generator)])
         kept.append(accept_sampled(P.log(), [draft], proposals, generator)[0])
     assert p_value(tally(kept), {1: 0.65, 0: 0.35}) > TOO_UNLIKELY
@@ -219,7 +220,7 @@ def paths(result) -> list[tuple[int, ...]]:
 )
 def test_strict_sampling_has_the_bases_distribution(chain, options):
     model, transition = chain
-    result = sample(model, 2500, **({"top_k": 0} | options))
+    result = sample(model, ROWS, **({"top_k": 0} | options))
     expected = path_probabilities(warped(transition, **options), 2, 3)
     assert p_value(tally(paths(result)), expected) > TOO_UNLIKELY
     accepted = np.sum([s.accepted for s in result.statistics], axis=0)
@@ -231,14 +232,14 @@ def test_strict_sampling_has_the_bases_distribution(chain, options):
 def test_the_loops_test_rejects_a_loop_that_accepts_everything(chain, monkeypatch):
     model, transition = chain
     monkeypatch.setattr(dynamo_lm.decoding, "accept_sampled", always_accept)
-    result = sample(model, 1500, top_k=0)
+    result = sample(model, ROWS, top_k=0)
     assert p_value(tally(paths(result)), path_probabilities(transition, 2, 3)) < TOO_UNLIKELY
 
 
 def test_unverified_sampling_is_not_the_bases_distribution(chain):
     model, transition = chain
     options = {"verify": "off", "eps_b": 0.0, "top_k": SIZE, "temperature": 1.0, "repetition_penalty": 1.0}
-    result = sample(model, 1500, **options)
+    result = sample(model, ROWS, **options)
     assert p_value(tally(paths(result)), path_probabilities(transition, 2, 3)) < TOO_UNLIKELY
 
 
@@ -257,7 +258,7 @@ def test_a_base_with_attention_keeps_its_distribution_too():
     expected[(others, others)] = one[8:].sum().item()
 
     options = {"max_new_tokens": 4, "do_sample": True, "seed": 0, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
-    pairs = model.generate(prompt.expand(2500, -1), **options)[:, 3:5].clamp(max=others).tolist()
+    pairs = model.generate(prompt.expand(ROWS, -1), **options)[:, 3:5].clamp(max=others).tolist()
     seen = tally((a, others if a == others else b) for a, b in pairs)
     assert p_value(seen, expected) > TOO_UNLIKELY
 
