@@ -1,4 +1,4 @@
-"""A model whose linear layers are fast for the few rows of a decoding step, on a CPU.
+"""A model whose linear layers and attention are fast for the few rows of a decoding step, on a CPU.
 
 A step hands each layer one row per new token. With 2 to 4 rows a library's x @ weight^T takes 1.4 to 3.4 times what it
 takes with one, although the weight is read once in both (`benchmarks/rows.py`). The project's kernel takes 1.1 to 1.5
@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers import PreTrainedConfig
 
-from dynamo_lm import kernels
+from dynamo_lm import few_queries, kernels
 
 STRIDE = 16  # entries of a row that the kernel takes at a time
 MOST = 16  # rows from which on a library is as fast in float32
@@ -55,11 +56,11 @@ class Transposed(nn.Linear):
 
 
 def few_rows(model: M) -> M:
-    """A shallow copy of a tree of modules, with `FewRows` or `Transposed` for linear layers where those help: on a CPU."""
-    return _twin(model, {})
+    """A shallow copy of a tree of modules with products and attention for few rows, where those help: on a CPU."""
+    return _twin(model, {}, {})
 
 
-def _twin(module: M, made: dict[int, nn.Module]) -> M:
+def _twin(module: M, made: dict[int, nn.Module], configs: dict[int, PreTrainedConfig]) -> M:
     if id(module) in made:  # what is shared stays shared
         return made[id(module)]  # type: ignore[return-value]
     if parametrize.is_parametrized(module):  # an adapter: it cannot be copied, and computes its weight anew each time
@@ -67,7 +68,10 @@ def _twin(module: M, made: dict[int, nn.Module]) -> M:
     twin = made[id(module)] = copy.copy(module)
     if type(twin) is nn.Linear and twin.weight.device.type == "cpu":
         _quicken(cast(nn.Linear, twin))
-    twin._modules = {name: child if child is None else _twin(child, made) for name, child in module._modules.items()}
+    few_queries.quicken(twin, configs)
+    twin._modules = {
+        name: child if child is None else _twin(child, made, configs) for name, child in module._modules.items()
+    }
     return twin
 
 

@@ -6,13 +6,15 @@ import copy
 
 import pytest
 import torch
-from architectures import NAMES, dynamo_of, random_tokens
+import torch.nn.functional as F
+from architectures import CONFIGS, NAMES, dynamo_of, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from dynamo_lm import DynaMoForCausalLM, kernels
 from dynamo_lm import few_rows as few_rows_module
-from dynamo_lm import kernels
 from dynamo_lm.cache import RowCache, attention_mask
 from dynamo_lm.decoding import decode
 from dynamo_lm.errors import InputError
@@ -67,6 +69,95 @@ def test_numbers_at_the_edge_come_out_as_torch_has_them(dtype, value):
         x = torch.zeros(2, 16, dtype=dtype)
         x[1, 5] = value
         torch.testing.assert_close(few_rows(plain)(x), plain(x), equal_nan=True)
+
+
+def seen_by(queries: int, slots: int, *, seed: int) -> torch.Tensor:
+    """A random mask (1, 1, queries, slots) in which every query sees something."""
+    mask = torch.rand(1, 1, queries, slots, generator=torch.Generator().manual_seed(seed)) < 0.6
+    mask[..., seed % slots] = True
+    return mask
+
+
+@needs_kernel
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 40), st.integers(1, 6), DTYPES
+)
+def test_few_queries_attend_as_torchs_do(rows, shared, groups, queries, slots, wide, dtype):
+    width = 16 * wide
+    query = torch.randn(rows, queries, shared * groups, width, dtype=dtype).transpose(1, 2)
+    buffer = torch.randn(2, rows, groups, slots + 3, width, dtype=dtype)  # a cache with room behind what is in use
+    key, value = buffer[:, :, :, :slots]
+    mask = seen_by(queries, slots, seed=wide).expand(rows, -1, -1, -1)
+    found = torch.ops.dynamo_lm.few_queries(query, key, value, mask, 0.3)
+    wider = (each.double().repeat_interleave(shared, 1) for each in (key, value))
+    exact = F.scaled_dot_product_attention(query.double(), *wider, attn_mask=mask, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps / 2 + 1e-5, atol=1e-5)
+
+
+@needs_kernel
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 40), st.integers(0, 9), DTYPES, st.data())
+def test_a_query_attends_the_same_bit_for_bit_whatever_is_beside_it(rows, queries, slots, hidden, dtype, data):
+    query = torch.randn(rows, 2, queries, 48, dtype=dtype)
+    key, value = torch.randn(2, rows, 1, slots, 48, dtype=dtype)
+    mask = seen_by(queries, slots, seed=hidden)
+    together = torch.ops.dynamo_lm.few_queries(query, key, value, mask, 0.2)
+    i, row = data.draw(st.integers(0, queries - 1)), data.draw(st.integers(0, rows - 1))
+    more = [torch.cat([each, torch.full((rows, 1, hidden, 48), 9.0, dtype=dtype)], 2)[row, None] for each in (key, value)]
+    blind = torch.cat([mask[:, :, i, None], torch.zeros(1, 1, 1, hidden, dtype=torch.bool)], 3)
+    alone = torch.ops.dynamo_lm.few_queries(query[row, None, :, i, None], *more, blind, 0.2)
+    assert torch.equal(alone[0, 0], together[row, i])
+
+
+@needs_kernel
+@pytest.mark.parametrize("scores", [[0.0], [-200.0, 0.0], [1e4, 1e4], [88.0, -88.0, 3.0], [float("nan"), 1.0]])
+def test_scores_of_any_size_become_weights(scores):
+    key = torch.zeros(1, 1, len(scores), 16)
+    key[0, 0, :, 0] = torch.tensor(scores)
+    value, query = torch.randn(1, 1, len(scores), 16), torch.eye(16)[None, None, :1]
+    found = torch.ops.dynamo_lm.few_queries(query, key, value, torch.ones(1, 1, 1, len(scores), dtype=torch.bool), 1.0)
+    weights = torch.tensor(scores).softmax(0)
+    torch.testing.assert_close(found[0, 0, 0], weights @ value[0, 0], equal_nan=True)
+
+
+EXACT = [name for name in NAMES if name not in ("gpt2", "gemma2", "falcon", "qwen3_moe")]  # whose every part is a kernel's
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", EXACT)
+def test_a_step_of_several_tokens_is_bit_for_bit_as_many_steps_of_one(name, dtype):
+    model = wide_enough(name).to(dtype)
+    fast = model.for_decoding(3)
+    prompt, more = random_tokens(1, 20, seed=1), random_tokens(1, 5, seed=2)
+    with torch.inference_mode():
+        found = [run(fast, prompt, more.split(size, 1)) for size in ([5], [1] * 5, [2, 3])]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def wide_enough(name: str):
+    """A model of the kind whose heads have 16 dimensions, as the kernel wants them."""
+    config = copy.deepcopy(CONFIGS[name])
+    for key in ("hidden_size", "intermediate_size", "ffn_dim", "word_embed_proj_dim"):
+        if hasattr(config, key):
+            setattr(config, key, 64)
+    if getattr(config, "head_dim", None):
+        config.head_dim = 16
+    torch.manual_seed(0)
+    return DynaMoForCausalLM.from_base(AutoModelForCausalLM.from_config(config), num_heads=3).eval()
+
+
+def run(model, prompt, parts) -> torch.Tensor:
+    """Final states of all heads at the tokens behind a prompt that are absorbed part by part."""
+    cache, states = RowCache(model.cache_entries, 1), []
+    for tokens in (prompt, *parts):
+        positions = cache.begin(tokens.shape[1])
+        mask = attention_mask(model.base.config, positions, torch.arange(cache.end)[None], model.dtype)
+        kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        states.append(model.hidden(tokens, num_heads=3, **kwargs))
+        cache.keep(torch.tensor([tokens.shape[1]]))
+    return torch.cat(states[1:], 2)
 
 
 @settings(max_examples=40, deadline=None)

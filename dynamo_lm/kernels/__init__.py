@@ -1,8 +1,8 @@
-"""The project's one compiled kernel: products of few rows on CPUs, built on the machine that runs them.
+"""The project's compiled kernels: products and attention of few rows on CPUs, built on the machine that runs them.
 
-torch's own compiler driver (which `torch.compile` uses) builds `few_rows.cpp` for this very processor the first time it is
-wanted, in seconds, and keeps the result on disk. Out: whether `torch.ops.dynamo_lm.few_rows` can be called. Without a C++
-compiler it cannot, and everything works with torch's own products.
+torch's own compiler driver (which `torch.compile` uses) builds the C++ beside this file for this very processor the first
+time it is wanted, in seconds, and keeps the result on disk. Out: whether `torch.ops.dynamo_lm.few_rows` and `.few_queries`
+can be called. Without a C++ compiler they cannot, and everything works with torch's own operations.
 """
 
 from __future__ import annotations
@@ -20,30 +20,41 @@ logger = logging.getLogger(__name__)
 
 # A fused multiplication and addition rounds once; sums keep their order, because results must not depend on the batch.
 FLAGS = ("-ffp-contract=fast", "-fno-associative-math", "-Wno-pedantic")
-SHIM = """AOTITorchError aoti_torch_cpu_few_rows(
-    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, AtenTensorHandle* result)"""
+SOURCES = ("lanes.h", "few_rows.cpp", "few_queries.cpp")
+_T = "AtenTensorHandle"
+SHIMS = {  # what compiled steps call, by its name in C
+    "few_rows": f"{_T} x, {_T} weight, {_T}* bias",
+    "few_queries": f"{_T} query, {_T} key, {_T} value, {_T} mask, double scaling",
+}
 
 
 @functools.cache
 def available() -> bool:
-    """Whether the kernel is there; builds it, if need be. `DYNAMO_LM_KERNELS=0` in the environment leaves it out."""
+    """Whether the kernels are there; builds them, if need be. `DYNAMO_LM_KERNELS=0` in the environment leaves them out."""
     if os.environ.get("DYNAMO_LM_KERNELS") == "0":
         return False
     try:
         from torch._inductor import config
         from torch._inductor.codecache import CppCodeCache
 
-        source = resources.files(__package__).joinpath("few_rows.cpp").read_text(encoding="utf-8")
+        source = "".join(resources.files(__package__).joinpath(name).read_text(encoding="utf-8") for name in SOURCES)
         library = CppCodeCache.load(source, extra_flags=FLAGS)
-        torch.library.register_fake("dynamo_lm::few_rows", _shape)
-        # Compiled steps call the function in the library itself, by its name in C, which has to be visible to them.
-        ctypes.CDLL(library._name, mode=ctypes.RTLD_GLOBAL)
-        config.aot_inductor.custom_ops_to_c_shims[torch.ops.dynamo_lm.few_rows.default] = [SHIM]
+        torch.library.register_fake("dynamo_lm::few_rows", _of_few_rows)
+        torch.library.register_fake("dynamo_lm::few_queries", _of_few_queries)
+        ctypes.CDLL(library._name, mode=ctypes.RTLD_GLOBAL)  # compiled steps find its functions by their names
+        for name, arguments in SHIMS.items():
+            shim = f"AOTITorchError aoti_torch_cpu_{name}({arguments}, {_T}* result)"
+            config.aot_inductor.custom_ops_to_c_shims[getattr(torch.ops.dynamo_lm, name).default] = [shim]
     except Exception as error:  # no compiler, no headers, a torch built otherwise: all of them only cost speed
-        logger.info("No kernel for products of few rows, torch's own are used: %s", error)
+        logger.info("No kernels for few rows, torch's own operations are used: %s", error)
         return False
     return True
 
 
-def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _of_few_queries(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    rows, heads, queries, width = query.shape
+    return query.new_empty((rows, queries, heads, width))

@@ -3,87 +3,23 @@
 // A library's product of 2 to 4 rows takes 1.4 to 3.4 times what it takes with one row, although the weight is read once
 // in both, and one in bfloat16 takes that much again where the CPU has no units for it. Here every entry of the weight is
 // loaded (and converted) once and multiplied with all rows while it is in a register; memory decides, not arithmetic.
-//
-// Every result is summed in one order that depends on nothing but the length of the row: a row's result is the same, bit
-// for bit, whichever rows are multiplied beside it and however many threads share the work.
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <algorithm>
-#include <cstring>
-#include <optional>
-#include <type_traits>
-#include <vector>
-#ifdef __FMA__
-#include <immintrin.h>
-#endif
 
 namespace {
 
-using torch::stable::Tensor;
-
-constexpr int64_t STRIDE = 16;      // entries of a row that are taken at a time: two of bfloat16 lie in one 32-bit lane
-constexpr int64_t BLOCK = 8;        // rows of the weight that stay in the first cache while all rows of x pass
-constexpr int64_t WORK = 1 << 16;   // entries of the weight below which a second thread does not pay
-
-typedef float Lanes __attribute__((vector_size(32)));
-typedef uint32_t Bits __attribute__((vector_size(32)));
-typedef float LooseLanes __attribute__((vector_size(32), aligned(2), may_alias));
-typedef uint32_t LooseBits __attribute__((vector_size(32), aligned(2), may_alias));
-
-inline Lanes load(const float* at) { return *reinterpret_cast<const LooseLanes*>(at); }
-inline Bits load(const uint16_t* at) { return *reinterpret_cast<const LooseBits*>(at); }
-inline Lanes evens(Bits pairs) { return (Lanes)(pairs << 16); }  // bfloat16 is the upper half of a float32
-inline Lanes odds(Bits pairs) { return (Lanes)(pairs & 0xffff0000u); }
-
-inline Lanes fused(Lanes a, Lanes b, Lanes sum) {
-#ifdef __FMA__
-  return (Lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);  // said, not left to the compiler: one rounding, always
-#else
-  return a * b + sum;
-#endif
-}
-
-// The sums over the lanes of eight vectors; that of vector i is in lane LANE_OF[i].
-constexpr int LANE_OF[8] = {0, 4, 1, 5, 2, 6, 3, 7};
-
-inline Lanes sums(const Lanes* a) {
-  Lanes b[4], c[2];
-  for (int i = 0; i < 4; i++)
-    b[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11) +
-           __builtin_shufflevector(a[2 * i], a[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15);
-  for (int i = 0; i < 2; i++)
-    c[i] = __builtin_shufflevector(b[2 * i], b[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
-           __builtin_shufflevector(b[2 * i], b[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
-  return __builtin_shufflevector(c[0], c[1], 0, 2, 8, 10, 4, 6, 12, 14) +
-         __builtin_shufflevector(c[0], c[1], 1, 3, 9, 11, 5, 7, 13, 15);
-}
+constexpr int64_t BLOCK = 8;       // rows of the weight that stay in the first cache while all rows of x pass
+constexpr int64_t WORK = 1 << 16;  // entries of the weight below which a second thread does not pay
 
 // R rows of x against O rows of the weight, R * O <= 8: one vector of sums each, so that all of them stay in registers.
 template <int R, int O, typename T>
 inline __attribute__((always_inline)) void tile(const T* weight, const float* x, float* y, int64_t in, int64_t out) {
-  Lanes total[8] = {};
+  Lanes total[8] = {}, xs[R];
   for (int64_t k = 0; k < in; k += STRIDE) {
-    decltype(load(weight)) raw[O];
-    Lanes xs[R];
-    for (int o = 0; o < O; o++) raw[o] = load(weight + o * in + k);
     for (int r = 0; r < R; r++) xs[r] = load(x + r * in + k);
     for (int o = 0; o < O; o++)
-      for (int r = 0; r < R; r++) {
-        if constexpr (std::is_same_v<T, float>) total[o * R + r] = fused(raw[o], xs[r], total[o * R + r]);
-        else total[o * R + r] = fused(evens(raw[o]), xs[r], total[o * R + r]);
-      }
+      for (int r = 0; r < R; r++) total[o * R + r] = fused(one(weight + o * in + k), xs[r], total[o * R + r]);
     for (int r = 0; r < R; r++) xs[r] = load(x + r * in + k + STRIDE / 2);
     for (int o = 0; o < O; o++)
-      for (int r = 0; r < R; r++) {
-        if constexpr (std::is_same_v<T, float>)
-          total[o * R + r] = fused(load(weight + o * in + k + STRIDE / 2), xs[r], total[o * R + r]);
-        else total[o * R + r] = fused(odds(raw[o]), xs[r], total[o * R + r]);
-      }
+      for (int r = 0; r < R; r++) total[o * R + r] = fused(two(weight + o * in + k), xs[r], total[o * R + r]);
     for (int o = 0; o < O; o++) __builtin_prefetch(weight + (o + O) * in + k);  // the next tile; hardware stops at pages
   }
   Lanes sum = sums(total);
@@ -112,33 +48,8 @@ void columns(const T* weight, const float* x, float* y, int64_t rows, int64_t in
   }
 }
 
-// bfloat16 as float32, in the order that `tile` meets it in: of every 16 entries the even ones, then the odd ones.
-std::vector<float> unpacked(const uint16_t* x, int64_t count) {
-  std::vector<float> result(count);
-  for (int64_t i = 0; i < count; i += STRIDE) {
-    const Bits pairs = load(x + i);
-    *reinterpret_cast<LooseLanes*>(&result[i]) = evens(pairs);
-    *reinterpret_cast<LooseLanes*>(&result[i + STRIDE / 2]) = odds(pairs);
-  }
-  return result;
-}
-
-float widened(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint16_t rounded(float value) {  // to the nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 // x: (..., in), weight: (out, in) contiguous of the same type, bias: (out,) -> (..., out). in is a multiple of 16.
 Tensor few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias) {
-  using torch::headeronly::ScalarType;
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   const int64_t out = weight.size(0), in = weight.size(1), rows = x.numel() / in;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
@@ -161,8 +72,8 @@ Tensor few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   } else {
     const uint16_t* w = static_cast<const uint16_t*>(weight.const_data_ptr());
     const uint16_t* b = bias ? static_cast<const uint16_t*>(bias->const_data_ptr()) : nullptr;
-    const std::vector<float> from = unpacked(static_cast<const uint16_t*>(x.const_data_ptr()), rows * in);
-    std::vector<float> wide(rows * out);
+    std::vector<float> from(rows * in), wide(rows * out);
+    unpack(static_cast<const uint16_t*>(x.const_data_ptr()), from.data(), rows * in);
     uint16_t* to = static_cast<uint16_t*>(y.mutable_data_ptr());
     torch::stable::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
       const int64_t begin = first * BLOCK, end = std::min(out, last * BLOCK);
@@ -174,15 +85,9 @@ Tensor few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   return y;
 }
 
-Tensor borrowed(AtenTensorHandle handle) {
-  AtenTensorHandle own;
-  aoti_torch_new_tensor_handle(handle, &own);
-  return Tensor(own);
-}
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY(dynamo_lm, library) { library.def("few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(dynamo_lm, library) { library.def("few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor"); }
 STABLE_TORCH_LIBRARY_IMPL(dynamo_lm, CPU, library) { library.impl("few_rows", TORCH_BOX(&few_rows)); }
 
 // What compiled steps call without a way through Python.

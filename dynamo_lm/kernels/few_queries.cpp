@@ -1,0 +1,143 @@
+// Attention of the few queries of a decoding step, float32 or bfloat16.
+//
+// A query passes over the keys that it sees, in the order of their slots, and over nothing else: neither the queries beside it
+// nor the slots that are hidden from it have any part in its result. With `few_rows` this makes a step of several tokens equal,
+// bit for bit, to as many steps of one.
+
+namespace {
+
+typedef int32_t Whole __attribute__((vector_size(32)));
+
+// e^x of numbers that are not positive; what is below the least float is 0.
+inline Lanes exponential(Lanes x) {
+  const Lanes low = x < -87.0f ? Lanes{} - 87.0f : x;
+  const Whole n = __builtin_convertvector(low * 1.44269504088896f - 0.5f, Whole);
+  const Lanes whole = __builtin_convertvector(n, Lanes);
+  const Lanes r = fused(whole, Lanes{} + 2.12194440e-4f, fused(whole, Lanes{} - 0.693359375f, low));  // ln 2 in two parts
+  Lanes p = Lanes{} + 1.9875691500e-4f;
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = fused(p, r, Lanes{} + c);
+  p = fused(p, r * r, r) + 1.0f;
+  return x < -87.0f ? Lanes{} : p * (Lanes)((n + 127) << 23);
+}
+
+// The weighted sum of N * 16 columns of the values that are seen.
+template <int N, typename T>
+void gather(const T* values, int64_t step, const std::vector<int32_t>& seen, const float* weights, float scale, float* out) {
+  Lanes total[2 * N] = {};
+  for (size_t c = 0; c < seen.size(); c++) {
+    const T* value = values + seen[c] * step;
+    const Lanes weight = Lanes{} + weights[c];
+    for (int j = 0; j < N; j++) {
+      total[2 * j] = fused(one(value + j * STRIDE), weight, total[2 * j]);
+      total[2 * j + 1] = fused(two(value + j * STRIDE), weight, total[2 * j + 1]);
+    }
+  }
+  for (int j = 0; j < 2 * N; j++) *reinterpret_cast<LooseLanes*>(out + j * STRIDE / 2) = total[j] * scale;
+}
+
+// One query, (width,) in the order of `unpack`, as is the result; scores: room for as many as are seen, and 8 more.
+template <typename T>
+void attend(const float* query, const T* keys, int64_t key_step, const T* values, int64_t value_step,
+            const std::vector<int32_t>& seen, int64_t width, float scaling, float* scores, float* out) {
+  const int64_t count = seen.size();
+  float most = -INFINITY;
+  for (int64_t c = 0; c < count; c += 8) {
+    Lanes total[8] = {};
+    for (int64_t j = 0; j < std::min<int64_t>(8, count - c); j++) {
+      const T* key = keys + seen[c + j] * key_step;
+      for (int64_t k = 0; k < width; k += STRIDE) {
+        total[j] = fused(one(key + k), load(query + k), total[j]);
+        total[j] = fused(two(key + k), load(query + k + STRIDE / 2), total[j]);
+      }
+    }
+    const Lanes sum = sums(total);
+    for (int j = 0; j < 8; j++) {
+      scores[c + j] = c + j < count ? sum[LANE_OF[j]] * scaling : -INFINITY;
+      most = std::max(most, scores[c + j]);
+    }
+  }
+  Lanes totals[8] = {};
+  for (int64_t c = 0; c < count; c += 8) {
+    const Lanes weights = exponential(load(scores + c) - most);
+    *reinterpret_cast<LooseLanes*>(scores + c) = weights;
+    totals[0] += weights;
+  }
+  const float scale = count ? 1.0f / sums(totals)[0] : 0.0f;
+  for (int64_t k = 0; k < width; k += 4 * STRIDE) {
+    const int64_t left = (width - k) / STRIDE;
+    if (left >= 4) gather<4>(values + k, value_step, seen, scores, scale, out + k);
+    else if (left == 3) gather<3>(values + k, value_step, seen, scores, scale, out + k);
+    else if (left == 2) gather<2>(values + k, value_step, seen, scores, scale, out + k);
+    else gather<1>(values + k, value_step, seen, scores, scale, out + k);
+  }
+}
+
+void pack(const float* from, float* to, int64_t count) { std::copy(from, from + count, to); }
+void pack(const float* from, uint16_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += STRIDE)
+    for (int64_t j = 0; j < STRIDE / 2; j++) {
+      to[i + 2 * j] = rounded(from[i + j]);
+      to[i + 2 * j + 1] = rounded(from[i + STRIDE / 2 + j]);
+    }
+}
+
+template <typename T>
+void attend_all(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask, float scaling, Tensor& result) {
+  const int64_t heads = query.size(1), count = query.size(2), width = query.size(3), slots = key.size(2);
+  const int64_t shared = heads / key.size(1);
+  const T* q = static_cast<const T*>(query.const_data_ptr());
+  const T* k = static_cast<const T*>(key.const_data_ptr());
+  const T* v = static_cast<const T*>(value.const_data_ptr());
+  const bool* m = static_cast<const bool*>(mask.const_data_ptr());
+  T* to = static_cast<T*>(result.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (slots * width));
+  torch::stable::parallel_for(0, query.size(0) * count * heads, grain, [&](int64_t first, int64_t last) {
+    std::vector<int32_t> seen;
+    std::vector<float> scores(slots + 8), from(width), out(width);
+    for (int64_t place = first; place < last; place++) {  // (row, query, head), as the result lies in memory
+      const int64_t h = place % heads, i = place / heads % count, b = place / heads / count;
+      if (h == 0 || place == first) {
+        const bool* visible = m + (mask.size(0) > 1 ? b * mask.stride(0) : 0) + i * mask.stride(2);
+        seen.clear();
+        for (int64_t s = 0; s < slots; s++)
+          if (visible[s * mask.stride(3)]) seen.push_back(s);
+      }
+      unpack(q + b * query.stride(0) + h * query.stride(1) + i * query.stride(2), from.data(), width);
+      attend(from.data(), k + b * key.stride(0) + h / shared * key.stride(1), key.stride(2),
+             v + b * value.stride(0) + h / shared * value.stride(1), value.stride(2), seen, width, scaling, scores.data(),
+             out.data());
+      pack(out.data(), to + place * width, width);
+    }
+  });
+}
+
+Tensor dense(const Tensor& x) { return x.stride(3) == 1 ? x : torch::stable::contiguous(x); }
+
+// query: (rows, heads, queries, width), key and value: (rows, fewer heads, slots, width), mask: (rows or 1, 1, queries, slots)
+// bool -> (rows, queries, heads, width). width is a multiple of 16.
+Tensor few_queries(Tensor query, Tensor key, Tensor value, Tensor mask, double scaling) {
+  query = dense(query), key = dense(key), value = dense(value);
+  Tensor result = torch::stable::new_empty(query, {query.size(0), query.size(2), query.size(1), query.size(3)});
+  if (query.scalar_type() == ScalarType::Float) attend_all<float>(query, key, value, mask, scaling, result);
+  else attend_all<uint16_t>(query, key, value, mask, scaling, result);
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dynamo_lm, library) {
+  library.def("few_queries(Tensor query, Tensor key, Tensor value, Tensor mask, float scaling) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(dynamo_lm, CPU, library) { library.impl("few_queries", TORCH_BOX(&few_queries)); }
+
+extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_cpu_few_queries(
+    AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle mask, double scaling,
+    AtenTensorHandle* result) {
+  try {
+    const Tensor y = few_queries(borrowed(query), borrowed(key), borrowed(value), borrowed(mask), scaling);
+    return aoti_torch_new_tensor_handle(y.get(), result);
+  } catch (...) {
+    return 1;
+  }
+}
