@@ -61,6 +61,13 @@ ONE_TOKEN_SAMPLED: tuple[Way, ...] = (
     Way("one token, T=1: transformers", "transformers", SAMPLED, "sampled", one_token=True),
     Way("one token, T=1: transformers compiled", "compiled", SAMPLED, "sampled", one_token=True),
     Way(
+        "one token, T=1: own loop compiled",
+        "dynamo",
+        {"verify": "strict", "num_heads": 1, **SAMPLED, **COMPILED},
+        "sampled",
+        one_token=True,
+    ),
+    Way(
         "one token, T=0.7: own loop",
         "dynamo",
         {"verify": "off", "num_heads": 1, "do_sample": True},
@@ -114,14 +121,15 @@ def dynamo(num_heads: int, *, off_heads: int, eps_b: float) -> list[Way]:
     ]
     fast: list[tuple[str, dict[str, Any], Literal["greedy", "sampled"], bool]] = [
         ("strict", {"verify": "strict"}, "greedy", True),
+        (f"budget {BUDGETS[-1]:g}", {"verify": BUDGETS[-1]}, "greedy", False),
         ("strict sampled", {"verify": "strict", **SAMPLED}, "sampled", True),
         (f"off, eps_b={eps_b:g}", {"verify": "off", "do_sample": True, "eps_b": eps_b}, "sampled", False),
     ]
     for name, arguments, kind, lossless in fast:
-        n = num_heads if lossless else off_heads
+        n = off_heads if arguments["verify"] == "off" else num_heads
         if n == 1:
             continue
-        same = OWN if kind == "greedy" else None
+        same = OWN if kind == "greedy" and lossless else None
         more = {"num_heads": n, **COMPILED}
         found.append(
             Way(f"DynaMo {name}, n={n}, compiled", "dynamo", arguments | more, kind, lossless, identical_to=same, ceiling=n)
