@@ -124,13 +124,15 @@ def held_out(model: DynaMoForCausalLM, store: TokenStore, texts: int) -> dict[st
     extra = range(model.num_heads - 1)
     sums = {draft: {name: [0.0 for _ in extra] for name in ("nats", "top_1", "overlap")} for draft in DRAFTS}
     found, positions = [0 for _ in extra], 0
+    learned, weights = model.coupling, [model.output_weight(head) for head in range(2, model.num_heads + 1)]
     for index in store.split(0.01, seed=0)[1][:texts].tolist():
         tokens = torch.from_numpy(store.document(index).astype("int64"))[: model.config.max_context]
         hidden = model.hidden(tokens[None])[:, 0]  # (n, length, hidden)
         logits = torch.stack([model.readout(state[None], head)[0] for head, state in enumerate(hidden, start=1)])
         base = logits[0].double().softmax(-1)
         for at in range(4, len(tokens) - model.num_heads, EVERY):
-            heads, link = Heads.top(logits[1:, at], TOP_K, 1.0), link_of(model, hidden[1:, at])
+            heads = Heads.top(logits[1:, at], TOP_K, 1.0)
+            link = link_of(learned.tokens, *learned.sides(hidden[1:, at], torch.from_numpy(heads.ids), weights))
             true = tokens[at + 1 : at + 1 + model.num_heads].tolist()
             positions += 1
             for i in extra:

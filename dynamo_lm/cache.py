@@ -130,7 +130,7 @@ class RowCache(Cache):
 class FixedCache(RowCache):
     """A `RowCache` of one row whose buffers never change their shape, so that a step over it can be compiled.
 
-    Every forward sees all `capacity` slots; the mask hides those that hold nothing.
+    Every forward sees all `capacity` slots; the mask hides those that hold nothing, or what an earlier row left there.
     """
 
     def __init__(self, num_layers: int, capacity: int, device: torch.device | None = None):
@@ -157,6 +157,9 @@ class _RowLayer(CacheLayerMixin):
         slots = self.cache.capacity if isinstance(self.cache, FixedCache) else 0
         self.keys = key_states.new_zeros((*key_states.shape[:2], slots, key_states.shape[3]))
         self.values = value_states.new_zeros((*value_states.shape[:2], slots, value_states.shape[3]))
+        if isinstance(self.cache, FixedCache) and self.device.type == "cuda":  # recorded steps write to these very buffers
+            torch._dynamo.mark_static_address(self.keys)
+            torch._dynamo.mark_static_address(self.values)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
@@ -217,6 +220,15 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on a device, without waiting for what is queued there: when the call returns, CUDA has read what
     lies in ordinary memory. Nobody promises that of Apple's GPUs, nor of the way back, so these wait."""
     return tensor.to(device, non_blocking=tensor.is_cpu and device.type != "mps")
+
+
+def fetched(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one device on the CPU; the host waits once for all, because copies of one queue end in order."""
+    if all(tensor.is_cpu for tensor in tensors):
+        return list(tensors)
+    *others, last = tensors
+    together = last.device.type != "mps"
+    return [*(tensor.to("cpu", non_blocking=together) for tensor in others), last.cpu()]
 
 
 def _copied(rows: Tensor, copies: int, total: int) -> Tensor:

@@ -47,8 +47,8 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
     names = _trained_names(model, optimizer)
     state: dict[str, Tensor] = {"rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["rng.cuda"] = torch.cuda.get_rng_state()
+    if model.device.type == "cuda":
+        state["rng.cuda"] = torch.cuda.get_rng_state(model.device)
     for parameter, values in optimizer.state.items():
         state |= {f"{names[id(parameter)]}.{key}": value.contiguous() for key, value in values.items()}
     weights = {names[id(p)]: p.detach().contiguous() for group in optimizer.param_groups for p in group["params"]}
@@ -104,8 +104,8 @@ def load_checkpoint(path: Path, model: DynaMoForCausalLM, optimizer: torch.optim
                 key: value if key == "step" else value.to(parameter.device) for key, value in keys.items()
             }
     torch.set_rng_state(random)
-    if "rng.cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["rng.cuda"])
+    if "rng.cuda" in state and model.device.type == "cuda":
+        torch.cuda.set_rng_state(state["rng.cuda"], model.device)
     return step
 
 

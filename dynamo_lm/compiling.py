@@ -3,6 +3,8 @@
 On small models most of a step is Python and the dispatch of small operations; compiled, it is a few calls. In: a model and
 how it is to decode. Out: the model arranged for decoding and a forward for its steps, both kept with the model, because
 compiling takes a minute (torch keeps the result on disk, too). Every capacity of the cache and every width is compiled anew.
+On a CUDA device the kernels of a step are recorded once and replayed as one graph, which holds addresses: a step's result is
+overwritten by the next one, and caches are used again (`Batch`), because every other one is recorded anew.
 """
 
 from __future__ import annotations
@@ -50,10 +52,22 @@ def compiled(model: DynaMoForCausalLM, num_heads: int) -> tuple[DynaMoForCausalL
         if model.device.type == "cpu":
             # The C++ wrapper calls kernels without Python in between; on CPUs that is a third of what compiling saves.
             options |= {"cpp_wrapper": True, "size_asserts": False}
-        model.arranged[n, model.device] = twin, torch.compile(twin.hidden, dynamic=False, options=options)
+        graphs = model.device.type == "cuda"
+        step = torch.compile(twin.hidden, dynamic=False, options=options | ({"triton.cudagraphs": True} if graphs else {}))
+        model.arranged[n, model.device] = twin, _marked(step) if graphs else step
     twin, forward = model.arranged[n, model.device]
     twin.cooccurrence, twin.coupling = model.cooccurrence, model.coupling  # which may have changed since
     return twin, forward
+
+
+def _marked(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A recorded step that says beforehand that nobody reads the result of the last one any more."""
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return step(*args, **kwargs)
+
+    return forward
 
 
 def _of_inputs(guards: Sequence[Any]) -> list[bool]:

@@ -8,6 +8,7 @@ soft-caps and scales, so that it means the same for every architecture. Knows no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynamo_lm.cache import sent
 from dynamo_lm.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,9 +78,26 @@ class Coupling(nn.Module):
         Returns:
             (..., p, k).
         """
-        given = self.tokens[previous] * self._gate(head, hidden)[..., None, :]  # (..., p, rank)
-        rows = output_weight[candidates] @ self.ups[head - 2]  # (..., k, rank): the pairs meet in `rank` dimensions
-        return given @ rows.mT
+        rows, gates = self.sides(hidden[None], candidates[None], [output_weight], first=head)
+        return (self.tokens[previous] * gates[0][..., None, :]) @ rows[0].mT
+
+    def sides(
+        self, hidden: Tensor, candidates: Tensor, output_weights: Sequence[Tensor], first: int = 2
+    ) -> tuple[Tensor, Tensor]:
+        """What `bonus` makes of heads first, first + 1, .. before it knows the tokens one place before.
+
+        Args:
+            hidden: their final hidden states, (heads, ..., hidden).
+            candidates: theirs, (heads, ..., k).
+            output_weights: by head, (vocabulary, hidden).
+
+        Returns:
+            The two sides that meet in `rank` dimensions: the candidates', (heads, ..., k, rank), and the gates on the other
+            one's E, (heads, ..., rank).
+        """
+        heads = range(first, first + len(hidden))
+        rows = [weight[ids] @ self.ups[i - 2] for i, weight, ids in zip(heads, output_weights, candidates, strict=True)]
+        return torch.stack(rows), torch.stack([self._gate(i, states) for i, states in zip(heads, hidden, strict=True)])
 
     def _gate(self, head: int, hidden: Tensor) -> Tensor:
         return torch.sigmoid(F.linear(hidden, self.gates[head - 2], self.biases[head - 2]))  # (..., rank)
@@ -103,13 +120,17 @@ def add_coupling(model: DynaMoForCausalLM, rank: int = RANK) -> Coupling:
     return model.coupling
 
 
-def link_of(model: DynaMoForCausalLM, states: Tensor) -> Link:
-    """The coupling of a model at one position; states: final hidden states of heads 2.., (heads, hidden)."""
+def link_of(tokens: Tensor, rows: Tensor, gates: Tensor) -> Link:
+    """The coupling at one position, on the CPU, for the candidates whose `sides` are given.
+
+    Args:
+        tokens: E, (vocabulary, rank).
+        rows, gates: of heads 2.., (heads, k, rank) and (heads, rank).
+    """
+    rows, gates = rows.float(), gates.float()
 
     def bonus(head: int, previous: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-        before, here = (sent(torch.from_numpy(ids), states.device) for ids in (previous, candidates))
-        assert model.coupling is not None
-        added = model.coupling.bonus(head, states[head - 2], before, here, model.output_weight(head))
-        return added.double().cpu().numpy()
+        given = tokens[torch.from_numpy(previous)].float() * gates[head - 2]
+        return (given @ rows[head - 2].mT).double().numpy()
 
     return bonus

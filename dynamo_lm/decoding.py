@@ -25,15 +25,14 @@ import torch
 from torch import Tensor
 
 from dynamo_lm.cache import FixedCache, RowCache, attention_mask, sent
+from dynamo_lm.candidates import Reading
 from dynamo_lm.compiling import capacity, compiled
-from dynamo_lm.coupling import link_of
 from dynamo_lm.errors import InputError
 from dynamo_lm.joint import Heads, Link
 from dynamo_lm.model import DynaMoForCausalLM
 from dynamo_lm.rows import DecodingOptions, Row, Statistics
 from dynamo_lm.sampling import check, check_weighting, draft_from, draw_from
 from dynamo_lm.scores import Scores
-from dynamo_lm.shortlist import Shortlist, shortlist_of
 from dynamo_lm.tree import Pace, depths, grow
 from dynamo_lm.verification import accept_greedy, accept_sampled, accept_tree
 
@@ -100,6 +99,8 @@ class Batch:
         else:
             self.model = model.for_decoding(num_heads)
             self.forward = self.model.hidden
+        coupling = self.model.coupling  # whose table of tokens the host reads in every step
+        self._embedding = None if coupling is None else coupling.tokens.detach().cpu()
         self._newcomers: list[Row] = []
         self._rows: list[Row] = []
         self._seats: list[int] = []  # of each of them: which of the cache's rows it is; the others are empty
@@ -181,12 +182,12 @@ class Batch:
 
     def _seat(self, newcomers: list[Row], cache: RowCache) -> None:
         """Takes in those newcomers that are not finished already: in empty seats, or in new ones behind the others."""
-        going = [place for place, row in enumerate(newcomers) if not row.finished]
-        if not going:
-            return
         if self._cache is None or not self._rows:
             self._rows, self._seats, self._cache = newcomers, list(range(len(newcomers))), cache
             self._vacate({row for row in newcomers if row.finished})
+            return
+        going = [place for place, row in enumerate(newcomers) if not row.finished]
+        if not going:
             return
         if len(going) < len(newcomers):
             cache.select(torch.tensor(going))
@@ -203,6 +204,8 @@ class Batch:
     def _close_up(self) -> None:
         """Gives empty seats back, once they are a quarter of all: each costs a step what a row does."""
         if not self._rows:
+            if isinstance(self._cache, FixedCache) and self._cache.device.type == "cuda":  # for whom its steps are recorded
+                self.model.arranged[self.num_heads, self._cache.device, self._cache.capacity] = self._cache
             self._cache, self._seats = None, []
         elif self._cache is not None and 4 * len(self._rows) <= 3 * self._cache.rows:
             self._cache.select(torch.tensor(self._seats))
@@ -212,7 +215,9 @@ class Batch:
         if not self.compile:
             return RowCache(self.model.cache_entries, len(rows))
         longest = rows[0].prompt_length + rows[0].options.max_new_tokens + self._fixed(rows)
-        return FixedCache(self.model.cache_entries, capacity(longest), self.model.device)
+        slots = capacity(longest)
+        kept = self.model.arranged.pop((self.num_heads, self.model.device, slots), None)
+        return FixedCache(self.model.cache_entries, slots, self.model.device) if kept is None else kept
 
     def _fixed(self, rows: list[Row]) -> int:
         """Tokens of every forward behind the prompt's, if they are all to have one shape; else 0."""
@@ -229,13 +234,11 @@ class Batch:
         pace, size, promised = rows[0].pace, rows[0].size, rows[0].promise
 
         # 1. Absorb: one forward over what every row emitted (or drafted) last.
-        hidden, logits = self._absorb(rows, cache, seats, first)
-        scores = Scores(logits)
-        if first:
-            self._score_prompts(rows, hidden[0])
+        read = Reading(self.model, rows, self._absorb(rows, cache, seats, first), self._embedding)
+        scores = Scores(read.logits)
 
         # 2. Judge: how many of the absorbed tokens stay, and the base's next token behind them.
-        judged = [self._judge(r, row, logits[r], scores, first) for r, row in enumerate(rows)]
+        judged = [self._judge(r, row, read.logits[r], scores, first) for r, row in enumerate(rows)]
         if not first and any(row.branches for row in rows):
             cache.gather(_by_seat(cache, seats, [one.path for one in judged], []))
         kept = [row.prompt_length if first else 1 + len(one.path) for row, one in zip(rows, judged, strict=True)]
@@ -243,21 +246,16 @@ class Batch:
 
         # 3. Choose: from all heads behind the last token that stays, a draft of the tokens behind the certain one, or m
         # tokens at once.
-        index = torch.arange(len(rows), device=hidden.device)
-        last = torch.tensor([one.last for one in judged])
-        at = sent(torch.tensor([row.prompt_length - 1 for row in rows]) if first else last, hidden.device)
-        states = hidden[1:, index, at]  # (n-1, rows, hidden)
-        chosen = self._candidates(rows, logits[torch.arange(len(rows)), last], states)
+        chosen = read.behind([one.last for one in judged])
         for r, (row, one) in enumerate(zip(rows, judged, strict=True)):
             if row.ending:
                 continue
-            link = link_of(self.model, states[:, r]) if chosen[r] is not None and self.model.coupling is not None else None
             if row.options.off:
-                drawn = self._draw(row, chosen[r], link, int(cache.lengths[seats[r]]))
+                drawn = self._draw(row, *chosen[r], int(cache.lengths[seats[r]]))
                 scores.add(row, r, drawn[:1], behind=[one.last])
                 one.emitted.extend(drawn)
             else:
-                self._draft(row, chosen[r], link, one.emitted, alone=len(rows) == 1)
+                self._draft(row, *chosen[r], one.emitted, alone=len(rows) == 1)
 
         # 4. Emit, as far as no stop rule cuts it short.
         for r, (row, one) in enumerate(zip(rows, judged, strict=True)):
@@ -276,12 +274,11 @@ class Batch:
         if len(rows) == 1 and pace is not None and size > 0:
             pace.record(size, time.perf_counter() - began, promised, len(judged[0].emitted) - 1)
 
-    def _absorb(self, rows: list[Row], cache: RowCache, seats: Sequence[int], first: bool) -> tuple[Tensor, Tensor]:
+    def _absorb(self, rows: list[Row], cache: RowCache, seats: Sequence[int], first: bool) -> Tensor:
         """The forward; shorter rows are padded behind their end, empty seats are all padding.
 
         Returns:
-            Hidden states of the heads, (n, rows, width, hidden); the base's logits as float32 on the CPU, (rows, width,
-            vocabulary), of a prompt those at its end alone.
+            Final hidden states of the heads, (n, rows, width, hidden), of prompts those at their end alone.
         """
         model = self.model
         width = max(len(row.pending) for row in rows)
@@ -304,11 +301,11 @@ class Batch:
         )
         if list(seats) != list(range(cache.rows)):
             hidden = hidden.index_select(1, sent(torch.tensor(seats), hidden.device))
-        read = hidden[0]
         if first:
+            self._score_prompts(rows, hidden[0])
             ends = sent(torch.tensor([row.prompt_length - 1 for row in rows]), hidden.device)
-            read = read[torch.arange(len(rows), device=hidden.device), ends][:, None]
-        return hidden, model.readout(read).cpu().float()
+            hidden = hidden[:, torch.arange(len(rows), device=hidden.device), ends][:, :, None]
+        return hidden
 
     def _judge(self, r: int, row: Row, logits: Tensor, scores: Scores, first: bool) -> _Judged:
         """What stays of one row's pending tokens; logits: (width, vocabulary), the base's behind each of them."""
@@ -329,37 +326,6 @@ class Batch:
             row.statistics.proposed[position] += position <= kept  # after a refusal nothing is looked at
             row.statistics.accepted[position] += position < kept
         return _Judged([*(row.pending[place] for place in path), token], [*spent, 0.0], path, path[-1] if path else 0)
-
-    def _candidates(self, rows: list[Row], own: Tensor, states: Tensor) -> list[Heads | None]:
-        """Every row's candidates: of all heads under "off", else of heads 2..; None where it has no use for any.
-
-        Args:
-            own: head 1's logits, (rows, vocabulary).
-            states: final hidden states of heads 2..n, (n-1, rows, hidden).
-        """
-        listed = shortlist_of(self.model)
-        alike: dict[tuple[bool, bool, int, float], list[int]] = {}
-        for r, row in enumerate(rows):
-            options, algorithm = row.options, row.options.algorithm
-            if not row.ending and (options.off or options.num_heads > 1):
-                whole = options.off or algorithm.alpha_c == 0 or listed is None or algorithm.top_k >= len(listed.ids)
-                temperature = algorithm.temperature if options.off else options.draft_temperature
-                alike.setdefault((options.off, whole, algorithm.top_k, temperature), []).append(r)
-        found: list[Heads | None] = [None] * len(rows)
-        for (off, whole, top_k, temperature), members in alike.items():
-            if len(members) < len(rows):
-                theirs, first = states.index_select(1, sent(torch.tensor(members), states.device)), own[members]
-            else:
-                theirs, first = states, own
-            lines = _read_heads(self.model, theirs, None if whole else listed)
-            if off:
-                lines = torch.cat([first[None], lines])
-            tops, each = Heads.top(lines.transpose(0, 1).flatten(0, 1), top_k, temperature), len(lines)
-            if not whole and listed is not None:
-                tops = Heads(listed.ids[tops.ids], tops.probs)
-            for place, r in enumerate(members):
-                found[r] = tops.of(place * each, (place + 1) * each)
-        return found
 
     def _draw(self, row: Row, heads: Heads | None, link: Link | None, held: int) -> list[int]:
         """The tokens of one step of Algorithm 1, which are the next pending ones; a row near its end uses fewer heads."""
@@ -458,18 +424,6 @@ def check_row(model: DynaMoForCausalLM, prompt: Sequence[int], options: Decoding
         check_weighting(options.algorithm.alpha_c, options.algorithm.top_k, options.draft_temperature)
         needed = options.num_heads if options.off else 1  # drafts back off to what the tables hold
         check(options.algorithm, needed, model.config.vocab_size, model.cooccurrence)
-
-
-def _read_heads(model: DynaMoForCausalLM, states: Tensor, listed: Shortlist | None) -> Tensor:
-    """Logits of heads 2..; states: (heads, rows, hidden), result: (heads, rows, tokens) float32 on the CPU, where the tokens
-    are those on the list or all."""
-    if len(states) == 0:
-        return torch.empty(0, states.shape[1], model.config.vocab_size)
-    if listed is not None:
-        return listed.output(states).cpu().float()
-    if model.config.own_output_embedding:
-        return torch.cat([model.readout(state[None], head) for head, state in enumerate(states, start=2)]).cpu().float()
-    return model.readout(states).cpu().float()
 
 
 def _warp(row: Row, logits: Tensor, first: bool) -> Tensor:

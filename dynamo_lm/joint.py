@@ -21,6 +21,7 @@ from dynamo_lm.errors import InputError
 
 # What a learned coupling adds: (head 2..n, candidates of the head before it (p,), its own (k,)) -> logits (p, k) float64.
 Link = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
+HOSTS = ("cpu", "mps")  # devices whose memory is the host's
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,14 @@ class Heads:
         vocab_size = logits.shape[-1]
         if top_k > vocab_size:
             raise InputError(f"top_k is {top_k}, but the vocabulary has {vocab_size} tokens; choose a smaller top_k.")
-        logits = logits.detach()
-        best = torch.topk(logits, min(top_k + 1, vocab_size))  # one more shows where equal values straddle the cut
-        ids, scores = best.indices.cpu().numpy(), best.values.double().cpu().numpy()
+        ids, scores = highest(logits.detach(), top_k)
+        return cls.ranked(ids.cpu().numpy(), scores.cpu().double().numpy(), temperature)
+
+    @classmethod
+    def ranked(cls, ids: np.ndarray, scores: np.ndarray, temperature: float) -> "Heads":
+        """`top` of the candidates and their logits, (n, k) each, as `highest` orders them."""
         if not np.isfinite(scores[:, 0]).all():
             raise InputError("The largest logit of a head is not a finite number; check the model's output.")
-        tied = scores[:, :-1] == scores[:, 1:]
-        if tied.any():  # torch.topk takes any of equal ones, in any order; we the lowest ids, in their order
-            for row in np.flatnonzero(tied[:, top_k - 1 :].any(-1)):
-                values = logits[row].double().cpu().numpy()
-                at_least = np.flatnonzero(values >= scores[row, top_k - 1])
-                first = at_least[np.argsort(-values[at_least], kind="stable")[:top_k]]
-                ids[row, :top_k], scores[row, :top_k] = first, values[first]
-            order = np.lexsort((ids[:, :top_k], -scores[:, :top_k]))
-            ids, scores = np.take_along_axis(ids, order, -1), np.take_along_axis(scores, order, -1)
-        ids, scores = ids[:, :top_k], scores[:, :top_k]
         probs = np.exp((scores - scores[:, :1]) / temperature)
         return cls(ids, probs / probs.sum(-1, keepdims=True))
 
@@ -76,6 +70,43 @@ class Heads:
         """(n, k) float64; -inf for candidates without probability."""
         with np.errstate(divide="ignore"):
             return np.log(self.probs)
+
+
+def highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Ids and values of the largest logits, (..., V) -> (..., count): falling, equal ones by increasing id.
+
+    torch.topk takes any of equal ones, in any order, which the host puts right where it matters. A device that it would have
+    to wait for sorts whole numbers instead, no two alike: a logit's bits as an integer, turned round where it is negative,
+    rise with it, and the id stands behind them. So logits that differ behind their first 32 bits are equal there.
+    """
+    if logits.device.type in HOSTS:
+        return _put_right(logits.cpu(), count)
+    vocab_size = logits.shape[-1]
+    numbers = logits.float().nan_to_num(torch.inf, torch.inf, -torch.inf) + 0.0  # -0 and 0 are equal
+    bits = numbers.view(torch.int32)
+    ranks = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    places = torch.arange(vocab_size - 1, -1, -1, device=logits.device)
+    ids = vocab_size - 1 - ((ranks * 2**32 + places).topk(count).values & 0xFFFFFFFF)
+    return ids, logits.gather(-1, ids)
+
+
+def _put_right(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`highest` of logits on the CPU; the values as float64."""
+    best = torch.topk(logits, min(count + 1, logits.shape[-1]))  # one more shows where equal values straddle the cut
+    tops = best.indices, best.values.double()
+    ids, scores = (part.numpy() for part in tops)  # the same memory
+    tied = scores[..., :-1] == scores[..., 1:]
+    if tied.any():
+        tied &= np.isfinite(scores[..., :1])
+        for line in zip(*np.nonzero(tied[..., count - 1 :].any(-1)), strict=True):
+            values = logits[line].double().numpy()
+            at_least = np.flatnonzero(values >= scores[line][count - 1])
+            first = at_least[np.argsort(-values[at_least], kind="stable")[:count]]
+            ids[line][:count], scores[line][:count] = first, values[first]
+        order = np.lexsort((ids[..., :count], -scores[..., :count]))
+        for part in (ids, scores):
+            part[..., :count] = np.take_along_axis(part, order, -1)
+    return tops[0].narrow(-1, 0, count), tops[1].narrow(-1, 0, count)
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ LEAST = 2**11  # tokens of the smallest list
 WORTH = 0.5  # of the vocabulary: a longer list saves too little
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shortlist:
     """Token ids, ascending, and the layer that reads their logits."""
 
     ids: np.ndarray  # (s,) int64
-    output: nn.Module  # (..., hidden) -> (..., s)
+    output: nn.Linear  # (..., hidden) -> (..., s)
 
 
 def shortlist_of(model: DynaMoForCausalLM) -> Shortlist | None:

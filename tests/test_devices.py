@@ -90,9 +90,10 @@ def test_the_device_refuses_what_a_gpu_refuses_and_counts_what_makes_the_host_wa
 # ---------------------------------------------------------------- decoding
 
 # The host waits once a step, for the base's logits and the other heads' candidates behind all absorbed tokens.
-# Tokens, mask and positions go the other way; in rows of several lengths also where keys are written, by row and slot, once
-# for the stem's entries and once for that of all heads. Where a tree branched, what stays is moved in each entry.
-READS, UPLOADS = 1, 3
+# Tokens, mask and positions go the other way, and where candidates are wanted; in rows of several lengths also where keys
+# are written, by row and slot, once for the stem's entries and once for that of all heads. Where a tree branched, what stays
+# is moved in each entry.
+READS, UPLOADS = 1, 4
 ARRANGING = 1  # read when a model is arranged for decoding, and a coupling's table of tokens
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"tree": 0},
@@ -104,6 +105,7 @@ MODES: dict[str, dict[str, Any]] = {
     "one-head": {"num_heads": 1},
     "off": {"verify": "off", "sample": True, "algorithm": Algorithm1(alpha_c=0.0, top_k=10, eps_b=0.1)},
     "off-greedy": {"verify": "off", "algorithm": Algorithm1(alpha_c=1.0, top_k=20, eps_b=0.0), "logprobs": 1},
+    "off-one-head": {"verify": "off", "sample": True, "num_heads": 1, "algorithm": Algorithm1(top_k=10)},
     "logprobs": {"tree": 0, "logprobs": 2, "prompt_logprobs": True},
 }
 
@@ -139,7 +141,7 @@ def test_decoding_elsewhere_is_decoding_here_and_the_host_waits_once_a_step(mode
             assert [token for token, _ in score.top] == [token for token, _ in other.top]
 
 
-@pytest.mark.parametrize("mode", ["greedy", "sampled", "off", "tree"])
+@pytest.mark.parametrize("mode", ["greedy", "sampled", "off", "off-one-head", "tree"])
 def test_a_coupling_elsewhere(mode):
     model, there, device = models("gpt_neox", **LINKED)
     options = DecodingOptions(**({"max_new_tokens": 10, "num_heads": N} | MODES[mode]))

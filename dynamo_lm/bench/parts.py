@@ -24,7 +24,9 @@ PARTS: tuple[tuple[str, str, str], ...] = (  # part, module, name in it; Class.m
     ("last layer and heads", "dynamo_lm.wide", "WideLayer.forward"),
     ("last layer and heads", "dynamo_lm.model", "TokenHead.forward"),
     ("output embedding", "dynamo_lm.model", "DynaMoForCausalLM.readout"),
-    ("sampler", "dynamo_lm.joint", "Heads.top"),
+    ("output embedding", "dynamo_lm.candidates", "_read_heads"),  # or its part that reads the commonest tokens
+    ("sampler", "dynamo_lm.candidates", "highest"),
+    ("sampler", "dynamo_lm.joint", "Heads.ranked"),
     ("sampler", "dynamo_lm.decoding", "draft_from"),
     ("sampler", "dynamo_lm.decoding", "draw_from"),
     ("sampler", "dynamo_lm.decoding", "grow"),

@@ -1,0 +1,134 @@
+"""What the logits behind one forward hand to the host: the base's, and every row's candidates for the tokens to come.
+
+In: final hidden states of all heads at the absorbed tokens. Out: the base's logits at all of them, which decide where a row
+goes on; then its candidates there, and how a learned coupling joins them. Heads are read where the row goes on, once that is
+known, which is the least work. But it makes the host wait a second time, so a device with a memory of its own reads them
+everywhere at once and hands over k candidates instead of logits, unless the logits would be too many for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynamo_lm.cache import fetched, sent
+from dynamo_lm.coupling import link_of
+from dynamo_lm.joint import HOSTS, Heads, Link, highest
+from dynamo_lm.model import DynaMoForCausalLM
+from dynamo_lm.rows import Row
+from dynamo_lm.shortlist import Shortlist, shortlist_of
+
+AT_ONCE = 2**25  # logits of heads 2.. that a device holds for all positions; with what sorts them, some 25 bytes each
+
+
+class _Group(NamedTuple):
+    """Rows whose candidates are found alike."""
+
+    off: bool  # all heads are wanted, not only heads 2..
+    listed: Shortlist | None  # the tokens they are among; None: all
+    top_k: int
+    temperature: float
+    members: list[int]
+
+
+class Reading:
+    """One forward's final hidden states, as far as they are read.
+
+    Attributes:
+        logits: the base's, (rows, width, vocabulary) float32 on the CPU.
+    """
+
+    def __init__(self, model: DynaMoForCausalLM, rows: Sequence[Row], hidden: Tensor, embedding: Tensor | None):
+        """hidden: (n, rows, width, hidden); embedding: the coupling's E, if there is one, on the CPU."""
+        self.model, self.embedding, self.rows, self.width = model, embedding, len(rows), hidden.shape[2]
+        self.states = hidden[1:].flatten(1, 2)  # of heads 2.., places counted through
+        self.own = model.readout(hidden[0])  # where it is computed
+        self.groups = _groups(model, rows)
+        self.ahead: list[list[Tensor]] = []  # by group, of all its rows' positions: what `_tops` gives
+        logits = self.own
+        if hidden.device.type not in HOSTS and self._size() <= AT_ONCE:
+            each = range(self.width)
+            tops = [self._tops(group, [r * self.width + at for r in group.members for at in each]) for group in self.groups]
+            logits, *parts = fetched(logits, *(part for found in tops for part in found))
+            arrived = iter(parts)
+            self.ahead = [[next(arrived) for _ in found] for found in tops]
+        self.logits = logits.cpu().float()
+
+    def behind(self, last: Sequence[int]) -> list[tuple[Heads | None, Link | None]]:
+        """By row, its candidates behind absorbed token `last`, of all heads under "off", else of heads 2.., and how they are
+        coupled; None where it has no use for any."""
+        found: list[tuple[Heads | None, Link | None]] = [(None, None)] * self.rows
+        for number, group in enumerate(self.groups):
+            if self.ahead:
+                places = torch.tensor([place * self.width + last[r] for place, r in enumerate(group.members)])
+                parts = [part[:, places] for part in self.ahead[number]]
+            else:
+                parts = fetched(*self._tops(group, [r * self.width + last[r] for r in group.members]))
+            ids, scores = (part.numpy().swapaxes(0, 1).reshape(-1, group.top_k) for part in parts[:2])  # a line per head
+            if group.listed is not None:
+                ids = group.listed.ids[ids]
+            tops, each = Heads.ranked(ids, scores.astype(np.float64, copy=False), group.temperature), len(parts[0])
+            for place, r in enumerate(group.members):
+                link = None
+                if self.embedding is not None and len(parts) > 2:
+                    link = link_of(self.embedding, *(part[:, place] for part in parts[2:]))
+                found[r] = tops.of(place * each, (place + 1) * each), link
+        return found
+
+    def _size(self) -> int:
+        """Logits that candidates are looked for among, at all positions."""
+        sizes = [len(g.members) * (len(g.listed.ids) if g.listed else self.model.config.vocab_size) for g in self.groups]
+        return sum(sizes) * self.width * (1 + len(self.states))
+
+    def _tops(self, group: _Group, places: list[int]) -> list[Tensor]:
+        """Candidates of the heads that are wanted, and what a coupling has to say of them, where the states are.
+
+        Args:
+            places: positions, counted through all rows.
+
+        Returns:
+            Ids and logits, (heads, places, k); of a coupling its `sides` of heads 2.., (n-1, places, ..).
+        """
+        at = sent(torch.tensor(places), self.states.device)
+        states = self.states.index_select(1, at)
+        lines = _read_heads(self.model, states, group.listed)
+        if group.off:
+            lines = torch.cat([self.own.flatten(0, 1).index_select(0, at).float()[None], lines])
+        ids, scores = highest(lines, group.top_k)
+        coupling = self.model.coupling
+        if coupling is None or len(states) == 0:
+            return [ids, scores]
+        if group.listed is not None:
+            weights = [group.listed.output.weight] * len(states)
+        else:
+            weights = [self.model.output_weight(head) for head in range(2, len(states) + 2)]
+        return [ids, scores, *coupling.sides(states, sent(ids[-len(states) :], states.device), weights)]
+
+
+def _groups(model: DynaMoForCausalLM, rows: Sequence[Row]) -> list[_Group]:
+    """The rows that want candidates."""
+    listed = shortlist_of(model)
+    alike: dict[tuple[bool, Shortlist | None, int, float], list[int]] = {}
+    for r, row in enumerate(rows):
+        options, algorithm = row.options, row.options.algorithm
+        if not row.ending and (options.off or options.num_heads > 1):
+            whole = options.off or algorithm.alpha_c == 0 or listed is None or algorithm.top_k >= len(listed.ids)
+            temperature = algorithm.temperature if options.off else options.draft_temperature
+            alike.setdefault((options.off, None if whole else listed, algorithm.top_k, temperature), []).append(r)
+    return [_Group(*how, members) for how, members in alike.items()]
+
+
+def _read_heads(model: DynaMoForCausalLM, states: Tensor, listed: Shortlist | None) -> Tensor:
+    """Logits of heads 2..; states: (heads, rows, hidden), result: (heads, rows, tokens) float32, where the tokens are those
+    on the list or all."""
+    if len(states) == 0:
+        return torch.empty(0, states.shape[1], model.config.vocab_size, device=states.device)
+    if listed is not None:
+        return listed.output(states).float()
+    if model.config.own_output_embedding:
+        return torch.cat([model.readout(state[None], head) for head, state in enumerate(states, start=2)]).float()
+    return model.readout(states).float()
