@@ -41,6 +41,7 @@ def test_dynamo_is_raced_at_every_number_of_heads_and_off_as_far_as_its_tables_r
     found = ways.dynamo(4, off_heads=3, eps_b=0.3)
     assert [way.name for way in found if way.compiles] == [
         "DynaMo strict, n=4, compiled",
+        "DynaMo budget 0.2, n=4, compiled",
         "DynaMo strict sampled, n=4, compiled",
         "DynaMo off, eps_b=0.3, n=3, compiled",
     ]
