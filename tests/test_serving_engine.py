@@ -153,13 +153,14 @@ def test_no_more_is_accepted_than_batch_and_queue_hold():
 
 def test_time_is_limited_with_the_text_so_far_and_without_any_refused():
     async def scenario(engine):
-        running, waiting = engine.accept([ask(tokens=4000)]), engine.accept([ask()])
-        events = []
+        asked, events = [ask(tokens=4000), ask(), ask()], []
+        running, *waiting = [engine.accept([one]) for one in asked]  # within microseconds
         while (event := await running.next()) is not None:
             events.append(event)
-        with pytest.raises(Refusal, match="max-seconds") as refusal:
-            await tokens_of(waiting)
-        assert refusal.value.status == 503
+        # Their time ends a moment after that of the first, so one of them may still be seated for a step.
+        ends = await asyncio.gather(*(tokens_of(ticket) for ticket in waiting), return_exceptions=True)
+        refused = [end for end in ends if isinstance(end, Refusal)]
+        assert refused and all(refusal.status == 503 and "max-seconds" in refusal.message for refusal in refused)
         return events
 
     events = with_engine(scenario, Limits(batch=1, seconds=0.3))
