@@ -188,6 +188,7 @@ class Batch:
             return
         going = [place for place, row in enumerate(newcomers) if not row.finished]
         if not going:
+            cache.release()
             return
         if len(going) < len(newcomers):
             cache.select(torch.tensor(going))
@@ -198,6 +199,7 @@ class Batch:
         else:
             seats = list(range(self._cache.rows, self._cache.rows + len(going)))
             self._cache.extend(cache)
+        cache.release()
         self._rows = self._rows + [newcomers[place] for place in going]
         self._seats = self._seats + seats
 
@@ -206,6 +208,8 @@ class Batch:
         if not self._rows:
             if isinstance(self._cache, FixedCache) and self._cache.device.type == "cuda":  # for whom its steps are recorded
                 self.model.arranged[self.num_heads, self._cache.device, self._cache.capacity] = self._cache
+            elif self._cache is not None:
+                self._cache.release()
             self._cache, self._seats = None, []
         elif self._cache is not None and 4 * len(self._rows) <= 3 * self._cache.rows:
             self._cache.select(torch.tensor(self._seats))

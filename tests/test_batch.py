@@ -1,5 +1,8 @@
 """Rows that join and leave a running batch, with options of their own, against the same rows decoded alone."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from architectures import dynamo_of, random_tokens
@@ -148,3 +151,22 @@ def test_a_row_that_is_refused_leaves_the_batch_as_it_was():
 def test_options_that_contradict_themselves_are_refused(wrong, said):
     with pytest.raises(InputError, match=said):
         DecodingOptions(**{"max_new_tokens": 4, "num_heads": 2, **wrong})
+
+
+def test_keys_and_values_are_given_back_when_a_text_ends_without_waiting_for_the_garbage_collector():
+    model = dynamo_of("llama", 3)
+    held: list[weakref.ref] = []
+    gc.disable()
+    try:
+        batch = Batch(model, 3)
+        for length in (3, 9):
+            batch.join(list(range(1, 5)), DecodingOptions(length, 3), seed=0)
+        batch.step()
+        batch.join(list(range(1, 5)), DecodingOptions(6, 3), seed=0)
+        while batch.running:
+            batch.step()
+            if batch._cache is not None:
+                held += [weakref.ref(layer.keys) for layer in batch._cache.layers]
+        assert held and not any(each() is not None for each in held)
+    finally:
+        gc.enable()
