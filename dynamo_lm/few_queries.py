@@ -20,7 +20,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dynamo_lm import kernels
 
 NAME = "dynamo_lm_few_queries"  # in transformers' register of attention functions
-STRIDE = 16  # entries that the kernel takes at a time
 MOST = 64  # queries; more are a prompt, which torch's tiles are made for
 
 
@@ -42,7 +41,7 @@ def attention(
         or attention_mask.dtype != torch.bool
         or attention_mask.shape[1] != 1
         or query.shape[2] > MOST
-        or width % STRIDE
+        or width % kernels.STRIDE
         or value.shape[3] != width
         or kwargs.get("position_bias") is not None
         or torch.is_grad_enabled()
@@ -67,7 +66,7 @@ def quicken(module: nn.Module, copies: dict[int, PreTrainedConfig]) -> None:
     weight = next(module.parameters(), None)
     if not uses_interface or config._attn_implementation != "sdpa" or weight is None or weight.device.type != "cpu":
         return
-    if weight.dtype in (torch.float32, torch.bfloat16):
+    if weight.dtype in kernels.DTYPES:
         if id(config) not in copies:
             copies[id(config)] = copy.copy(config)
             copies[id(config)]._attn_implementation_internal = NAME

@@ -20,7 +20,6 @@ from transformers import PreTrainedConfig
 
 from dynamo_lm import few_queries, kernels
 
-STRIDE = 16  # entries of a row that the kernel takes at a time
 MOST = 16  # rows from which on a library is as fast in float32
 LARGE = 2**14  # entries of a weight whose product outweighs what it takes to transpose it
 HUGE = 2**23  # entries from which on up to eight rows are better transposed; output embeddings, mostly
@@ -78,7 +77,7 @@ def _twin(module: M, made: dict[int, nn.Module], configs: dict[int, PreTrainedCo
 def _quicken(layer: nn.Linear) -> None:
     """Gives a layer of a copy the class that suits its weight: same attributes, another product."""
     weight = layer.weight
-    fits = layer.in_features % STRIDE == 0 and weight.is_contiguous() and weight.dtype in (torch.float32, torch.bfloat16)
+    fits = layer.in_features % kernels.STRIDE == 0 and weight.is_contiguous() and weight.dtype in kernels.DTYPES
     if fits and kernels.available():
         layer.__class__ = FewRows  # type: ignore[assignment]
         slow = weight.dtype == torch.bfloat16 and not multiplies_bfloat16()

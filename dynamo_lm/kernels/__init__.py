@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # A fused multiplication and addition rounds once; sums keep their order, because results must not depend on the batch.
 FLAGS = ("-ffp-contract=fast", "-fno-associative-math", "-Wno-pedantic")
+STRIDE = 16  # entries that they take at a time, as in lanes.h: what they sum over is a multiple of it
+DTYPES = (torch.float32, torch.bfloat16)
 SOURCES = ("lanes.h", "few_rows.cpp", "few_queries.cpp")
 _T = "AtenTensorHandle"
 SHIMS = {  # what compiled steps call, by its name in C
