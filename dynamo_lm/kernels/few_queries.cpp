@@ -83,45 +83,50 @@ void pack(const float* from, uint16_t* to, int64_t count) {
 }
 
 template <typename T>
-void attend_all(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask, float scaling, Tensor& result) {
-  const int64_t heads = query.size(1), count = query.size(2), width = query.size(3), slots = key.size(2);
-  const int64_t shared = heads / key.size(1);
-  const T* q = static_cast<const T*>(query.const_data_ptr());
-  const T* k = static_cast<const T*>(key.const_data_ptr());
-  const T* v = static_cast<const T*>(value.const_data_ptr());
-  const bool* m = static_cast<const bool*>(mask.const_data_ptr());
-  T* to = static_cast<T*>(result.mutable_data_ptr());
+void attend_all(const View& query, const View& key, const View& value, const View& mask, float scaling, T* to) {
+  const int64_t heads = query.sizes[1], count = query.sizes[2], width = query.sizes[3], slots = key.sizes[2];
+  const int64_t sharing = heads / key.sizes[1];
+  const T *q = query.as<T>(), *k = key.as<T>(), *v = value.as<T>();
+  const bool* m = mask.as<bool>();
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / (slots * width));
-  torch::stable::parallel_for(0, query.size(0) * count * heads, grain, [&](int64_t first, int64_t last) {
-    std::vector<int32_t> seen;
-    std::vector<float> scores(slots + 8), from(width), out(width);
+  shared(query.sizes[0] * count * heads, grain, [&](int64_t first, int64_t last) {
+    thread_local std::vector<int32_t> seen;
+    float* const scores = scratch(slots + 8 + 2 * width);
+    float *const from = scores + slots + 8, *const out = from + width;
     for (int64_t place = first; place < last; place++) {  // (row, query, head), as the result lies in memory
       const int64_t h = place % heads, i = place / heads % count, b = place / heads / count;
       if (h == 0 || place == first) {
-        const bool* visible = m + (mask.size(0) > 1 ? b * mask.stride(0) : 0) + i * mask.stride(2);
+        const bool* visible = m + (mask.sizes[0] > 1 ? b * mask.strides[0] : 0) + i * mask.strides[2];
         seen.clear();
         for (int64_t s = 0; s < slots; s++)
-          if (visible[s * mask.stride(3)]) seen.push_back(s);
+          if (visible[s * mask.strides[3]]) seen.push_back(s);
       }
-      unpack(q + b * query.stride(0) + h * query.stride(1) + i * query.stride(2), from.data(), width);
-      attend(from.data(), k + b * key.stride(0) + h / shared * key.stride(1), key.stride(2),
-             v + b * value.stride(0) + h / shared * value.stride(1), value.stride(2), seen, width, scaling, scores.data(),
-             out.data());
-      pack(out.data(), to + place * width, width);
+      unpack(q + b * query.strides[0] + h * query.strides[1] + i * query.strides[2], from, width);
+      attend(from, k + b * key.strides[0] + h / sharing * key.strides[1], key.strides[2],
+             v + b * value.strides[0] + h / sharing * value.strides[1], value.strides[2], seen, width, scaling, scores, out);
+      pack(out, to + place * width, width);
     }
   });
 }
 
-Tensor dense(const Tensor& x) { return x.stride(3) == 1 ? x : torch::stable::contiguous(x); }
-
 // query: (rows, heads, queries, width), key and value: (rows, fewer heads, slots, width), mask: (rows or 1, 1, queries, slots)
 // bool -> (rows, queries, heads, width). width is a multiple of 16.
-Tensor few_queries(Tensor query, Tensor key, Tensor value, Tensor mask, double scaling) {
-  query = dense(query), key = dense(key), value = dense(value);
-  Tensor result = torch::stable::new_empty(query, {query.size(0), query.size(2), query.size(1), query.size(3)});
-  if (query.scalar_type() == ScalarType::Float) attend_all<float>(query, key, value, mask, scaling, result);
-  else attend_all<uint16_t>(query, key, value, mask, scaling, result);
+AtenTensorHandle few_queries(AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle mask,
+                             double scaling) {
+  const View q(query), k(key), v(value);
+  if (q.strides[3] != 1) return few_queries(torch::stable::contiguous(borrowed(query)).get(), key, value, mask, scaling);
+  if (k.strides[3] != 1) return few_queries(query, torch::stable::contiguous(borrowed(key)).get(), value, mask, scaling);
+  if (v.strides[3] != 1) return few_queries(query, key, torch::stable::contiguous(borrowed(value)).get(), mask, scaling);
+  const int64_t shape[] = {q.sizes[0], q.sizes[2], q.sizes[1], q.sizes[3]};
+  const AtenTensorHandle result = empty(shape, 4, q.dtype);
+  const View to(result);
+  if (q.dtype == aoti_torch_dtype_float32()) attend_all(q, k, v, View(mask), scaling, to.as<float>());
+  else attend_all(q, k, v, View(mask), scaling, to.as<uint16_t>());
   return result;
+}
+
+Tensor few_queries_of(Tensor query, Tensor key, Tensor value, Tensor mask, double scaling) {
+  return Tensor(few_queries(query.get(), key.get(), value.get(), mask.get(), scaling));
 }
 
 }  // namespace
@@ -129,15 +134,10 @@ Tensor few_queries(Tensor query, Tensor key, Tensor value, Tensor mask, double s
 STABLE_TORCH_LIBRARY_FRAGMENT(dynamo_lm, library) {
   library.def("few_queries(Tensor query, Tensor key, Tensor value, Tensor mask, float scaling) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(dynamo_lm, CPU, library) { library.impl("few_queries", TORCH_BOX(&few_queries)); }
+STABLE_TORCH_LIBRARY_IMPL(dynamo_lm, CPU, library) { library.impl("few_queries", TORCH_BOX(&few_queries_of)); }
 
 extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_cpu_few_queries(
     AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle mask, double scaling,
     AtenTensorHandle* result) {
-  try {
-    const Tensor y = few_queries(borrowed(query), borrowed(key), borrowed(value), borrowed(mask), scaling);
-    return aoti_torch_new_tensor_handle(y.get(), result);
-  } catch (...) {
-    return 1;
-  }
+  return guarded([&] { *result = few_queries(query, key, value, mask, scaling); });
 }

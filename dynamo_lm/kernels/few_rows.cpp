@@ -6,97 +6,124 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 8;       // rows of the weight that stay in the first cache while all rows of x pass
-constexpr int64_t WORK = 1 << 16;  // entries of the weight below which a second thread does not pay
+constexpr int64_t BLOCK = 8;          // rows of the weight that threads share out
+constexpr int64_t WORK = 1 << 16;     // entries of the weight below which a second thread does not pay
+constexpr int64_t STREAMS = 8;        // places of the weight that are fetched in turn
+constexpr int64_t STREAM = 1 << 12;    // bytes of each, or one row where that is more
 
-// R rows of x against O rows of the weight, R * O <= 8: one vector of sums each, so that all of them stay in registers.
+// R rows of x against O rows of the weight, R * O <= 9: one vector of sums each, so that all of them stay in registers.
+//
+// Meanwhile as many entries of the weight are fetched from `ahead`, in STREAMS that are `apart`: hardware runs further ahead in
+// each of them, into the second cache, than the first cache could by itself with the few lines that it can wait for at a time.
 template <int R, int O, typename T>
-inline __attribute__((always_inline)) void tile(const T* weight, const float* x, float* y, int64_t in, int64_t out) {
-  Lanes total[8] = {}, xs[R];
+inline __attribute__((always_inline)) void tile(
+    const T* weight, const float* x, float* y, int64_t in, int64_t out, const T* ahead, int64_t apart) {
+  constexpr int64_t LINES = 64 / sizeof(T) * (STREAMS / O);  // entries of a row until there is a line to fetch of each stream
+  Lanes total[R * O > 8 ? 16 : 8], xs[R];
+  for (Lanes& sum : total) sum = Lanes{};
   for (int64_t k = 0; k < in; k += STRIDE) {
-    for (int r = 0; r < R; r++) xs[r] = load(x + r * in + k);
-    for (int o = 0; o < O; o++)
-      for (int r = 0; r < R; r++) total[o * R + r] = fused(one(weight + o * in + k), xs[r], total[o * R + r]);
-    for (int r = 0; r < R; r++) xs[r] = load(x + r * in + k + STRIDE / 2);
-    for (int o = 0; o < O; o++)
-      for (int r = 0; r < R; r++) total[o * R + r] = fused(two(weight + o * in + k), xs[r], total[o * R + r]);
-    for (int o = 0; o < O; o++) __builtin_prefetch(weight + (o + O) * in + k);  // the next tile; hardware stops at pages
+    for (int r = 0; r < R; r++) xs[r] = held(load(x + r * in + k));
+    for (int o = 0; o < O; o++) {
+      const Lanes w = held(one(weight + o * in + k));
+      for (int r = 0; r < R; r++) total[o * R + r] = fused(w, xs[r], total[o * R + r]);
+    }
+    for (int r = 0; r < R; r++) xs[r] = held(load(x + r * in + k + STRIDE / 2));
+    for (int o = 0; o < O; o++) {
+      const Lanes w = held(two(weight + o * in + k));
+      for (int r = 0; r < R; r++) total[o * R + r] = fused(w, xs[r], total[o * R + r]);
+    }
+    if (k % LINES == 0)
+      for (int s = 0; s < STREAMS; s++) __builtin_prefetch(ahead + s * apart + k * O / STREAMS);
   }
-  Lanes sum = sums(total);
-  for (int o = 0; o < O; o++)
-    for (int r = 0; r < R; r++) y[r * out + o] = sum[LANE_OF[o * R + r]];
+  for (int i = 0; i < R * O; i += 8) {
+    const Lanes sum = sums(total + i);
+    for (int j = i; j < std::min(i + 8, R * O); j++) y[j % R * out + j / R] = sum[LANE_OF[j - i]];
+  }
 }
 
 template <int R, int O, typename T>
-void tiles(const T* weight, const float* x, float* y, int64_t in, int64_t out, int64_t count) {
+void tiles(const T* weight, const float* x, float* y, int64_t in, int64_t out, int64_t count, const T* ahead, int64_t apart) {
   int64_t o = 0;
-  for (; o + O <= count; o += O) tile<R, O>(weight + o * in, x, y + o, in, out);
-  for (; o < count; o++) tile<R, 1>(weight + o * in, x, y + o, in, out);
+  for (; o + O <= count; o += O) tile<R, O>(weight + o * in, x, y + o, in, out, ahead + o * in / STREAMS, apart);
+  if constexpr (O > 1)
+    if (o < count)
+      tiles<R, (O + 1) / 2>(weight + o * in, x, y + o, in, out, count - o, ahead + o * in / STREAMS, apart);
 }
 
 // Columns [begin, end) of y = x @ weight^T; x: (rows, in), y: (rows, out), both float32.
 template <typename T>
 void columns(const T* weight, const float* x, float* y, int64_t rows, int64_t in, int64_t out, int64_t begin, int64_t end) {
-  for (int64_t o = begin; o < end; o += BLOCK) {
-    const int64_t count = std::min(BLOCK, end - o);
-    const T* w = weight + o * in;
+  const int64_t stream = std::max<int64_t>(1, STREAM / (in * static_cast<int64_t>(sizeof(T))));  // in rows of the weight
+  const int64_t group = STREAMS * stream, apart = stream * in;  // a group stays in the caches while all rows of x pass
+  for (int64_t o = begin; o < end; o += group) {
+    const int64_t count = std::min(group, end - o);
+    const T *w = weight + o * in, *next = w + group * in;
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) tiles<4, 2>(w, x + r * in, y + r * out + o, in, out, count);
-    if (rows - r == 3) tiles<3, 2>(w, x + r * in, y + r * out + o, in, out, count);
-    if (rows - r == 2) tiles<2, 4>(w, x + r * in, y + r * out + o, in, out, count);
-    if (rows - r == 1) tiles<1, 8>(w, x + r * in, y + r * out + o, in, out, count);
+    for (; r + 4 <= rows; r += 4) tiles<4, 2>(w, x + r * in, y + r * out + o, in, out, count, next, apart);
+    if (rows - r == 3) tiles<3, 3>(w, x + r * in, y + r * out + o, in, out, count, next, apart);
+    if (rows - r == 2) tiles<2, 4>(w, x + r * in, y + r * out + o, in, out, count, next, apart);
+    if (rows - r == 1) tiles<1, 8>(w, x + r * in, y + r * out + o, in, out, count, next, apart);
   }
 }
 
-// x: (..., in), weight: (out, in) contiguous of the same type, bias: (out,) -> (..., out). in is a multiple of 16.
-Tensor few_rows(Tensor x, Tensor weight, std::optional<Tensor> bias) {
-  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
-  const int64_t out = weight.size(0), in = weight.size(1), rows = x.numel() / in;
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = out;
-  Tensor y = torch::stable::new_empty(x, shape);
-  const int64_t blocks = (out + BLOCK - 1) / BLOCK, grain = std::max<int64_t>(1, WORK / (in * BLOCK));
+// Shares the columns of a product among threads, in whole blocks.
+template <typename F>
+void in_blocks(int64_t in, int64_t out, const F& part) {
+  const int64_t grain = std::max<int64_t>(1, WORK / (in * BLOCK));
+  shared((out + BLOCK - 1) / BLOCK, grain, [&](int64_t first, int64_t last) { part(first * BLOCK, std::min(out, last * BLOCK)); });
+}
 
-  if (weight.scalar_type() == ScalarType::Float) {
-    const float* w = static_cast<const float*>(weight.const_data_ptr());
-    const float* from = static_cast<const float*>(x.const_data_ptr());
-    const float* b = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
-    float* to = static_cast<float*>(y.mutable_data_ptr());
-    torch::stable::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
-      const int64_t begin = first * BLOCK, end = std::min(out, last * BLOCK);
-      columns(w, from, to, rows, in, out, begin, end);
-      if (b)
-        for (int64_t r = 0; r < rows; r++)
-          for (int64_t o = begin; o < end; o++) to[r * out + o] += b[o];
-    });
-  } else {
-    const uint16_t* w = static_cast<const uint16_t*>(weight.const_data_ptr());
-    const uint16_t* b = bias ? static_cast<const uint16_t*>(bias->const_data_ptr()) : nullptr;
-    std::vector<float> from(rows * in), wide(rows * out);
-    unpack(static_cast<const uint16_t*>(x.const_data_ptr()), from.data(), rows * in);
-    uint16_t* to = static_cast<uint16_t*>(y.mutable_data_ptr());
-    torch::stable::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
-      const int64_t begin = first * BLOCK, end = std::min(out, last * BLOCK);
-      columns(w, from.data(), wide.data(), rows, in, out, begin, end);
+// x: (rows, in), weight: (out, in), bias: (out,) or null -> y: (rows, out).
+void multiply(const float* x, const float* weight, const float* bias, float* y, int64_t rows, int64_t in, int64_t out) {
+  in_blocks(in, out, [&](int64_t begin, int64_t end) {
+    columns(weight, x, y, rows, in, out, begin, end);
+    if (bias)
       for (int64_t r = 0; r < rows; r++)
-        for (int64_t o = begin; o < end; o++) to[r * out + o] = rounded(wide[r * out + o] + (b ? widened(b[o]) : 0.0f));
-    });
-  }
-  return y;
+        for (int64_t o = begin; o < end; o++) y[r * out + o] += bias[o];
+  });
+}
+
+void multiply(const uint16_t* x, const uint16_t* weight, const uint16_t* bias, uint16_t* y, int64_t rows, int64_t in,
+              int64_t out) {
+  float* const from = scratch(rows * (in + out));
+  float* const wide = from + rows * in;
+  unpack(x, from, rows * in);
+  in_blocks(in, out, [&](int64_t begin, int64_t end) {
+    columns(weight, from, wide, rows, in, out, begin, end);
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t o = begin; o < end; o++) y[r * out + o] = rounded(wide[r * out + o] + (bias ? widened(bias[o]) : 0.0f));
+  });
+}
+
+// x: (..., in), weight: (out, in) contiguous of the same type, bias: (out,) or null -> (..., out). in is a multiple of 16.
+AtenTensorHandle few_rows(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle bias) {
+  const View from(x), w(weight);
+  if (!from.contiguous()) return few_rows(torch::stable::contiguous(borrowed(x)).get(), weight, bias);
+  const int64_t out = w.sizes[0], in = w.sizes[1], rows = from.count() / in;
+  std::array<int64_t, MOST_DIMS> shape;
+  std::copy(from.sizes, from.sizes + from.dims - 1, shape.begin());
+  shape[from.dims - 1] = out;
+  const AtenTensorHandle result = empty(shape.data(), from.dims, from.dtype);
+  const View to(result);
+  const void* const b = bias ? View(bias).data : nullptr;
+  if (from.dtype == aoti_torch_dtype_float32())
+    multiply(from.as<float>(), w.as<float>(), static_cast<const float*>(b), to.as<float>(), rows, in, out);
+  else
+    multiply(from.as<uint16_t>(), w.as<uint16_t>(), static_cast<const uint16_t*>(b), to.as<uint16_t>(), rows, in, out);
+  return result;
+}
+
+Tensor few_rows_of(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+  return Tensor(few_rows(x.get(), weight.get(), bias ? bias->get() : nullptr));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dynamo_lm, library) { library.def("few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor"); }
-STABLE_TORCH_LIBRARY_IMPL(dynamo_lm, CPU, library) { library.impl("few_rows", TORCH_BOX(&few_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(dynamo_lm, CPU, library) { library.impl("few_rows", TORCH_BOX(&few_rows_of)); }
 
 // What compiled steps call without a way through Python.
 extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_cpu_few_rows(
     AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, AtenTensorHandle* result) {
-  try {
-    const Tensor y = few_rows(borrowed(x), borrowed(weight), bias ? std::optional(borrowed(*bias)) : std::nullopt);
-    return aoti_torch_new_tensor_handle(y.get(), result);
-  } catch (...) {
-    return 1;
-  }
+  return guarded([&] { *result = few_rows(x, weight, bias ? *bias : nullptr); });
 }

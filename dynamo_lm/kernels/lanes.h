@@ -7,12 +7,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <optional>
+#include <stdexcept>
 #include <type_traits>
 #include <vector>
 #ifdef __FMA__
@@ -21,10 +22,15 @@
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t STRIDE = 16;  // entries that are taken at a time: two of bfloat16 lie in one 32-bit lane
+
+constexpr int64_t MOST_DIMS = 8;
+
+inline void checked(AOTITorchError error) {
+  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("torch refused a call of a kernel");
+}
 
 typedef float Lanes __attribute__((vector_size(32)));
 typedef uint32_t Bits __attribute__((vector_size(32)));
@@ -58,6 +64,14 @@ inline Lanes fused(Lanes a, Lanes b, Lanes sum) {
 #endif
 }
 
+// The same, in a register from here on: GCC would load it again for every use, and loads would then be what takes the time.
+inline Lanes held(Lanes value) {
+#ifdef __FMA__
+  asm("" : "+x"(value));
+#endif
+  return value;
+}
+
 // The sums over the lanes of eight vectors; that of vector i is in lane LANE_OF[i].
 constexpr int LANE_OF[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
@@ -86,10 +100,77 @@ inline uint16_t rounded(float value) {  // to the nearest, ties to even
   return value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// A tensor as a kernel sees it. Read once, by torch's plain C functions: the classes over them cost more than a small product.
+struct View {
+  void* data;
+  int64_t dims;
+  int64_t *sizes, *strides;
+  int32_t dtype;
+
+  explicit View(AtenTensorHandle tensor) {
+    checked(aoti_torch_get_data_ptr(tensor, &data));
+    checked(aoti_torch_get_dim(tensor, &dims));
+    checked(aoti_torch_get_sizes(tensor, &sizes));
+    checked(aoti_torch_get_strides(tensor, &strides));
+    checked(aoti_torch_get_dtype(tensor, &dtype));
+  }
+
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+
+  int64_t count() const {
+    int64_t product = 1;
+    for (int64_t d = 0; d < dims; d++) product *= sizes[d];
+    return product;
+  }
+
+  bool contiguous() const {
+    int64_t step = 1;
+    for (int64_t d = dims; d-- > 0; step *= sizes[d])
+      if (sizes[d] != 1 && strides[d] != step) return false;
+    return true;
+  }
+};
+
+inline AtenTensorHandle empty(const int64_t* sizes, int64_t dims, int32_t dtype) {
+  std::array<int64_t, MOST_DIMS> strides;
+  int64_t step = 1;
+  for (int64_t d = dims; d-- > 0; step *= sizes[d]) strides[d] = step;
+  AtenTensorHandle made;
+  checked(aoti_torch_empty_strided(dims, sizes, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return made;
+}
+
 inline Tensor borrowed(AtenTensorHandle handle) {
   AtenTensorHandle own;
-  aoti_torch_new_tensor_handle(handle, &own);
+  checked(aoti_torch_new_tensor_handle(handle, &own));
   return Tensor(own);
+}
+
+// Room for so many numbers, the calling thread's own, until it asks again.
+inline float* scratch(int64_t count) {
+  thread_local std::vector<float> room;
+  if (static_cast<int64_t>(room.size()) < count) room.resize(count);
+  return room.data();
+}
+
+// Calls `part` on parts of [0, count) in several threads, or on all of it where it is too little to share.
+template <typename F>
+inline void shared(int64_t count, int64_t grain, const F& part) {
+  if (count <= grain) part(0, count);
+  else torch::stable::parallel_for(0, count, grain, part);
+}
+
+template <typename F>
+inline AOTITorchError guarded(const F& call) {
+  try {
+    call();
+    return AOTI_TORCH_SUCCESS;
+  } catch (...) {
+    return AOTI_TORCH_FAILURE;
+  }
 }
 
 }  // namespace
