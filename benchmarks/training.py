@@ -48,8 +48,8 @@ from dynamo_lm import DynaMoForCausalLM, training
 from dynamo_lm.assets import bundled
 from dynamo_lm.bench.measure import spread
 from dynamo_lm.bench.results import machine
-from dynamo_lm.cache import attention_mask
 from dynamo_lm.data import tokenize
+from dynamo_lm.masks import MaskForm
 from dynamo_lm.packing import Blocks, targets
 from dynamo_lm.provenance import versions
 from dynamo_lm.training import CHUNK, TrainingOptions, heads_loss, parameter_groups
@@ -78,8 +78,8 @@ class Step:
         segments = self.batch["segments"]
         self.inputs = {  # of the base's body, as `packed_hidden` gives them
             "input_ids": self.batch["tokens"],
-            "attention_mask": attention_mask(
-                self.model.base.config, order, order, self.model.dtype, query_segments=segments, key_segments=segments
+            "attention_mask": MaskForm.of(self.model.base.config, self.model.dtype).mask(
+                order, order, query_segments=segments, key_segments=segments
             ),
             "position_ids": self.batch["positions"],
             "use_cache": False,

@@ -1,6 +1,6 @@
-"""Keys and values of rows with lengths of their own, and the attention masks that go with them.
+"""Keys and values of rows with lengths of their own.
 
-The only file that knows transformers' cache classes and mask conventions. In a `RowCache` slot j of a row holds the row's
+The only file that knows transformers' cache classes. In a `RowCache` slot j of a row holds the row's
 position j, always: there is no padding on the left and nothing to crop. A step writes its tokens behind each row's length;
 keeping fewer than were written only means that the length grows by less, and the next step overwrites the rest. A row that
 ended leaves its seat empty (length 0) for another, because moving the rest costs more than to compute an empty row once. An
@@ -15,10 +15,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from dynamo_lm.errors import InputError
 from dynamo_lm.tree import ancestry, depths
 
 GROWTH = 256  # slots; capacity at least doubles, so that n tokens cost O(log n) copies
@@ -264,62 +262,3 @@ def _write(buffer: Tensor, new: Tensor, cache: RowCache) -> Tensor:
         rows, slots = cache.written(len(buffer) // cache.rows, buffer.device)
         buffer[rows, :, slots] = new.transpose(1, 2)  # (rows, new, heads, width): one write for rows of any lengths
     return buffer
-
-
-def attention_mask(
-    base_config: PreTrainedConfig,
-    queries: Tensor,
-    keys: Tensor,
-    dtype: torch.dtype,
-    *,
-    query_segments: Tensor | None = None,
-    key_segments: Tensor | None = None,
-    visible: Tensor | None = None,
-    device: torch.device | None = None,
-) -> Tensor | dict[str, Tensor]:
-    """The mask (or masks, by layer type) that a base's body takes ready-made.
-
-    Args:
-        base_config: the base's configuration; its layer types, window and attention implementation decide the form.
-        queries: positions of the queries, (batch, q).
-        keys: positions of the keys, (batch or 1, k).
-        dtype: of the additive mask, where the implementation wants one.
-        query_segments, key_segments: documents that queries and keys belong to, (batch, q) and (batch, k); nothing is
-            seen across documents.
-        visible: what each query may see at all, (batch, q, k) bool; everything by default.
-        device: where the mask is wanted; the positions' own by default.
-
-    Returns:
-        (batch, 1, q, k): booleans, or 0 and the lowest number for implementations that add the mask. One such tensor, or a
-        dictionary of them by layer type where the configuration lists layer types.
-
-    Raises:
-        InputError: a layer type that is not attention over all or a window of the past.
-    """
-    config = base_config.get_text_config()
-    distance = queries[:, :, None] - keys[:, None, :]  # (batch, q, k)
-    seen = distance >= 0
-    if query_segments is not None and key_segments is not None:
-        seen = seen & (query_segments[:, :, None] == key_segments[:, None, :])
-    if visible is not None:
-        seen = seen & visible
-
-    def form(mask: Tensor) -> Tensor:
-        mask = sent(mask[:, None], device or mask.device)
-        if config._attn_implementation in ("sdpa", "flex_attention"):
-            return mask
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return form(seen if window is None else seen & (distance < window))
-    masks = {}
-    for kind in set(types):
-        if kind == "full_attention":
-            masks[kind] = form(seen)
-        elif kind == "sliding_attention" and window is not None:
-            masks[kind] = form(seen & (distance < window))
-        else:
-            raise InputError(f'Layers of type "{kind}" are not supported; full and sliding attention are.')
-    return masks

@@ -24,11 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamo_lm.cache import FixedCache, RowCache, attention_mask, sent
+from dynamo_lm.cache import FixedCache, RowCache, sent
 from dynamo_lm.candidates import Reading
 from dynamo_lm.compiling import capacity, compiled
 from dynamo_lm.errors import InputError
 from dynamo_lm.joint import Heads, Link
+from dynamo_lm.masks import MaskForm
 from dynamo_lm.model import DynaMoForCausalLM
 from dynamo_lm.rows import DecodingOptions, Row, Statistics
 from dynamo_lm.sampling import check, check_weighting, draft_from, draw_from
@@ -99,6 +100,8 @@ class Batch:
         else:
             self.model = model.for_decoding(num_heads)
             self.forward = self.model.hidden
+        self.device = self.model.device  # here and below: what to ask the model anew in every step would be slow
+        self._mask_form = MaskForm.of(self.model.base.config, self.model.dtype)
         coupling = self.model.coupling  # whose table of tokens the host reads in every step
         self._embedding = None if coupling is None else coupling.tokens.detach().cpu()
         self._newcomers: list[Row] = []
@@ -220,8 +223,8 @@ class Batch:
             return RowCache(self.model.cache_entries, len(rows))
         longest = rows[0].prompt_length + rows[0].options.max_new_tokens + self._fixed(rows)
         slots = capacity(longest)
-        kept = self.model.arranged.pop((self.num_heads, self.model.device, slots), None)
-        return FixedCache(self.model.cache_entries, slots, self.model.device) if kept is None else kept
+        kept = self.model.arranged.pop((self.num_heads, self.device, slots), None)
+        return FixedCache(self.model.cache_entries, slots, self.device) if kept is None else kept
 
     def _fixed(self, rows: list[Row]) -> int:
         """Tokens of every forward behind the prompt's, if they are all to have one shape; else 0."""
@@ -295,12 +298,12 @@ class Batch:
         if not first and any(row.branches for row in rows):
             parents = _by_seat(cache, seats, [row.parents for row in rows], [])
             positions, keys, visible = cache.as_trees(positions, parents)
-        mask = attention_mask(model.base.config, positions, keys, model.dtype, visible=visible, device=model.device)
+        mask = self._mask_form.mask(positions, keys, visible=visible, device=self.device)
         hidden = (model.hidden if first else self.forward)(
-            sent(tokens, model.device),
+            sent(tokens, self.device),
             num_heads=self.num_heads,
             attention_mask=mask,
-            position_ids=sent(positions.clamp(max=self.context - 1), model.device),
+            position_ids=sent(positions.clamp(max=self.context - 1), self.device),
             past_key_values=cache,
         )
         if list(seats) != list(range(cache.rows)):

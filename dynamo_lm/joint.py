@@ -93,20 +93,21 @@ def highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _put_right(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`highest` of logits on the CPU; the values as float64."""
     best = torch.topk(logits, min(count + 1, logits.shape[-1]))  # one more shows where equal values straddle the cut
-    tops = best.indices, best.values.double()
-    ids, scores = (part.numpy() for part in tops)  # the same memory
+    ids, scores = best.indices.numpy(), best.values.double().numpy()
     tied = scores[..., :-1] == scores[..., 1:]
     if tied.any():
         tied &= np.isfinite(scores[..., :1])
         for line in zip(*np.nonzero(tied[..., count - 1 :].any(-1)), strict=True):
-            values = logits[line].double().numpy()
-            at_least = np.flatnonzero(values >= scores[line][count - 1])
-            first = at_least[np.argsort(-values[at_least], kind="stable")[:count]]
-            ids[line][:count], scores[line][:count] = first, values[first]
-        order = np.lexsort((ids[..., :count], -scores[..., :count]))
-        for part in (ids, scores):
-            part[..., :count] = np.take_along_axis(part, order, -1)
-    return tops[0].narrow(-1, 0, count), tops[1].narrow(-1, 0, count)
+            last = scores[line][count - 1]
+            places = np.flatnonzero(scores[line][:count] == last)
+            ids[line][places] = (logits[line] == last).nonzero()[: len(places), 0].numpy()
+        # Behind each other in memory: how many different values are larger, and the id. Equal values stay where they are.
+        runs = np.zeros((*scores.shape[:-1], count), np.int64)
+        np.cumsum(~tied[..., : count - 1], axis=-1, out=runs[..., 1:])
+        keys = (runs << 32) | ids[..., :count]
+        keys.sort(-1)
+        ids[..., :count] = keys & 0xFFFFFFFF
+    return best.indices.narrow(-1, 0, count), torch.from_numpy(scores).narrow(-1, 0, count)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamo_lm.cache import attention_mask
+from dynamo_lm.masks import MaskForm
 from dynamo_lm.model import DynaMoForCausalLM
 from dynamo_lm.training import CHUNK, TrainingOptions
 
@@ -69,7 +69,7 @@ def _saved_by_autograd(model: DynaMoForCausalLM, options: TrainingOptions, rows:
         return tensor
 
     order = torch.arange(block_size, device="meta").expand(1, -1)
-    mask = attention_mask(model.base.config, order, order, torch.float32)
+    mask = MaskForm.of(model.base.config, torch.float32).mask(order, order)
     model.train()
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         tokens = torch.zeros(1, block_size, dtype=torch.long, device="meta")

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynamo_lm.cache import attention_mask
 from dynamo_lm.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from dynamo_lm.errors import InputError
+from dynamo_lm.masks import MaskForm
 from dynamo_lm.model import DynaMoForCausalLM
 from dynamo_lm.packing import IGNORED, Blocks, targets
 
@@ -172,7 +172,7 @@ def packed_hidden(
 ) -> Tensor:
     """`model.hidden` of packed blocks, (batch, length) each, in which no document sees another."""
     order = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    mask = attention_mask(model.base.config, order, order, model.dtype, query_segments=segments, key_segments=segments)
+    mask = MaskForm.of(model.base.config, model.dtype).mask(order, order, query_segments=segments, key_segments=segments)
     return model.hidden(tokens, attention_mask=mask, position_ids=positions, gradient_scale=gradient_scale)
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from architectures import dynamo_of, random_tokens
 
-from dynamo_lm.cache import FixedCache, attention_mask
+from dynamo_lm.cache import FixedCache
 from dynamo_lm.compiling import capacity, check_compiler, compiled
 from dynamo_lm.counting import count
 from dynamo_lm.decoding import Batch, decode
 from dynamo_lm.errors import InputError
+from dynamo_lm.masks import MaskForm
 from dynamo_lm.rows import DecodingOptions
 
 
@@ -35,7 +36,7 @@ def test_a_cache_of_fixed_shape_gives_the_same_states(name):
         whole = model.hidden(tokens, num_heads=3)
         for start, width, keep in ((0, 5, 5), (5, 3, 2), (7, 3, 1), (8, 3, 3)):
             positions = cache.begin(width)
-            mask = attention_mask(model.base.config, positions, torch.arange(cache.end)[None], model.dtype)
+            mask = MaskForm.of(model.base.config, model.dtype).mask(positions, torch.arange(cache.end)[None])
             kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
             hidden = model.hidden(tokens[:, start : start + width], num_heads=3, **kwargs)
             states.append(hidden[:, :, :keep])

@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from dynamo_lm import DynaMoForCausalLM, InputError
-from dynamo_lm.cache import GROWTH, RowCache, attention_mask
+from dynamo_lm.cache import GROWTH, RowCache
 from dynamo_lm.counting import count
+from dynamo_lm.masks import MaskForm
 
 LENGTHS = [5, 9, 3, 12, 7]
 PLAIN = {"pad_token_id": 0, "eos_token_id": EOS, "return_dict_in_generate": True}
@@ -610,7 +611,7 @@ def test_a_cache_grows_beyond_its_buffer_and_forgets_nothing():
 
 def test_masks_show_each_row_its_own_past():
     config = base_of("llama").config
-    mask = attention_mask(config, torch.tensor([[2, 3], [0, 1]]), torch.arange(4)[None], torch.float32)
+    mask = MaskForm.of(config, torch.float32).mask(torch.tensor([[2, 3], [0, 1]]), torch.arange(4)[None])
     assert mask.dtype == torch.bool
     assert mask[:, 0].int().tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1]], [[1, 0, 0, 0], [1, 1, 0, 0]]]
 
@@ -618,14 +619,14 @@ def test_masks_show_each_row_its_own_past():
 def test_masks_show_nothing_across_documents():
     segments, positions = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 2, 3]])
     config = base_of("llama").config
-    mask = attention_mask(config, positions, positions, torch.float32, query_segments=segments, key_segments=segments)
+    mask = MaskForm.of(config, torch.float32).mask(positions, positions, query_segments=segments, key_segments=segments)
     assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
 def test_masks_slide_by_layer_type_and_add_where_the_implementation_adds():
     config = base_of("gemma2").config  # eager
     positions = torch.arange(10)[None]
-    masks = attention_mask(config, positions, positions, torch.float32)
+    masks = MaskForm.of(config, torch.float32).mask(positions, positions)
     assert set(masks) == {"full_attention", "sliding_attention"}
     assert masks["full_attention"][0, 0, 9].eq(0).int().tolist() == [1] * 10
     assert masks["sliding_attention"][0, 0, 9].eq(0).int().tolist() == [0, 0] + [1] * 8  # a window of 8
@@ -636,4 +637,4 @@ def test_layers_that_are_no_attention_over_the_past_are_refused():
     config = base_of("qwen3").config
     config.layer_types = ["linear_attention", "full_attention", "full_attention"]
     with pytest.raises(InputError, match='"linear_attention" are not supported'):
-        attention_mask(config, torch.arange(2)[None], torch.arange(2)[None], torch.float32)
+        MaskForm.of(config, torch.float32).mask(torch.arange(2)[None], torch.arange(2)[None])

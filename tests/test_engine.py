@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from dynamo_lm import DynaMoForCausalLM, kernels
 from dynamo_lm import few_rows as few_rows_module
-from dynamo_lm.cache import RowCache, attention_mask
+from dynamo_lm.cache import RowCache
 from dynamo_lm.decoding import decode
 from dynamo_lm.errors import InputError
 from dynamo_lm.few_rows import FewRows, Transposed, few_rows
+from dynamo_lm.masks import MaskForm
 from dynamo_lm.rows import DecodingOptions
 from dynamo_lm.verification import accept_greedy
 from dynamo_lm.wide import WideLayer
@@ -153,7 +154,7 @@ def run(model, prompt, parts) -> torch.Tensor:
     cache, states = RowCache(model.cache_entries, 1), []
     for tokens in (prompt, *parts):
         positions = cache.begin(tokens.shape[1])
-        mask = attention_mask(model.base.config, positions, torch.arange(cache.end)[None], model.dtype)
+        mask = MaskForm.of(model.base.config, model.dtype).mask(positions, torch.arange(cache.end)[None])
         kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         states.append(model.hidden(tokens, num_heads=3, **kwargs))
         cache.keep(torch.tensor([tokens.shape[1]]))
@@ -200,7 +201,7 @@ def steps(model, num_heads: int):
     for seed, (keep, stay) in enumerate([([5, 7, 6], [0, 1, 2]), ([1, 2, 2], [0, 2]), ([2, 1], [0, 1])]):
         tokens = random_tokens(len(cache.lengths), max(keep), seed=seed)
         positions = cache.begin(tokens.shape[1])
-        mask = attention_mask(model.base.config, positions, torch.arange(cache.end)[None], model.dtype)
+        mask = MaskForm.of(model.base.config, model.dtype).mask(positions, torch.arange(cache.end)[None])
         kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         hidden = model.hidden(tokens, num_heads=num_heads, **kwargs)
         states += [hidden[:, row, :count] for row, count in enumerate(keep)]

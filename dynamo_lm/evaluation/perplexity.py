@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamo_lm.cache import attention_mask
 from dynamo_lm.data import tokenize
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation.masked import SMOOTHING, Mask, coverage
 from dynamo_lm.evaluation.walk import Walk
 from dynamo_lm.joint import Heads
+from dynamo_lm.masks import MaskForm
 from dynamo_lm.model import DynaMoForCausalLM
 from dynamo_lm.sampling import Algorithm1, check
 
@@ -354,7 +354,7 @@ def _score(
     for row, window in enumerate(batch):
         tokens[row, : window.end - window.start] = torch.from_numpy(documents[window.document][window.start : window.end])
     order = torch.arange(width)[None]
-    seen = attention_mask(model.base.config, order, order, model.dtype, device=device)  # padding is behind every query
+    seen = MaskForm.of(model.base.config, model.dtype).mask(order, order, device=device)  # padding is behind every query
     hidden = model.hidden(
         tokens.to(device), num_heads=n, attention_mask=seen, position_ids=order.expand(len(batch), -1).to(device)
     )  # (n, batch, width, hidden)
