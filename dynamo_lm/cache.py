@@ -44,9 +44,10 @@ class RowCache(Cache):
         """Announces a forward of `new` tokens a row and returns their positions, (rows, new) int64."""
         starts = self.lengths.tolist()
         self.end = max(starts) + new
-        positions = self.lengths[:, None] + torch.arange(new)
+        positions = torch.tensor([list(range(start, start + new)) for start in starts])
         self.start = starts[0] if min(starts) == max(starts) else None
-        self.places = {1: (torch.arange(len(starts))[:, None], positions)}
+        if self.start is None:
+            self.places = {1: (torch.arange(len(starts))[:, None], positions)}
         return positions
 
     def written(self, copies: int, device: torch.device) -> tuple[Tensor, Tensor]:

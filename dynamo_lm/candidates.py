@@ -20,7 +20,7 @@ from dynamo_lm.coupling import link_of
 from dynamo_lm.joint import HOSTS, Heads, Link, highest
 from dynamo_lm.model import DynaMoForCausalLM
 from dynamo_lm.rows import Row
-from dynamo_lm.shortlist import Shortlist, shortlist_of
+from dynamo_lm.shortlist import Shortlist
 
 AT_ONCE = 2**25  # logits of heads 2.. that a device holds for all positions; with what sorts them, some 25 bytes each
 
@@ -42,12 +42,19 @@ class Reading:
         logits: the base's, (rows, width, vocabulary) float32 on the CPU.
     """
 
-    def __init__(self, model: DynaMoForCausalLM, rows: Sequence[Row], hidden: Tensor, embedding: Tensor | None):
+    def __init__(
+        self,
+        model: DynaMoForCausalLM,
+        rows: Sequence[Row],
+        hidden: Tensor,
+        listed: Shortlist | None,
+        embedding: Tensor | None,
+    ):
         """hidden: (n, rows, width, hidden); embedding: the coupling's E, if there is one, on the CPU."""
         self.model, self.embedding, self.rows, self.width = model, embedding, len(rows), hidden.shape[2]
         self.states = hidden[1:].flatten(1, 2)  # of heads 2.., places counted through
         self.own = model.readout(hidden[0])  # where it is computed
-        self.groups = _groups(model, rows)
+        self.groups = _groups(rows, listed)
         self.ahead: list[list[Tensor]] = []  # by group, of all its rows' positions: what `_tops` gives
         logits = self.own
         if hidden.device.type not in HOSTS and self._size() <= AT_ONCE:
@@ -109,9 +116,8 @@ class Reading:
         return [ids, scores, *coupling.sides(states, sent(ids[-len(states) :], states.device), weights)]
 
 
-def _groups(model: DynaMoForCausalLM, rows: Sequence[Row]) -> list[_Group]:
+def _groups(rows: Sequence[Row], listed: Shortlist | None) -> list[_Group]:
     """The rows that want candidates."""
-    listed = shortlist_of(model)
     alike: dict[tuple[bool, Shortlist | None, int, float], list[int]] = {}
     for r, row in enumerate(rows):
         options, algorithm = row.options, row.options.algorithm

@@ -34,6 +34,7 @@ from dynamo_lm.model import DynaMoForCausalLM
 from dynamo_lm.rows import DecodingOptions, Row, Statistics
 from dynamo_lm.sampling import check, check_weighting, draft_from, draw_from
 from dynamo_lm.scores import Scores
+from dynamo_lm.shortlist import shortlist_of
 from dynamo_lm.tree import Pace, depths, grow
 from dynamo_lm.verification import accept_greedy, accept_sampled, accept_tree
 
@@ -104,6 +105,7 @@ class Batch:
         self._mask_form = MaskForm.of(self.model.base.config, self.model.dtype)
         coupling = self.model.coupling  # whose table of tokens the host reads in every step
         self._embedding = None if coupling is None else coupling.tokens.detach().cpu()
+        self._listed = shortlist_of(self.model)
         self._newcomers: list[Row] = []
         self._rows: list[Row] = []
         self._seats: list[int] = []  # of each of them: which of the cache's rows it is; the others are empty
@@ -241,7 +243,7 @@ class Batch:
         pace, size, promised = rows[0].pace, rows[0].size, rows[0].promise
 
         # 1. Absorb: one forward over what every row emitted (or drafted) last.
-        read = Reading(self.model, rows, self._absorb(rows, cache, seats, first), self._embedding)
+        read = Reading(self.model, rows, self._absorb(rows, cache, seats, first), self._listed, self._embedding)
         scores = Scores(read.logits)
 
         # 2. Judge: how many of the absorbed tokens stay, and the base's next token behind them.

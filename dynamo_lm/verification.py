@@ -41,7 +41,7 @@ def accept_greedy(logits: Tensor, drafts: Sequence[int], allowance: Sequence[flo
         Ties go to the lowest id, as `torch.argmax` does for the base. A draft that is not the first choice x costs
         log p(x) - log p(draft).
     """
-    best = logits[: len(drafts) + 1].argmax(-1).tolist()
+    best = logits[: len(drafts) + 1].numpy().argmax(-1).tolist()
     costs: list[float] = []
     for position, draft in enumerate(drafts):
         cost = 0.0
@@ -61,7 +61,7 @@ def accept_tree(logits: Tensor, drafts: Sequence[int], parents: Sequence[int], a
         parents: of each draft, where the token before it is: 0 the certain one, i the i-th draft.
         allowance: by depth. Where no draft is the first choice, the likeliest one may stay.
     """
-    best = logits[: len(drafts) + 1].argmax(-1).tolist()
+    best = logits[: len(drafts) + 1].numpy().argmax(-1).tolist()
     children: dict[int, list[int]] = {}
     for index, parent in enumerate(parents, start=1):
         children.setdefault(parent, []).append(index)
