@@ -3,7 +3,8 @@
 In: final hidden states of all heads at the absorbed tokens. Out: the base's logits at all of them, which decide where a row
 goes on; then its candidates there, and how a learned coupling joins them. Heads are read where the row goes on, once that is
 known, which is the least work. But it makes the host wait a second time, so a device with a memory of its own reads them
-everywhere at once and hands over k candidates instead of logits, unless the logits would be too many for it.
+everywhere at once and hands over k candidates instead of logits, unless the logits would be too many for it. A CPU does the
+same with an output embedding that comes from memory, as long as the states are few: then reading it twice is what costs.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from torch import Tensor
 
 from dynamo_lm.cache import fetched, sent
 from dynamo_lm.coupling import link_of
+from dynamo_lm.few_rows import HUGE, FewRows
 from dynamo_lm.joint import HOSTS, Heads, Link, highest
 from dynamo_lm.model import DynaMoForCausalLM
 from dynamo_lm.rows import Row
 from dynamo_lm.shortlist import Shortlist
 
 AT_ONCE = 2**25  # logits of heads 2.. that a device holds for all positions; with what sorts them, some 25 bytes each
+
+TOGETHER = 9  # states that a huge output embedding reads in the time of two readings of a few each, or less (LOG.md)
 
 
 class _Group(NamedTuple):
@@ -53,8 +57,11 @@ class Reading:
         """hidden: (n, rows, width, hidden); embedding: the coupling's E, if there is one, on the CPU."""
         self.model, self.embedding, self.rows, self.width = model, embedding, len(rows), hidden.shape[2]
         self.states = hidden[1:].flatten(1, 2)  # of heads 2.., places counted through
-        self.own = model.readout(hidden[0])  # where it is computed
         self.groups = _groups(rows, listed)
+        self.lines: Tensor | None = None  # logits of all heads, (n, places, vocabulary), where they were read together
+        if any(group.listed is None for group in self.groups) and _pays_together(model, hidden):
+            self.lines = model.readout(hidden.flatten(1, 2))
+        self.own = model.readout(hidden[0]) if self.lines is None else self.lines[0].view(*hidden.shape[1:3], -1)
         self.ahead: list[list[Tensor]] = []  # by group, of all its rows' positions: what `_tops` gives
         logits = self.own
         if hidden.device.type not in HOSTS and self._size() <= AT_ONCE:
@@ -102,7 +109,10 @@ class Reading:
         """
         at = sent(torch.tensor(places), self.states.device)
         states = self.states.index_select(1, at)
-        lines = _read_heads(self.model, states, group.listed)
+        if self.lines is None or group.listed is not None:
+            lines = _read_heads(self.model, states, group.listed)
+        else:
+            lines = self.lines[1:].index_select(1, at).float()
         if group.off:
             lines = torch.cat([self.own.flatten(0, 1).index_select(0, at).float()[None], lines])
         ids, scores = highest(lines, group.top_k)
@@ -126,6 +136,13 @@ def _groups(rows: Sequence[Row], listed: Shortlist | None) -> list[_Group]:
             temperature = algorithm.temperature if options.off else options.draft_temperature
             alike.setdefault((options.off, None if whole else listed, algorithm.top_k, temperature), []).append(r)
     return [_Group(*how, members) for how, members in alike.items()]
+
+
+def _pays_together(model: DynaMoForCausalLM, hidden: Tensor) -> bool:
+    """Whether one reading of all states is faster than one of the base's and one of some heads'."""
+    output = model.base.get_output_embeddings()
+    few = isinstance(output, FewRows) and output.weight.numel() >= HUGE and hidden[..., 0].numel() <= TOGETHER
+    return few and len(hidden) > 1 and model._plain_readout and not model.config.own_output_embedding
 
 
 def _read_heads(model: DynaMoForCausalLM, states: Tensor, listed: Shortlist | None) -> Tensor:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dynamo_lm import DynaMoForCausalLM, kernels
+from dynamo_lm import DynaMoForCausalLM, candidates, kernels
 from dynamo_lm import few_rows as few_rows_module
 from dynamo_lm.cache import RowCache
 from dynamo_lm.decoding import decode
@@ -21,6 +21,7 @@ from dynamo_lm.errors import InputError
 from dynamo_lm.few_rows import FewRows, Transposed, few_rows
 from dynamo_lm.masks import MaskForm
 from dynamo_lm.rows import DecodingOptions
+from dynamo_lm.sampling import Algorithm1
 from dynamo_lm.verification import accept_greedy
 from dynamo_lm.wide import WideLayer
 
@@ -237,6 +238,34 @@ def test_a_layer_that_computes_with_its_number_is_not_made_wide():
         if hasattr(module, "config"):
             module.config.scale_attn_by_inverse_layer_idx = True
     assert not isinstance(model.for_decoding(3).last_layer, WideLayer)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes", [{}, {"sample": True}, {"verify": "off", "sample": True}, {"verify": "off", "num_heads": 1}], ids=str
+)
+def test_reading_all_heads_together_changes_no_token(changes, dtype, monkeypatch):
+    model = dynamo_of("llama", 3).to(dtype)
+    how = {"num_heads": 3, "tree": 0, "algorithm": Algorithm1(top_k=5, alpha_c=0.0, eps_b=0.2)} | changes
+    prompts = random_tokens(1, 9).tolist()
+    texts, widths = [], []
+    for huge in (candidates.HUGE, 0):
+        monkeypatch.setattr(candidates, "HUGE", huge)
+        readout = DynaMoForCausalLM.readout
+
+        def counted(self, hidden, head=1, readout=readout):
+            widths.append(hidden[..., 0].numel())
+            return readout(self, hidden, head)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DynaMoForCausalLM, "readout", counted)
+            texts.append(decode(model, prompts, DecodingOptions(24, **how), seeds=[3])[0].new_tokens)
+        widths.append(0)
+    assert texts[0] == texts[1]
+    apart, together = widths[: widths.index(0)], widths[widths.index(0) + 1 :]
+    assert len(together) < len(apart) or how["num_heads"] == 1
+    assert max(together) <= candidates.TOGETHER
 
 
 # ---------------------------------------------------------------- the budget
