@@ -26,7 +26,8 @@ from dynamo_lm.shortlist import Shortlist
 
 AT_ONCE = 2**25  # logits of heads 2.. that a device holds for all positions; with what sorts them, some 25 bytes each
 
-TOGETHER = 9  # states that a huge output embedding reads in the time of two readings of a few each, or less (LOG.md)
+# States that a huge output embedding reads in less than the time of two readings of a few each (LOG.md).
+TOGETHER = {torch.float32: 9, torch.bfloat16: 6}
 
 
 class _Group(NamedTuple):
@@ -141,7 +142,7 @@ def _groups(rows: Sequence[Row], listed: Shortlist | None) -> list[_Group]:
 def _pays_together(model: DynaMoForCausalLM, hidden: Tensor) -> bool:
     """Whether one reading of all states is faster than one of the base's and one of some heads'."""
     output = model.base.get_output_embeddings()
-    few = isinstance(output, FewRows) and output.weight.numel() >= HUGE and hidden[..., 0].numel() <= TOGETHER
+    few = isinstance(output, FewRows) and output.weight.numel() >= HUGE and hidden[..., 0].numel() <= TOGETHER[hidden.dtype]
     return few and len(hidden) > 1 and model._plain_readout and not model.config.own_output_embedding
 
 
