@@ -126,6 +126,22 @@ def batches_table(races: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def contexts_table(races: list[dict[str, Any]]) -> str:
+    """The same ways behind short and long contexts."""
+    header = [f"{race['context']}: ratio (spread) | tokens per step | log-likelihood" for race in races]
+    lines = [f"| way | {' | '.join(header)} |", "|---|" + "---|" * 3 * len(races)]
+    ways = [{way["name"]: way for way in race["ways"]} for race in races]
+    for name, way in ways[-1].items():
+        cells = []
+        for each in (found[name] for found in ways):
+            ratio = each["ratio"]
+            spread = f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+            faster = "baseline" if each["baseline"] == name else spread
+            cells.append(f"{faster} | {each['tokens_per_step']:.2f} | {each['log_likelihood']:.2f}")
+        lines.append(f"| {name}{'' if way['lossless'] else ' *'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def shares_table(profiles: dict[str, dict[str, Any]]) -> str:
     """Where a step's time goes, by way."""
     parts = list(dict.fromkeys(part for found in profiles.values() for part in found["shares"]))
@@ -169,7 +185,8 @@ if __name__ == "__main__":
             print(bench_table(race, trained=race["ways"][0]["log_likelihood"] is not None))
             if len(race["ways"][0]["groups"]) > 1:
                 print("", groups_table(race), sep="\n")
-        if len(record["races"]) > 1 and record["races"][-1]["batch"] > 1:
-            print("", batches_table(record["races"]), sep="\n")
+        if len(record["races"]) > 1:
+            together = batches_table if record["races"][-1]["batch"] > 1 else contexts_table
+            print("", together(record["races"]), sep="\n")
         if record["profiles"]:
             print("", shares_table(record["profiles"]), sep="\n")
