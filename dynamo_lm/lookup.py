@@ -7,9 +7,11 @@ and `.log_p` say the same one binary search at a time, on any device; the tests 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from dynamo_lm import kernels
 
 if TYPE_CHECKING:
     from dynamo_lm.cooccurrence import Cooccurrence
@@ -86,6 +88,35 @@ class Lookup:
         into `ids` and its own row. What `Cooccurrence.extend(rows[:, None], ids)` would find, but most rows have few
         children, and looking at all of them is far cheaper than k binary searches.
         """
+        fast = kernels.sampler()
+        return self._scan(rows, ids, order) if fast is None else self._compiled(fast, rows, ids, order)
+
+    def _compiled(
+        self, fast: Any, rows: np.ndarray, ids: np.ndarray, order: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`seen` by the kernels."""
+        offsets, tokens = self.offsets(order), self.tokens(order)
+        rows, ids = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(ids, np.int64)
+        room = rows.size * ids.size + 1
+        found = np.empty(3 * room, np.int64)  # most of it is never touched
+        at = kernels.address(found)
+        hits = fast.dynamo_lm_seen(
+            kernels.address(offsets),
+            offsets.size - 1,
+            kernels.address(tokens),
+            self.vocab_size,
+            kernels.address(rows),
+            rows.size,
+            kernels.address(ids),
+            ids.size,
+            at,
+            at + 8 * room,
+            at + 16 * room,
+        )
+        return found[:hits], found[room : room + hits], found[2 * room : 2 * room + hits]
+
+    def _scan(self, rows: np.ndarray, ids: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`seen` by looking at every child, or by `_search` where there are too many."""
         offsets = self.offsets(order)
         start = offsets.take(rows, mode="clip")  # a token the table does not know has no children
         size = offsets.take(rows + 1, mode="clip") - start

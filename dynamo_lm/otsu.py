@@ -5,8 +5,11 @@ float64. The grid is built only when most of it would be touched anyway.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+
+from dynamo_lm import kernels
 
 ROUNDING = 1e-9  # relative: values closer than this are equal, so that no decision hangs on the order of additions
 BINS = 256
@@ -21,13 +24,25 @@ def foreground(cells: np.ndarray, values: np.ndarray, k: int, m: int, *, blur: b
     """
     if not blur:
         return above_threshold(values, zeros=k**m - cells.size)
-    if cells.size * 3**m * SPARSE_COST < k**m:
+    contributions = cells.size * 3**m
+    fast = kernels.sampler()
+    if fast is not None and contributions < k**m:
+        return _compiled(fast, cells, values, k, m)
+    if contributions * SPARSE_COST < k**m:
         where, smooth = blurred_entries(cells, values, k, m)
         keep = above_threshold(smooth, zeros=k**m - where.size)
         return keep[np.searchsorted(where, cells)]
     grid = np.zeros(k**m)
     grid[cells] = values
     return above_threshold(blurred_grid(grid.reshape((k,) * m)).ravel(), zeros=0)[cells]
+
+
+def _compiled(fast: Any, cells: np.ndarray, values: np.ndarray, k: int, m: int) -> np.ndarray:
+    """`foreground` of few entries, blurred, by the kernels."""
+    cells, values = np.ascontiguousarray(cells, np.int64), np.ascontiguousarray(values, np.float64)
+    keep = np.empty(cells.size, bool)
+    fast.dynamo_lm_foreground(kernels.address(cells), kernels.address(values), cells.size, k, m, kernels.address(keep))
+    return keep
 
 
 def above_threshold(values: np.ndarray, zeros: int) -> np.ndarray:

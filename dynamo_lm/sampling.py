@@ -142,11 +142,13 @@ def survivors(joint: Joint, heads: Heads, present: np.ndarray, options: Algorith
     """
     # 1. Static threshold: eps_b^(m-1), which is also what the largest entry must exceed.
     k, penalty = options.top_k, options.repetition_penalty
+    limit = options.eps_b ** (m - 1) * (1 + ROUNDING) if m > 1 else 0.0
+    if not joint.values.size or (penalty >= 1 and joint.values.max() <= limit):  # such a penalty only lowers it
+        return Joint(joint.cells[:0], joint.values[:0])
     joint = joint.at_least(static_threshold(options.eps_b, m) if m > 1 else 0.0)
     cells, values = joint.cells, joint.values
-    limit = options.eps_b ** (m - 1) * (1 + ROUNDING) if m > 1 else 0.0
-    if not cells.size or (penalty >= 1 and values.max() <= limit):  # such a penalty only lowers it
-        return Joint(cells[:0], values[:0])
+    if not cells.size:
+        return joint
 
     # 2. Otsu; the largest entry always survives, so one entry needs no threshold.
     if options.otsu and m > 1 and cells.size > 1:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from dynamo_lm import cooccurrence
+from dynamo_lm import cooccurrence, kernels
 from dynamo_lm.cooccurrence import Cooccurrence
 from dynamo_lm.counting import count
 from dynamo_lm.errors import InputError
@@ -100,6 +101,50 @@ def test_orders_beyond_the_table_are_refused(table: Cooccurrence, order: int) ->
 def test_merging_equals_counting_everything_at_once(left: list[list[int]], right: list[list[int]]) -> None:
     parts = [table_of(*left, vocab_size=5, order=4), table_of(*right, vocab_size=5, order=4)]
     assert Cooccurrence.merge(*parts) == table_of(*left, *right, vocab_size=5, order=4)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Any:
+    if not kernels.available():
+        pytest.skip("needs a C++ compiler")
+    return kernels.sampler()
+
+
+def assert_seen_is_numpys(compiled: Any, table: Cooccurrence, ids: np.ndarray) -> None:
+    """At every order, from the rows seen so far; by rising row, then token."""
+    lookup = table.lookup
+    rows = np.arange(table.vocab_size + 2)  # two of them unknown
+    for order in range(2, table.order + 1):
+        found = [part.tolist() for part in lookup._compiled(compiled, rows, ids, order)]
+        expected = [part.tolist() for part in lookup._scan(rows, ids, order)]
+        assert sorted(zip(*found, strict=True)) == sorted(zip(*expected, strict=True))
+        assert found[2] == sorted(found[2])
+        rows = np.array(found[2], np.int64)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    documents=documents_of_five,
+    ids=st.lists(st.integers(0, 9), unique=True, min_size=1, max_size=8),
+)
+def test_the_compiled_look_up_is_numpys(compiled: Any, documents: list[list[int]], ids: list[int]) -> None:
+    table = table_of(*documents, vocab_size=5, order=4)
+    assert_seen_is_numpys(compiled, table, np.array(ids))
+
+
+@pytest.mark.parametrize("k", [1, 2, 18, 19, 50])
+def test_the_compiled_look_up_searches_among_many_children(compiled: Any, k: int) -> None:
+    # token 7 has 300 children, 16 * 19 is more; token 8 has one
+    table = table_of(*[[7, token, token] for token in range(300)], [8, 1], vocab_size=300)
+    ids = np.random.default_rng(k).permutation(320)[:k]
+    assert_seen_is_numpys(compiled, table, ids)
+    assert_seen_is_numpys(compiled, table, np.arange(640)[::-2][-k:])  # not contiguous
+
+
+def test_no_rows_are_followed_by_nothing(compiled: Any, table: Cooccurrence) -> None:
+    none = np.array([], np.int64)
+    assert [part.size for part in table.lookup._compiled(compiled, none, np.arange(3), 2)] == [0, 0, 0]
+    assert [part.size for part in table.lookup._compiled(compiled, np.arange(3), none, 2)] == [0, 0, 0]
 
 
 def test_merging_refuses_tables_of_another_kind(table: Cooccurrence) -> None:

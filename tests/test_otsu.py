@@ -1,11 +1,14 @@
 """Blur and Otsu's threshold on grids small enough to do by hand."""
 
+from typing import Any
+from unittest.mock import patch
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dynamo_lm import reference
+from dynamo_lm import kernels, otsu, reference
 from dynamo_lm.otsu import above_threshold, blurred_entries, blurred_grid, foreground
 
 
@@ -83,3 +86,61 @@ def test_blurring_few_entries_is_blurring_the_grid(drawn) -> None:
 def test_the_threshold_is_the_reference_threshold(values, zeros) -> None:
     threshold = reference.otsu_threshold(values + [0.0] * zeros)
     assert above_threshold(np.array(values), zeros).tolist() == [value >= threshold for value in values]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Any:
+    if not kernels.available():
+        pytest.skip("needs a C++ compiler")
+    return kernels.sampler()
+
+
+def assert_foreground_is_numpys(compiled: Any, cells: np.ndarray, values: np.ndarray, k: int, m: int) -> None:
+    with patch.object(otsu, "SPARSE_COST", 0), patch.object(kernels, "_sampler", None):  # 0: never the dense grid
+        expected = foreground(cells, values, k, m, blur=True)
+    assert otsu._compiled(compiled, cells, values, k, m).tolist() == expected.tolist()
+
+
+VALUES = (
+    st.floats(0.01, 1)
+    | st.sampled_from([0.25, 0.5, 1.0, np.nextafter(0.5, 1), 1 / 3, 0.1 + 0.2, 0.3])  # equal, some up to rounding only
+    | st.integers(1, 80).map(lambda power: 2.0**-power)  # most of a joint is tiny
+)
+wide_grids = st.tuples(st.integers(1, 8), st.sampled_from([1, 2, 3, 4, 5, 7, 50])).flatmap(
+    lambda shape: st.tuples(
+        st.just(shape[1]),
+        st.just(shape[0]),
+        st.dictionaries(  # near each other, or anywhere
+            st.integers(0, min(shape[1] ** shape[0], 60) - 1) | st.integers(0, shape[1] ** shape[0] - 1),
+            VALUES,
+            min_size=1,
+            max_size=40,
+        ),
+    ).filter(lambda drawn: len(drawn[2]) * 3 ** drawn[1] < 100_000)
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(wide_grids)
+@example((2, 2, {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4}))  # which blurs to one value
+@example((1, 8, {0: 0.3}))
+@example((3, 1, {0: 0.5, 2: 0.5}))
+@example((50, 2, {49: 1.0, 50: 1.0, 2450: 0.5, 2499: 2**-10}))  # neighbours by index that are none on the grid
+def test_the_compiled_foreground_is_numpys(compiled: Any, drawn) -> None:
+    k, m, entries = drawn
+    cells = np.sort(np.array(list(entries)))
+    values = np.array([entries[cell] for cell in cells.tolist()])
+    assert_foreground_is_numpys(compiled, cells, values, k, m)
+
+
+def test_the_compiled_foreground_of_a_whole_joint_is_numpys(compiled: Any) -> None:
+    rng = np.random.default_rng(0)
+    for k, m, count, spread in [(50, 4, 2000, 12), (50, 4, 2000, 0.01), (50, 3, 900, 6), (50, 2, 60, 3), (5, 8, 50, 3)]:
+        cells = np.unique(rng.integers(0, k**m, count))
+        values = np.exp(rng.normal(0, spread, cells.size))
+        assert_foreground_is_numpys(compiled, cells, values, k, m)
+
+
+def test_few_entries_go_to_the_kernels_where_these_were_built(compiled: Any) -> None:
+    with patch.object(kernels, "_sampler", compiled), patch.object(otsu, "blurred_entries", side_effect=AssertionError):
+        assert foreground(np.array([0, 1]), np.array([0.5, 2**-20]), 50, 4, blur=True).tolist() == [True, True]

@@ -2,7 +2,8 @@
 
 torch's own compiler driver (which `torch.compile` uses) builds the C++ beside this file for this very processor the first
 time it is wanted, in seconds, and keeps the result on disk. Out: whether `torch.ops.dynamo_lm.few_rows` and `.few_queries`
-can be called. Without a C++ compiler they cannot, and everything works with torch's own operations.
+can be called, and what of the sampler comes with them. Without a C++ compiler they cannot, and everything works with torch's
+own operations and NumPy's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import functools
 import logging
 import os
 from importlib import resources
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,12 +25,18 @@ logger = logging.getLogger(__name__)
 FLAGS = ("-ffp-contract=fast", "-fno-associative-math", "-Wno-pedantic")
 STRIDE = 16  # entries that they take at a time, as in lanes.h: what they sum over is a multiple of it
 DTYPES = (torch.float32, torch.bfloat16)
-SOURCES = ("lanes.h", "few_rows.cpp", "few_queries.cpp")
+SOURCES = ("lanes.h", "few_rows.cpp", "few_queries.cpp", "sampler.cpp")
 _T = "AtenTensorHandle"
 SHIMS = {  # what compiled steps call, by its name in C
     "few_rows": f"{_T} x, {_T} weight, {_T}* bias",
     "few_queries": f"{_T} query, {_T} key, {_T} value, {_T} mask, double scaling",
 }
+_P, _N = ctypes.c_void_p, ctypes.c_int64
+SAMPLER = {  # what NumPy's arrays are passed to, by its name in C: its result and its arguments
+    "dynamo_lm_foreground": (None, (_P, _P, _N, _N, _N, _P)),
+    "dynamo_lm_seen": (_N, (_P, _N, _P, _N, _P, _N, _P, _N, _P, _P, _P)),
+}
+_sampler: Any = None
 
 
 @functools.cache
@@ -47,10 +56,30 @@ def available() -> bool:
         for name, arguments in SHIMS.items():
             shim = f"AOTITorchError aoti_torch_cpu_{name}({arguments}, {_T}* result)"
             config.aot_inductor.custom_ops_to_c_shims[getattr(torch.ops.dynamo_lm, name).default] = [shim]
+        _load_sampler(library._name)
     except Exception as error:  # no compiler, no headers, a torch built otherwise: all of them only cost speed
         logger.info("No kernels for few rows, torch's own operations are used: %s", error)
         return False
     return True
+
+
+def sampler() -> Any:
+    """The functions of `SAMPLER`, or None before `available` has built them: asking starts no compiler."""
+    return _sampler
+
+
+def address(array: np.ndarray) -> int:
+    """Where an array's entries lie, for `SAMPLER`."""
+    return array.__array_interface__["data"][0]
+
+
+def _load_sampler(path: str) -> None:
+    global _sampler
+    functions = ctypes.PyDLL(path)  # microseconds, in which no other thread need be let in
+    for name, (result, arguments) in SAMPLER.items():
+        function = getattr(functions, name)
+        function.restype, function.argtypes = result, arguments
+    _sampler = functions
 
 
 def _of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
