@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from dynamo_lm import kernels
 from dynamo_lm.config import DynaMoConfig
 from dynamo_lm.cooccurrence import Cooccurrence
 from dynamo_lm.coupling import Coupling
@@ -247,6 +248,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
 
         See `dynamo_lm.few_rows` and `dynamo_lm.wide`; its results are this model's, up to rounding.
         """
+        kernels.available()  # wherever the model is, the sampler runs on the host
         twin = few_rows(self)
         layers = decoder_layers(twin.base)
         twin._last_layer = (layers[-1],)

@@ -8,10 +8,13 @@ own operations and NumPy's.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
 import os
+import threading
+from collections.abc import Iterator
 from importlib import resources
 from typing import Any
 
@@ -26,6 +29,7 @@ FLAGS = ("-ffp-contract=fast", "-fno-associative-math", "-Wno-pedantic")
 STRIDE = 16  # entries that they take at a time, as in lanes.h: what they sum over is a multiple of it
 DTYPES = (torch.float32, torch.bfloat16)
 SOURCES = ("lanes.h", "few_rows.cpp", "few_queries.cpp", "sampler.cpp")
+PATIENCE = 2.0  # seconds without a word
 _T = "AtenTensorHandle"
 SHIMS = {  # what compiled steps call, by its name in C
     "few_rows": f"{_T} x, {_T} weight, {_T}* bias",
@@ -49,7 +53,8 @@ def available() -> bool:
         from torch._inductor.codecache import CppCodeCache
 
         source = "".join(resources.files(__package__).joinpath(name).read_text(encoding="utf-8") for name in SOURCES)
-        library = CppCodeCache.load(source, extra_flags=FLAGS)
+        with _said_if_slow("Building the kernels for this processor, once; that takes some seconds, up to a minute."):
+            library = CppCodeCache.load(source, extra_flags=FLAGS)
         torch.library.register_fake("dynamo_lm::few_rows", _of_few_rows)
         torch.library.register_fake("dynamo_lm::few_queries", _of_few_queries)
         ctypes.CDLL(library._name, mode=ctypes.RTLD_GLOBAL)  # compiled steps find its functions by their names
@@ -61,6 +66,18 @@ def available() -> bool:
         logger.info("No kernels for few rows, torch's own operations are used: %s", error)
         return False
     return True
+
+
+@contextlib.contextmanager
+def _said_if_slow(message: str) -> Iterator[None]:
+    """Logs a warning if what is done within takes longer than a kept result takes to load."""
+    timer = threading.Timer(PATIENCE, logger.warning, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def sampler() -> Any:
