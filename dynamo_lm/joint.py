@@ -11,11 +11,13 @@ lengths; without it, partial products that are already below the least value wan
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dynamo_lm import kernels
 from dynamo_lm.cooccurrence import Cooccurrence
 from dynamo_lm.errors import InputError
 
@@ -80,7 +82,9 @@ def highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rise with it, and the id stands behind them. So logits that differ behind their first 32 bits are equal there.
     """
     if logits.device.type in HOSTS:
-        return _put_right(logits.cpu(), count)
+        logits = logits.cpu().contiguous()
+        fast = kernels.sampler() if logits.dtype == torch.float32 and logits.numel() else None
+        return (_compiled(fast, logits, count) if fast is not None else None) or _put_right(logits, count)
     vocab_size = logits.shape[-1]
     numbers = logits.float().nan_to_num(torch.inf, torch.inf, -torch.inf) + 0.0  # -0 and 0 are equal
     bits = numbers.view(torch.int32)
@@ -88,6 +92,15 @@ def highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     places = torch.arange(vocab_size - 1, -1, -1, device=logits.device)
     ids = vocab_size - 1 - ((ranks * 2**32 + places).topk(count).values & 0xFFFFFFFF)
     return ids, logits.gather(-1, ids)
+
+
+def _compiled(fast: Any, logits: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """`highest` of float32 on the CPU by the kernels; None where a value is not a number."""
+    shape, size = (*logits.shape[:-1], count), logits.shape[-1]
+    ids, scores = torch.empty(shape, dtype=torch.long), torch.empty(shape, dtype=torch.float64)
+    lines = logits.numel() // size
+    strange = fast.dynamo_lm_highest(logits.data_ptr(), lines, size, count, ids.data_ptr(), scores.data_ptr())
+    return None if strange else (ids, scores)
 
 
 def _put_right(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

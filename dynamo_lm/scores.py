@@ -11,7 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dynamo_lm import kernels
 from dynamo_lm.rows import Row, TokenScore
+
+
+def normalisers(logits: Tensor) -> Tensor:
+    """logits.logsumexp(-1) of float32 on the CPU, (..., vocabulary) -> (...)."""
+    fast = kernels.sampler()
+    if fast is None or logits.numel() == 0:
+        return logits.logsumexp(-1)
+    logits, result = logits.contiguous(), torch.empty(logits.shape[:-1])
+    fast.dynamo_lm_normalisers(logits.data_ptr(), result.numel(), logits.shape[-1], result.data_ptr())
+    return result
 
 
 class Scores:
@@ -19,7 +30,7 @@ class Scores:
 
     def __init__(self, logits: Tensor):
         """logits: (rows, width, vocabulary) float32 on the CPU."""
-        self.logits, self.normaliser = logits.numpy(), logits.logsumexp(-1).numpy()
+        self.logits, self.normaliser = logits.numpy(), normalisers(logits).numpy()
 
     def of(self, row: Row, r: int, token: int, place: int) -> TokenScore:
         """The score of a token behind the r-th row's absorbed token `place`."""

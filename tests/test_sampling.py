@@ -12,13 +12,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dynamo_lm import otsu, reference
+from dynamo_lm import joint, kernels, otsu, reference
 from dynamo_lm.cooccurrence import Cooccurrence
 from dynamo_lm.counting import count
 from dynamo_lm.errors import InputError
-from dynamo_lm.joint import Heads, Joint, Joints
+from dynamo_lm.joint import Heads, Joint, Joints, highest
 from dynamo_lm.otsu import foreground
 from dynamo_lm.sampling import Algorithm1, check, draft, draw, survivors
+from dynamo_lm.scores import normalisers
 
 NOTHING = torch.tensor([], dtype=torch.long)
 PLAIN = Algorithm1(otsu=False, top_k=2, temperature=1, repetition_penalty=1)  # thresholds and penalty only as stated
@@ -327,3 +328,60 @@ def test_a_draft_is_the_references(case, greedy: bool, shorter: int, coupled: bo
         assert torch.equal(ids, their_ids)
         torch.testing.assert_close(q, their_q, rtol=1e-9, atol=0)
         assert q.sum().item() == pytest.approx(1)
+
+
+# ---------------------------------------------------------------- kernels against torch
+
+
+needs_kernel = pytest.mark.skipif(not kernels.available(), reason="needs a C++ compiler")
+LOGITS = st.one_of(st.sampled_from([0.0, -0.0, 1.5, 2.0, -math.inf, -70.0]), st.floats(-90, 90, width=32))
+
+
+@st.composite
+def lines_of_logits(draw):
+    """(lines, size) float32: a few drawn values among many, so that there are ties, or noise."""
+    lines, size = draw(st.integers(1, 3)), draw(st.integers(1, 700))
+    values = torch.tensor(draw(st.lists(LOGITS, min_size=1, max_size=12)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    logits = values[torch.randint(len(values), (lines, size), generator=generator)]
+    return logits + torch.randn(lines, size, generator=generator) if draw(st.booleans()) else logits
+
+
+@needs_kernel
+@settings(max_examples=200, deadline=None)
+@given(lines_of_logits(), st.data())
+def test_the_kernel_finds_the_candidates_that_torch_and_the_host_find(logits, data):
+    count = data.draw(st.integers(1, min(60, logits.shape[1])))
+    ids, values = highest(logits, count)
+    slow_ids, slow_values = joint._put_right(logits, count)
+    finite = slow_values[:, :1].isfinite()  # lines without a finite first are refused behind this, in any order
+    assert torch.equal(values, slow_values)
+    assert torch.equal(ids.where(finite, -1), slow_ids.where(finite, -1))
+
+
+@needs_kernel
+def test_what_is_not_a_number_is_left_to_torch():
+    logits = torch.arange(100.0)[None].clone()
+    logits[0, 3] = math.nan
+    ids, values = highest(logits, 2)
+    assert ids[0, 0] == 3 and values[0, 0].isnan()
+    with pytest.raises(InputError, match="not a finite number"):
+        Heads.top(logits, 2, 1.0)
+    assert normalisers(logits).isnan().all()
+
+
+@needs_kernel
+@settings(max_examples=200, deadline=None)
+@given(lines_of_logits())
+def test_the_kernels_normalisers_are_torchs(logits):
+    expected = logits.double().logsumexp(-1)
+    assert torch.allclose(normalisers(logits).double(), expected, rtol=1e-6, atol=2e-6)
+
+
+@needs_kernel
+def test_normalisers_of_large_vocabularies_and_infinities():
+    noise = torch.randn(2, 262_145, generator=torch.Generator().manual_seed(0)) * 5
+    assert torch.allclose(normalisers(noise).double(), noise.double().logsumexp(-1), rtol=1e-6)
+    noise[0, 7] = math.inf
+    assert normalisers(noise)[0] == math.inf
+    assert normalisers(torch.full((1, 9), -math.inf))[0] == -math.inf

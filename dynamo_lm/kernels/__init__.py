@@ -36,8 +36,10 @@ SHIMS = {  # what compiled steps call, by its name in C
     "few_queries": f"{_T} query, {_T} key, {_T} value, {_T} mask, double scaling",
 }
 _P, _N = ctypes.c_void_p, ctypes.c_int64
-SAMPLER = {  # what NumPy's arrays are passed to, by its name in C: its result and its arguments
+SAMPLER = {  # what arrays on the host are passed to, by its name in C: its result and its arguments
     "dynamo_lm_foreground": (None, (_P, _P, _N, _N, _N, _P)),
+    "dynamo_lm_highest": (_N, (_P, _N, _N, _N, _P, _P)),
+    "dynamo_lm_normalisers": (None, (_P, _N, _N, _P)),
     "dynamo_lm_seen": (_N, (_P, _N, _P, _N, _P, _N, _P, _N, _P, _P, _P)),
 }
 _sampler: Any = None

@@ -1,13 +1,18 @@
-// The host's part of Algorithm 1 (method.md section 4): which n-grams were seen, and which entries of a grid are foreground.
+// The host's part of a step (method.md section 4): the best candidates of a line of logits and its normaliser, which n-grams were
+// seen, and which entries of a grid are foreground.
 //
-// Nothing here knows of torch: pointers come from NumPy arrays, and the caller has seen to their types and sizes. The same is
-// said in NumPy by `Lookup.seen` and `otsu.foreground`; the latter's tolerances allow for sums in another order.
+// Nothing here knows of torch: pointers come from arrays, and the caller has seen to their types and sizes. The same is said
+// without C++ by `joint.highest`, `torch.logsumexp`, `Lookup.seen` and `otsu.foreground`, whose tolerances allow for sums in another
+// order.
 
 namespace {
 
 constexpr int64_t SEARCH_FROM = 16;  // children per candidate beyond which every candidate is searched for (measured)
 constexpr double ROUNDING = 1e-9;    // as in otsu.py
 constexpr int BINS = 256;
+constexpr int64_t RUN = 64;          // vectors that are added up in float32
+
+typedef int64_t Pairs __attribute__((vector_size(32)));
 
 // The share of a value at x of k that the blur gives to y, at most one place away: 1/4 1/2 1/4 with reflect-101 borders, where
 // the outermost places read their neighbour twice.
@@ -230,4 +235,82 @@ extern "C" __attribute__((visibility("default"))) int64_t dynamo_lm_seen(
   }
   for (const int32_t token : known) rank_of[token] = -1;
   return hits;
+}
+
+// The `most` largest of every line of `size` logits, falling, equal ones by increasing id -> ids, values: (lines, most). Lines in
+// which one of the largest is not a number are left to the caller: -> whether there was any.
+extern "C" __attribute__((visibility("default"))) int64_t dynamo_lm_highest(
+    const float* logits, int64_t lines, int64_t size, int64_t most, int64_t* ids, double* values) {
+  std::vector<float> tops;
+  std::vector<std::pair<float, int64_t>> found;
+  for (int64_t line = 0; line < lines; line++, logits += size) {
+    // 1. The largest of each of some parts: of `most` different ones the least bounds what is sought from below.
+    const int64_t part = std::max<int64_t>(8, size / (4 * most) / 8 * 8);
+    tops.clear();
+    for (int64_t begin = 0; begin < size; begin += part) {
+      const int64_t end = std::min(size, begin + part);
+      int64_t i = begin;
+      float top = -INFINITY;
+      if (end - begin >= 8) {
+        Lanes largest = load(logits + i);
+        for (i += 8; i + 8 <= end; i += 8) {
+          const Lanes next = load(logits + i);
+          largest = next > largest ? next : largest;
+        }
+        for (int j = 0; j < 8; j++) top = std::max(top, largest[j]);
+      }
+      for (; i < end; i++) top = std::max(top, logits[i]);
+      tops.push_back(top);
+    }
+    float bound = -INFINITY;
+    if (static_cast<int64_t>(tops.size()) >= most) {
+      std::nth_element(tops.begin(), tops.begin() + (most - 1), tops.end(), std::greater<float>());
+      bound = tops[most - 1];
+    }
+
+    // 2. Everything above it, in order.
+    found.clear();
+    const Lanes least = Lanes{} + bound;
+    int64_t i = 0;
+    for (; i + 8 <= size; i += 8) {
+      const auto below = load(logits + i) < least;  // what is not a number is not below
+      const Pairs pairs = (Pairs)below;
+      if ((pairs[0] & pairs[1] & pairs[2] & pairs[3]) == -1) continue;
+      for (int j = 0; j < 8; j++)
+        if (!below[j]) found.emplace_back(logits[i + j], i + j);
+    }
+    for (; i < size; i++)
+      if (!(logits[i] < bound)) found.emplace_back(logits[i], i);
+    for (const auto& one : found)
+      if (std::isnan(one.first)) return 1;
+    std::partial_sort(found.begin(), found.begin() + most, found.end(), [](const auto& a, const auto& b) {
+      return a.first != b.first ? a.first > b.first : a.second < b.second;
+    });
+    for (int64_t j = 0; j < most; j++) {
+      *values++ = found[j].first;
+      *ids++ = found[j].second;
+    }
+  }
+  return 0;
+}
+
+// log(sum(e^x)) of every line of `size` logits -> (lines,).
+extern "C" __attribute__((visibility("default"))) void dynamo_lm_normalisers(
+    const float* logits, int64_t lines, int64_t size, float* result) {
+  for (int64_t line = 0; line < lines; line++, logits += size) {
+    const float most = *std::max_element(logits, logits + size);
+    if (std::isinf(most)) {
+      result[line] = most;
+      continue;
+    }
+    double total = 0;
+    int64_t i = 0;
+    while (i + 8 <= size) {
+      Lanes sum{};
+      for (const int64_t end = std::min(size, i + 8 * RUN); i + 8 <= end; i += 8) sum += exponential(load(logits + i) - most);
+      for (int j = 0; j < 8; j++) total += sum[j];
+    }
+    for (; i < size; i++) total += std::exp(logits[i] - most);
+    result[line] = most + std::log(total);
+  }
 }
