@@ -83,7 +83,7 @@ def highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     if logits.device.type in HOSTS:
         logits = logits.cpu().contiguous()
-        fast = kernels.sampler() if logits.dtype == torch.float32 and logits.numel() else None
+        fast = kernels.sampler_of(logits)
         return (_compiled(fast, logits, count) if fast is not None else None) or _put_right(logits, count)
     vocab_size = logits.shape[-1]
     numbers = logits.float().nan_to_num(torch.inf, torch.inf, -torch.inf) + 0.0  # -0 and 0 are equal

@@ -17,10 +17,10 @@ from dynamo_lm.rows import Row, TokenScore
 
 def normalisers(logits: Tensor) -> Tensor:
     """logits.logsumexp(-1) of float32 on the CPU, (..., vocabulary) -> (...)."""
-    fast = kernels.sampler()
-    if fast is None or logits.numel() == 0:
+    fast = kernels.sampler_of(logits)
+    if fast is None:
         return logits.logsumexp(-1)
-    logits, result = logits.contiguous(), torch.empty(logits.shape[:-1])
+    result = torch.empty(logits.shape[:-1])
     fast.dynamo_lm_normalisers(logits.data_ptr(), result.numel(), logits.shape[-1], result.data_ptr())
     return result
 

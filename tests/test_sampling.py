@@ -385,3 +385,15 @@ def test_normalisers_of_large_vocabularies_and_infinities():
     noise[0, 7] = math.inf
     assert normalisers(noise)[0] == math.inf
     assert normalisers(torch.full((1, 9), -math.inf))[0] == -math.inf
+
+
+@needs_kernel
+def test_the_kernels_get_only_logits_that_they_take(monkeypatch):
+    logits = torch.zeros(2, 4)
+    assert kernels.sampler_of(logits) is not None
+    assert kernels.sampler_of(logits.double()) is None
+    assert kernels.sampler_of(logits[:, ::2]) is None
+    assert kernels.sampler_of(logits[:0]) is None
+    monkeypatch.setattr(kernels, "MOST_LOGITS", 7)
+    assert kernels.sampler_of(logits) is None
+    assert torch.equal(normalisers(logits), logits.logsumexp(-1))

@@ -29,6 +29,7 @@ FLAGS = ("-ffp-contract=fast", "-fno-associative-math", "-Wno-pedantic")
 STRIDE = 16  # entries that they take at a time, as in lanes.h: what they sum over is a multiple of it
 DTYPES = (torch.float32, torch.bfloat16)
 SOURCES = ("lanes.h", "few_rows.cpp", "few_queries.cpp", "sampler.cpp")
+MOST_LOGITS = 2**20  # some milliseconds
 PATIENCE = 2.0  # seconds without a word
 _T = "AtenTensorHandle"
 SHIMS = {  # what compiled steps call, by its name in C
@@ -85,6 +86,13 @@ def _said_if_slow(message: str) -> Iterator[None]:
 def sampler() -> Any:
     """The functions of `SAMPLER`, or None before `available` has built them: asking starts no compiler."""
     return _sampler
+
+
+def sampler_of(logits: Tensor) -> Any:
+    """`sampler` for logits that it takes, contiguous float32 on the CPU, and no more than one thread is done with soon: no
+    other one gets the interpreter meanwhile, and torch shares more of them out. None for others."""
+    few = logits.is_cpu and logits.dtype == torch.float32 and logits.is_contiguous() and 0 < logits.numel() <= MOST_LOGITS
+    return sampler() if few else None
 
 
 def address(array: np.ndarray) -> int:

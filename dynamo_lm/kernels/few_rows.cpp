@@ -1,6 +1,6 @@
 // x @ weight^T for the few rows of a decoding step, float32 or bfloat16, on any CPU that has a C++ compiler.
 //
-// A library's product of 2 to 4 rows takes 1.4 to 3.4 times what it takes with one row, although the weight is read once
+// A library's product of 2 to 4 rows takes 1.5 to 3.4 times what it takes with one row, although the weight is read once
 // in both, and one in bfloat16 takes that much again where the CPU has no units for it. Here every entry of the weight is
 // loaded (and converted) once and multiplied with all rows while it is in a register; memory decides, not arithmetic.
 

@@ -72,6 +72,21 @@ inline Lanes held(Lanes value) {
   return value;
 }
 
+typedef int32_t Whole __attribute__((vector_size(32)));
+
+// e^x of numbers that are not positive; what is below the least float is 0.
+inline Lanes exponential(Lanes x) {
+  const Lanes low = x < -87.0f ? Lanes{} - 87.0f : x;
+  const Whole n = __builtin_convertvector(low * 1.44269504088896f - 0.5f, Whole);
+  const Lanes whole = __builtin_convertvector(n, Lanes);
+  const Lanes r = fused(whole, Lanes{} + 2.12194440e-4f, fused(whole, Lanes{} - 0.693359375f, low));  // ln 2 in two parts
+  Lanes p = Lanes{} + 1.9875691500e-4f;
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = fused(p, r, Lanes{} + c);
+  p = fused(p, r * r, r) + 1.0f;
+  return x < -87.0f ? Lanes{} : p * (Lanes)((n + 127) << 23);
+}
+
 // The sums over the lanes of eight vectors; that of vector i is in lane LANE_OF[i].
 constexpr int LANE_OF[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
