@@ -73,24 +73,35 @@ def test_numbers_at_the_edge_come_out_as_torch_has_them(dtype, value):
         torch.testing.assert_close(few_rows(plain)(x), plain(x), equal_nan=True)
 
 
-def seen_by(queries: int, slots: int, *, seed: int) -> torch.Tensor:
-    """A random mask (1, 1, queries, slots) in which every query sees something."""
-    mask = torch.rand(1, 1, queries, slots, generator=torch.Generator().manual_seed(seed)) < 0.6
-    mask[..., seed % slots] = True
-    return mask
+def seen_by(queries: int, slots: int, *, seed: int, how: str) -> torch.Tensor:
+    """A mask (1, 1, queries, slots) in which every query sees something: at random, one slot more than the one before it, as
+    in a chain of drafts, or as many as the one before it, one slot later, as in a window."""
+    if how == "random":
+        mask = torch.rand(1, 1, queries, slots, generator=torch.Generator().manual_seed(seed)) < 0.6
+        mask[..., seed % slots] = True
+        return mask
+    order, at = torch.arange(slots), torch.arange(queries)[:, None] + slots - queries
+    ends = at.clamp(min=seed % slots)
+    begins = ends - seed if how == "window" else torch.full_like(ends, seed % slots)
+    return ((order >= begins) & (order <= ends))[None, None]
+
+
+HOW = st.sampled_from(["random", "chain", "window"])
 
 
 @needs_kernel
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 40), st.integers(1, 6), DTYPES
+    *(st.integers(1, most) for most in (3, 3, 3, 9, 40, 6)),
+    DTYPES,
+    HOW,
 )
-def test_few_queries_attend_as_torchs_do(rows, shared, groups, queries, slots, wide, dtype):
+def test_few_queries_attend_as_torchs_do(rows, shared, groups, queries, slots, wide, dtype, how):
     width = 16 * wide
     query = torch.randn(rows, queries, shared * groups, width, dtype=dtype).transpose(1, 2)
     buffer = torch.randn(2, rows, groups, slots + 3, width, dtype=dtype)  # a cache with room behind what is in use
     key, value = buffer[:, :, :, :slots]
-    mask = seen_by(queries, slots, seed=wide).expand(rows, -1, -1, -1)
+    mask = seen_by(queries, slots, seed=wide, how=how).expand(rows, -1, -1, -1)
     found = torch.ops.dynamo_lm.few_queries(query, key, value, mask, 0.3)
     wider = (each.double().repeat_interleave(shared, 1) for each in (key, value))
     exact = F.scaled_dot_product_attention(query.double(), *wider, attn_mask=mask, scale=0.3).transpose(1, 2)
@@ -99,11 +110,11 @@ def test_few_queries_attend_as_torchs_do(rows, shared, groups, queries, slots, w
 
 @needs_kernel
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 40), st.integers(0, 9), DTYPES, st.data())
-def test_a_query_attends_the_same_bit_for_bit_whatever_is_beside_it(rows, queries, slots, hidden, dtype, data):
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 40), st.integers(0, 9), DTYPES, HOW, st.data())
+def test_a_query_attends_the_same_bit_for_bit_whatever_is_beside_it(rows, queries, slots, hidden, dtype, how, data):
     query = torch.randn(rows, 2, queries, 48, dtype=dtype)
     key, value = torch.randn(2, rows, 1, slots, 48, dtype=dtype)
-    mask = seen_by(queries, slots, seed=hidden)
+    mask = seen_by(queries, slots, seed=hidden, how=how)
     together = torch.ops.dynamo_lm.few_queries(query, key, value, mask, 0.2)
     i, row = data.draw(st.integers(0, queries - 1)), data.draw(st.integers(0, rows - 1))
     more = [torch.cat([each, torch.full((rows, 1, hidden, 48), 9.0, dtype=dtype)], 2)[row, None] for each in (key, value)]

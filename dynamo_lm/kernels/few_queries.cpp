@@ -2,60 +2,93 @@
 //
 // A query passes over the keys that it sees, in the order of their slots, and over nothing else: neither the queries beside it
 // nor the slots that are hidden from it have any part in its result. With `few_rows` this makes a step of several tokens equal,
-// bit for bit, to as many steps of one.
+// bit for bit, to as many steps of one. Queries that see the same slots, but for the last few, pass over them together: a key
+// is then loaded once for all of them.
 
 namespace {
 
-// The weighted sum of N * 16 columns of the values that are seen.
-template <int N, typename T>
-void gather(const T* values, int64_t step, const std::vector<int32_t>& seen, const float* weights, float scale, float* out) {
-  Lanes total[2 * N] = {};
-  for (size_t c = 0; c < seen.size(); c++) {
-    const T* value = values + seen[c] * step;
-    const Lanes weight = Lanes{} + weights[c];
+constexpr int64_t TOGETHER = 4;  // queries; more sums do not fit the registers
+
+template <int R>
+using Several = std::integral_constant<int, R>;
+
+struct Range {  // slots that are seen: all from one on
+  int64_t begin;
+  int64_t operator()(int64_t c) const { return begin + c; }
+};
+
+struct List {  // or those on a list
+  const int32_t* slots;
+  int64_t operator()(int64_t c) const { return slots[c]; }
+};
+
+// Columns [0, N * 16) of the weighted sums of R queries. counts: how many of the slots each of them sees; weights: (R, step).
+template <int R, int N, typename T, typename S>
+void gather(const T* values, int64_t value_step, const S& slot, const int64_t* counts, const float* weights, int64_t step,
+            const float* scale, float* out, int64_t width) {
+  Lanes total[R][2 * N] = {};
+  const int64_t common = *std::min_element(counts, counts + R), most = *std::max_element(counts, counts + R);
+  const auto add = [&](int64_t c, auto seen) {
+    const T* value = values + slot(c) * value_step;
+    Lanes v[2 * N];
     for (int j = 0; j < N; j++) {
-      total[2 * j] = fused(one(value + j * STRIDE), weight, total[2 * j]);
-      total[2 * j + 1] = fused(two(value + j * STRIDE), weight, total[2 * j + 1]);
+      v[2 * j] = held(one(value + j * STRIDE));
+      v[2 * j + 1] = held(two(value + j * STRIDE));
     }
-  }
-  for (int j = 0; j < 2 * N; j++) *reinterpret_cast<LooseLanes*>(out + j * STRIDE / 2) = total[j] * scale;
+    for (int r = 0; r < R; r++) {
+      if (!seen(r)) continue;
+      const Lanes weight = Lanes{} + weights[r * step + c];
+      for (int j = 0; j < 2 * N; j++) total[r][j] = fused(v[j], weight, total[r][j]);
+    }
+  };
+  for (int64_t c = 0; c < common; c++) add(c, [](int) { return true; });
+  for (int64_t c = common; c < most; c++) add(c, [&](int r) { return c < counts[r]; });
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < 2 * N; j++) *reinterpret_cast<LooseLanes*>(out + r * width + j * STRIDE / 2) = total[r][j] * scale[r];
 }
 
-// One query, (width,) in the order of `unpack`, as is the result; scores: room for as many as are seen, and 8 more.
-template <typename T>
-void attend(const float* query, const T* keys, int64_t key_step, const T* values, int64_t value_step,
-            const std::vector<int32_t>& seen, int64_t width, float scaling, float* scores, float* out) {
-  const int64_t count = seen.size();
-  float most = -INFINITY;
-  for (int64_t c = 0; c < count; c += 8) {
+// R queries, (R, width) in the order of `unpack`, as is the result; scores: room for (R, step), where step is 8 more than slots.
+template <int R, typename T, typename S>
+void attend(const float* query, const T* keys, int64_t key_step, const T* values, int64_t value_step, const S& slot,
+            const int64_t* counts, int64_t width, float scaling, float* scores, int64_t step, float* out) {
+  constexpr int KEYS = 8 / R;  // at a time: eight sums in registers
+  const int64_t most = *std::max_element(counts, counts + R);
+  for (int64_t c = 0; c < most; c += KEYS) {
     Lanes total[8] = {};
-    for (int64_t j = 0; j < std::min<int64_t>(8, count - c); j++) {
-      const T* key = keys + seen[c + j] * key_step;
-      for (int64_t k = 0; k < width; k += STRIDE) {
-        total[j] = fused(one(key + k), load(query + k), total[j]);
-        total[j] = fused(two(key + k), load(query + k + STRIDE / 2), total[j]);
+    const T* key[KEYS];
+    for (int j = 0; j < KEYS; j++) key[j] = keys + slot(std::min(c + j, most - 1)) * key_step;
+    for (int64_t k = 0; k < width; k += STRIDE) {
+      Lanes first[KEYS], second[KEYS];
+      for (int j = 0; j < KEYS; j++) first[j] = one(key[j] + k), second[j] = two(key[j] + k);
+      for (int r = 0; r < R; r++) {
+        const Lanes a = load(query + r * width + k), b = load(query + r * width + k + STRIDE / 2);
+        for (int j = 0; j < KEYS; j++)
+          total[r * KEYS + j] = fused(second[j], b, fused(first[j], a, total[r * KEYS + j]));
       }
     }
     const Lanes sum = sums(total);
-    for (int j = 0; j < 8; j++) {
-      scores[c + j] = c + j < count ? sum[LANE_OF[j]] * scaling : -INFINITY;
-      most = std::max(most, scores[c + j]);
+    for (int i = 0; i < R * KEYS; i++) scores[i / KEYS * step + c + i % KEYS] = sum[LANE_OF[i]] * scaling;
+  }
+  float scale[R];
+  for (int r = 0; r < R; r++) {
+    float* const line = scores + r * step;
+    const int64_t count = counts[r];
+    std::fill(line + count, line + (count + 7) / 8 * 8, -INFINITY);
+    const float highest = count ? *std::max_element(line, line + count) : 0.0f;
+    Lanes totals[8] = {};
+    for (int64_t c = 0; c < count; c += 8) {
+      const Lanes weights = exponential(load(line + c) - highest);
+      *reinterpret_cast<LooseLanes*>(line + c) = weights;
+      totals[0] += weights;
     }
+    scale[r] = count ? 1.0f / sums(totals)[0] : 0.0f;
   }
-  Lanes totals[8] = {};
-  for (int64_t c = 0; c < count; c += 8) {
-    const Lanes weights = exponential(load(scores + c) - most);
-    *reinterpret_cast<LooseLanes*>(scores + c) = weights;
-    totals[0] += weights;
-  }
-  const float scale = count ? 1.0f / sums(totals)[0] : 0.0f;
-  for (int64_t k = 0; k < width; k += 4 * STRIDE) {
-    const int64_t left = (width - k) / STRIDE;
-    if (left >= 4) gather<4>(values + k, value_step, seen, scores, scale, out + k);
-    else if (left == 3) gather<3>(values + k, value_step, seen, scores, scale, out + k);
-    else if (left == 2) gather<2>(values + k, value_step, seen, scores, scale, out + k);
-    else gather<1>(values + k, value_step, seen, scores, scale, out + k);
-  }
+  constexpr int N = R > 2 ? 1 : 4 / R;  // times 16 columns: eight sums again
+  int64_t k = 0;
+  for (; k + N * STRIDE <= width; k += N * STRIDE)
+    gather<R, N>(values + k, value_step, slot, counts, scores, step, scale, out + k, width);
+  for (; k < width; k += STRIDE)
+    gather<R, 1>(values + k, value_step, slot, counts, scores, step, scale, out + k, width);
 }
 
 void pack(const float* from, float* to, int64_t count) { std::copy(from, from + count, to); }
@@ -67,29 +100,71 @@ void pack(const float* from, uint16_t* to, int64_t count) {
     }
 }
 
+struct Span {  // what one query sees, if it is all from one slot on; count is -1 if it is not
+  int64_t begin, count;
+};
+
+Span span_of(const bool* visible, int64_t step, int64_t slots) {
+  if (step != 1) return {0, -1};
+  const auto* const found = static_cast<const bool*>(std::memchr(visible, 1, slots));
+  if (!found) return {0, 0};
+  const int64_t begin = found - visible;
+  const auto* const gap = static_cast<const bool*>(std::memchr(found, 0, slots - begin));
+  if (!gap) return {begin, slots - begin};
+  return {begin, std::memchr(gap, 1, visible + slots - gap) ? -1 : gap - found};
+}
+
 template <typename T>
 void attend_all(const View& query, const View& key, const View& value, const View& mask, float scaling, T* to) {
   const int64_t heads = query.sizes[1], count = query.sizes[2], width = query.sizes[3], slots = key.sizes[2];
-  const int64_t sharing = heads / key.sizes[1];
+  const int64_t sharing = heads / key.sizes[1], groups = (count + TOGETHER - 1) / TOGETHER, step = slots + 8;
   const T *q = query.as<T>(), *k = key.as<T>(), *v = value.as<T>();
-  const bool* m = mask.as<bool>();
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (slots * width));
-  shared(query.sizes[0] * count * heads, grain, [&](int64_t first, int64_t last) {
-    thread_local std::vector<int32_t> seen;
-    float* const scores = scratch(slots + 8 + 2 * width);
-    float *const from = scores + slots + 8, *const out = from + width;
-    for (int64_t place = first; place < last; place++) {  // (row, query, head), as the result lies in memory
-      const int64_t h = place % heads, i = place / heads % count, b = place / heads / count;
-      if (h == 0 || place == first) {
-        const bool* visible = m + (mask.sizes[0] > 1 ? b * mask.strides[0] : 0) + i * mask.strides[2];
-        seen.clear();
-        for (int64_t s = 0; s < slots; s++)
-          if (visible[s * mask.strides[3]]) seen.push_back(s);
+  const auto visible = [&](int64_t b, int64_t i) {
+    return mask.as<bool>() + (mask.sizes[0] > 1 ? b * mask.strides[0] : 0) + i * mask.strides[2];
+  };
+  std::vector<Span> spans;
+  for (int64_t b = 0; b < mask.sizes[0]; b++)
+    for (int64_t i = 0; i < count; i++) spans.push_back(span_of(visible(b, i), mask.strides[3], slots));
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (slots * width * std::min(count, TOGETHER)));
+  shared(query.sizes[0] * groups * heads, grain, [&](int64_t first, int64_t last) {
+    thread_local std::vector<int32_t> listed;
+    float* const scores = scratch(TOGETHER * (step + 2 * width));
+    float *const from = scores + TOGETHER * step, *const out = from + TOGETHER * width;
+    for (int64_t place = first; place < last; place++) {  // (row, group, head)
+      const int64_t h = place % heads, b = place / heads / groups, start = place / heads % groups * TOGETHER;
+      const int64_t size = std::min(TOGETHER, count - start);
+      const Span* const seen = &spans[(mask.sizes[0] > 1 ? b * count : 0) + start];
+      const T* const keys = k + b * key.strides[0] + h / sharing * key.strides[1];
+      const T* const values = v + b * value.strides[0] + h / sharing * value.strides[1];
+      const auto run = [&](auto size, int64_t i, const auto& slot, const int64_t* counts) {
+        constexpr int R = decltype(size)::value;
+        for (int64_t r = 0; r < R; r++)
+          unpack(q + b * query.strides[0] + h * query.strides[1] + (i + r) * query.strides[2], from + r * width, width);
+        attend<R>(from, keys, key.strides[2], values, value.strides[2], slot, counts, width, scaling, scores, step, out);
+        for (int64_t r = 0; r < R; r++) pack(out + r * width, to + ((b * count + i + r) * heads + h) * width, width);
+      };
+      int64_t counts[TOGETHER];
+      bool together = true;  // whether all begin at one slot
+      for (int64_t r = 0; r < size; r++) {
+        counts[r] = seen[r].count;
+        together = together && counts[r] >= 0 && seen[r].begin == seen[0].begin;
       }
-      unpack(q + b * query.strides[0] + h * query.strides[1] + i * query.strides[2], from, width);
-      attend(from, k + b * key.strides[0] + h / sharing * key.strides[1], key.strides[2],
-             v + b * value.strides[0] + h / sharing * value.strides[1], value.strides[2], seen, width, scaling, scores, out);
-      pack(out, to + place * width, width);
+      if (together && size == 4) run(Several<4>{}, start, Range{seen[0].begin}, counts);
+      else if (together && size == 3) run(Several<3>{}, start, Range{seen[0].begin}, counts);
+      else if (together && size == 2) run(Several<2>{}, start, Range{seen[0].begin}, counts);
+      else
+        for (int64_t r = 0; r < size; r++) {
+          if (counts[r] >= 0) {
+            run(Several<1>{}, start + r, Range{seen[r].begin}, counts + r);
+            continue;
+          }
+          const bool* const one = visible(b, start + r);
+          listed.clear();
+          for (int64_t s = 0; s < slots; s++)
+            if (one[s * mask.strides[3]]) listed.push_back(s);
+          const int64_t all = listed.size();
+          run(Several<1>{}, start + r, List{listed.data()}, &all);
+        }
     }
   });
 }
