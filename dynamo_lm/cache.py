@@ -11,7 +11,9 @@ layers keep the whole context (their window is in the mask), so memory grows wit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,7 +46,7 @@ class RowCache(Cache):
         """Announces a forward of `new` tokens a row and returns their positions, (rows, new) int64."""
         starts = self.lengths.tolist()
         self.end = max(starts) + new
-        positions = torch.tensor([list(range(start, start + new)) for start in starts])
+        positions = torch.from_numpy(np.add.outer(starts, np.arange(new)))
         self.start = starts[0] if min(starts) == max(starts) else None
         if self.start is None:
             self.places = {1: (torch.arange(len(starts))[:, None], positions)}
@@ -142,6 +144,11 @@ class FixedCache(RowCache):
         super().__init__(num_layers, 1)
         self.capacity, self.device = capacity, device or torch.device("cpu")
         self.slots: Tensor | None = None  # (new,) on the device: where the forward in progress writes
+        self.handed: dict[Any, list[Any]] = {}  # by compiled step: its tensors, these buffers among them
+
+    def release(self) -> None:
+        super().release()
+        self.handed.clear()
 
     def begin(self, new: int) -> Tensor:
         positions = super().begin(new)

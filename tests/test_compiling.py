@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import dynamo_of, random_tokens
 
 from dynamo_lm.cache import FixedCache
-from dynamo_lm.compiling import capacity, check_compiler, compiled
+from dynamo_lm.compiling import Straight, capacity, check_compiler, compiled
 from dynamo_lm.counting import count
 from dynamo_lm.decoding import Batch, decode
 from dynamo_lm.errors import InputError
@@ -51,9 +53,52 @@ def test_compiled_steps_write_the_same_text():
     plain = decode(model, prompt, DecodingOptions(12, 2), seeds=[0])
     fast = decode(model, prompt, DecodingOptions(12, 2, compile=True), seeds=[0])
     assert fast[0].tokens == plain[0].tokens
-    kept = model.arranged[2, model.device][1]
+    kept = model.arranged[2, model.device, model.dtype][1]
     decode(model, random_tokens(1, 9).tolist(), DecodingOptions(5, 2, compile=True), seeds=[0])
-    assert model.arranged[2, model.device][1] is kept
+    assert model.arranged[2, model.device, model.dtype][1] is kept
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", ["gpt_neox", "gemma3"])
+def test_later_steps_reach_compiled_code_straight_away_with_the_same_result(name):
+    model, tokens = dynamo_of(name), random_tokens(1, 9)
+    twin, step = compiled(model, 3)
+    assert isinstance(step, Straight)
+    form, results = MaskForm.of(model.base.config, model.dtype), []
+
+    def steps(forward, prompt: int) -> None:
+        cache = FixedCache(twin.cache_entries, 32)
+        for start, width in ((0, prompt), (prompt, 2), (prompt + 2, 2)):
+            positions = cache.begin(width)
+            mask = form.mask(positions, torch.arange(cache.end)[None])
+            kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "num_heads": 3}
+            call = twin.hidden if start == 0 else forward
+            results.append(call(tokens[:, start : start + width], **kwargs))
+            cache.keep(torch.tensor([width]))
+        cache.release()
+        assert not cache.handed
+
+    with torch.inference_mode():
+        for prompt in (3, 5):
+            for forward in (step, step.compiled):
+                steps(forward, prompt)
+    assert list(step.graphs) == [(2, 32)] and step.graphs[2, 32] is not None
+    assert all(tensor is None or tensor.shape[-2:] != (32, 16) for tensor in step.graphs[2, 32].handed)  # no cache is kept
+    for start in (0, 6):
+        for straight, way in zip(results[start : start + 3], results[start + 3 : start + 6], strict=True):
+            assert torch.equal(straight, way)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+def test_a_model_whose_weights_were_exchanged_is_compiled_anew():
+    model, prompt = dynamo_of("gpt_neox", 2), random_tokens(1, 6).tolist()
+    options = DecodingOptions(6, 2)
+    before = decode(model, prompt, replace(options, compile=True), seeds=[0])[0].tokens
+    layer = model.last_layer.mlp.dense_h_to_4h
+    layer.weight = torch.nn.Parameter(3 * torch.randn_like(layer.weight))
+    model.get_output_embeddings().weight.data.mul_(-1)  # in place: nothing to compile
+    after = decode(model, prompt, options, seeds=[0])[0].tokens
+    assert decode(model, prompt, replace(options, compile=True), seeds=[0])[0].tokens == after != before
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
