@@ -296,11 +296,15 @@ class Batch:
         positions = cache.begin(width)  # (rows, width)
         pending = [row.pending + [0] * (width - len(row.pending)) for row in rows]
         tokens = torch.tensor(_by_seat(cache, seats, pending, [0] * width))
-        keys, visible = torch.arange(cache.end)[None], None
-        if not first and any(row.branches for row in rows):
-            parents = _by_seat(cache, seats, [row.parents for row in rows], [])
-            positions, keys, visible = cache.as_trees(positions, parents)
-        mask = self._mask_form.mask(positions, keys, visible=visible, device=self.device)
+        branches = not first and any(row.branches for row in rows)
+        if cache.rows == 1 and not branches:
+            mask = self._mask_form.next(int(positions[0, 0]), width, cache.end, device=self.device)
+        else:
+            keys, visible = torch.arange(cache.end)[None], None
+            if branches:
+                parents = _by_seat(cache, seats, [row.parents for row in rows], [])
+                positions, keys, visible = cache.as_trees(positions, parents)
+            mask = self._mask_form.mask(positions, keys, visible=visible, device=self.device)
         hidden = (model.hidden if first else self.forward)(
             sent(tokens, self.device),
             num_heads=self.num_heads,

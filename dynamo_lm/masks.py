@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -72,6 +73,17 @@ class MaskForm:
             seen = seen & visible
         masks = {
             kind: self._form(seen if window is None else seen & (distance < window), device)
+            for kind, window in self.windows.items()
+        }
+        return masks.get(None, masks)  # type: ignore[return-value, arg-type]
+
+    def next(self, start: int, width: int, slots: int, *, device: torch.device) -> Tensor | dict[str, Tensor]:
+        """`mask` of one sequence's tokens start .. start + width - 1 over slots that hold positions 0, 1, ..: the same in
+        less time, because decoding wants one in every step."""
+        queries, keys = np.arange(start, start + width)[:, None], np.arange(slots)
+        seen = keys <= queries  # (width, slots)
+        masks = {
+            kind: self._form(torch.from_numpy(seen if window is None else seen & (keys > queries - window))[None], device)
             for kind, window in self.windows.items()
         }
         return masks.get(None, masks)  # type: ignore[return-value, arg-type]

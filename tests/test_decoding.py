@@ -633,6 +633,17 @@ def test_masks_slide_by_layer_type_and_add_where_the_implementation_adds():
     assert masks["full_attention"].unique().tolist() == [torch.finfo(torch.float32).min, 0]
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral"])
+@pytest.mark.parametrize(("start", "width", "slots"), [(0, 1, 1), (9, 3, 12), (9, 4, 32)])
+def test_the_mask_of_the_next_tokens_is_the_general_one(name, start, width, slots):
+    form = MaskForm.of(base_of(name).config, torch.float32)
+    expected = form.mask(torch.arange(start, start + width)[None], torch.arange(slots)[None])
+    found = form.next(start, width, slots, device=torch.device("cpu"))
+    kinds = expected if isinstance(expected, dict) else {"": expected}
+    for kind, mask in kinds.items():
+        assert torch.equal(found[kind] if isinstance(found, dict) else found, mask)
+
+
 def test_layers_that_are_no_attention_over_the_past_are_refused():
     config = base_of("qwen3").config
     config.layer_types = ["linear_attention", "full_attention", "full_attention"]
