@@ -373,7 +373,7 @@ class Batch:
             return
         greedy = not options.sample
         drafted = draft_from(heads.of(0, room), certain, table, **how, generator=row.generator, greedy=greedy, link=link)
-        row.pending, row.proposals = [certain, *drafted.tokens], drafted.proposals
+        row.pending, row.proposals = [certain, *drafted.tokens], [] if greedy else drafted.proposals  # nobody asks for those
         row.parents = list(range(len(drafted.tokens)))
 
     def _score_prompts(self, rows: list[Row], hidden: Tensor) -> None:

@@ -7,6 +7,7 @@ and `.log_p` say the same one binary search at a time, on any device; the tests 
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,8 +25,9 @@ class Lookup:
 
     def __init__(self, table: Cooccurrence) -> None:
         self.vocab_size = table.vocab_size
-        self.keys = [keys.cpu().numpy() for keys in table.keys]  # per level: (rows,) int64, ascending
-        self.logs = [logs.cpu().numpy() for logs in table.log_frequencies]  # per level: (rows,) float32
+        self.keys = [np.ascontiguousarray(keys.cpu().numpy()) for keys in table.keys]  # per level: (rows,) int64, ascending
+        logs = table.log_frequencies
+        self.logs = [np.ascontiguousarray(level.cpu().numpy()) for level in logs]  # per level: (rows,) float32
         self.unigrams = np.append(self.logs[0].astype(np.float64), -np.inf)  # one more for tokens the table does not know
         self._offsets: dict[int, np.ndarray] = {}
         self._tokens: dict[int, np.ndarray] = {}
@@ -34,6 +36,17 @@ class Lookup:
     def order(self) -> int:
         """The longest n-gram in the table."""
         return len(self.keys)
+
+    @cached_property
+    def trie(self) -> int:
+        """Where the kernels find order and vocab_size, then where the keys, offsets and logs of each level lie."""
+        offsets = [0, *(kernels.address(self.offsets(order)) for order in range(2, self.order + 1))]
+        levels = zip(map(kernels.address, self.keys), offsets, map(kernels.address, self.logs), strict=True)
+        self._trie = np.array([self.order, self.vocab_size, *(place for level in levels for place in level)], np.int64)
+        return kernels.address(self._trie)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "trie"}  # a copy's arrays lie elsewhere
 
     def unigram(self, ids: np.ndarray) -> np.ndarray:
         """Log frequencies of single tokens, float64; -inf for those that were never counted or are unknown."""

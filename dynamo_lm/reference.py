@@ -171,7 +171,7 @@ def draft(
     link: Link | None = None,
 ) -> Draft:
     """Token by token from f_i(x) * (p^(h, x) / (p^(h) p^(x)))^alpha_c, with the longest history h that was seen."""
-    tokens, proposals = [first], []
+    tokens, ids, proposals = [first], [], []
     for number, row in enumerate(logits.tolist(), start=2):
         head = coupled(candidates(row, top_k, temperature), number, tokens[-1], link, temperature)
         history = tokens if table is None or alpha_c == 0 else tokens[max(0, len(tokens) - (table.order - 1)) :]
@@ -181,9 +181,9 @@ def draft(
             q = conditional(head, history, table, alpha_c)
         q = [value / sum(q) for value in q]
         tokens.append(head[choose(q, generator, greedy)][0])
-        ids = torch.tensor([token for token, _ in head])
-        proposals.append((ids, torch.tensor(q, dtype=torch.float64)))
-    return Draft(tokens[1:], proposals)
+        ids.append([token for token, _ in head])
+        proposals.append(q)
+    return Draft(tokens[1:], torch.tensor(ids), torch.tensor(proposals, dtype=torch.float64))
 
 
 def conditional(head: Head, history: list[int], table: Cooccurrence | None, alpha_c: float) -> list[float]:

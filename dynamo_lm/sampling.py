@@ -9,11 +9,13 @@ entry, in lexicographic order of the grid, at which the cumulative sum exceeds t
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dynamo_lm import kernels
 from dynamo_lm.cooccurrence import Cooccurrence
 from dynamo_lm.errors import InputError
 from dynamo_lm.joint import Heads, Joint, Joints, Link
@@ -56,7 +58,13 @@ class Draft:
     """A continuation to be verified, and what it was drawn from."""
 
     tokens: list[int]  # n - 1 token ids
-    proposals: list[tuple[Tensor, Tensor]]  # per token: candidate ids (k,) int64, their probabilities (k,) float64; CPU
+    ids: Tensor  # (n - 1, k) int64 on the CPU: the candidates of each
+    q: Tensor  # (n - 1, k) float64: their probabilities
+
+    @property
+    def proposals(self) -> list[tuple[Tensor, Tensor]]:
+        """Per token: candidate ids (k,), their probabilities (k,)."""
+        return list(zip(self.ids.unbind(), self.q.unbind(), strict=True))
 
 
 def check(options: Algorithm1, n: int, vocab_size: int, table: Cooccurrence | None) -> None:
@@ -210,12 +218,58 @@ def draft_from(
     link: Link | None = None,
 ) -> Draft:
     """`draft` from candidates of heads 2 .. n that were already found."""
-    history, proposals = [first], []
+    fast = kernels.sampler()
+    if fast is not None and link is None and (generator is None or generator.device.type == "cpu"):
+        return _compiled(fast, heads, first, table, alpha_c, generator, greedy)
+    return _slot_by_slot(heads, first, table, alpha_c, temperature, generator, greedy, link)
+
+
+def _compiled(
+    fast: Any,
+    heads: Heads,
+    first: int,
+    table: Cooccurrence | None,
+    alpha_c: float,
+    generator: torch.Generator | None,
+    greedy: bool,
+) -> Draft:
+    """`draft_from` by the kernels."""
+    ids = torch.from_numpy(np.ascontiguousarray(heads.ids, np.int64))
+    probs = torch.from_numpy(np.ascontiguousarray(heads.probs, np.float64))
+    slots, k = ids.shape
+    tokens, q = torch.empty(slots, dtype=torch.int64), torch.empty(slots, k, dtype=torch.float64)
+    uniforms = None if greedy else torch.rand(slots, dtype=torch.float64, generator=generator)  # as one by one, on a CPU
+    fast.dynamo_lm_chain(
+        None if table is None or alpha_c == 0 else table.lookup.trie,
+        ids.data_ptr(),
+        probs.data_ptr(),
+        slots,
+        k,
+        first,
+        alpha_c,
+        None if uniforms is None else uniforms.data_ptr(),
+        tokens.data_ptr(),
+        q.data_ptr(),
+    )
+    return Draft(tokens.tolist(), ids, q)
+
+
+def _slot_by_slot(
+    heads: Heads,
+    first: int,
+    table: Cooccurrence | None,
+    alpha_c: float,
+    temperature: float,
+    generator: torch.Generator | None,
+    greedy: bool,
+    link: Link | None,
+) -> Draft:
+    """`draft_from` by NumPy."""
+    history, proposals = [first], np.empty(heads.ids.shape)
     for i, ids in enumerate(heads.ids):
-        q = conditional(heads, i, history, table, alpha_c, temperature, link)
-        history.append(int(ids[_choose(q, generator, greedy)]))
-        proposals.append((torch.from_numpy(ids), torch.from_numpy(q)))
-    return Draft(history[1:], proposals)
+        proposals[i] = conditional(heads, i, history, table, alpha_c, temperature, link)
+        history.append(int(ids[_choose(proposals[i], generator, greedy)]))
+    return Draft(history[1:], torch.from_numpy(heads.ids), torch.from_numpy(proposals))
 
 
 def conditional(

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -12,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dynamo_lm import joint, kernels, otsu, reference
+from dynamo_lm import joint, kernels, otsu, reference, sampling
 from dynamo_lm.cooccurrence import Cooccurrence
 from dynamo_lm.counting import count
 from dynamo_lm.errors import InputError
@@ -330,10 +331,77 @@ def test_a_draft_is_the_references(case, greedy: bool, shorter: int, coupled: bo
         assert q.sum().item() == pytest.approx(1)
 
 
-# ---------------------------------------------------------------- kernels against torch
+# ---------------------------------------------------------------- kernels against NumPy and torch
 
 
 needs_kernel = pytest.mark.skipif(not kernels.available(), reason="needs a C++ compiler")
+
+
+@st.composite
+def chains(draw):
+    """Candidates of 0 to 4 slots, some without probability, some unknown to a table of any order, and a certain token."""
+    slots, k = draw(st.integers(0, 4)), draw(st.integers(1, 9))
+    vocab_size, order = draw(st.integers(1, 12)), draw(st.integers(1, 4))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    ids = np.stack([rng.permutation(16)[:k] for _ in range(slots)]) if slots else np.empty((0, k), np.int64)
+    probs = np.exp(rng.normal(0, 3, (slots, k))) * (rng.random((slots, k)) > draw(st.sampled_from([0.0, 0.3])))
+    if draw(st.booleans()):
+        probs = probs.round()  # ties
+    probs[:, 0] += 0.5
+    # few documents: histories that were never seen; many: all of them
+    documents = [rng.integers(0, vocab_size, rng.integers(1, 30)) for _ in range(draw(st.sampled_from([1, 3, 100])))]
+    table = count(documents, vocab_size=vocab_size, order=order) if draw(st.integers(0, 9)) else None
+    if table is not None and draw(st.booleans()):
+        table = table.prune(2)
+    heads = Heads(ids, probs / probs.sum(-1, keepdims=True))
+    return heads, int(rng.integers(16)), table, draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])), draw(st.integers(0, 99))
+
+
+def assert_same_chain(heads: Heads, first: int, table, alpha_c: float, seed: int, greedy: bool) -> None:
+    generator, twin = seeded(seed), seeded(seed)
+    mine = sampling._compiled(kernels.sampler(), heads, first, table, alpha_c, generator, greedy)
+    theirs = sampling._slot_by_slot(heads, first, table, alpha_c, 1.0, twin, greedy, None)
+    assert mine.tokens == theirs.tokens
+    assert torch.equal(mine.ids, theirs.ids)
+    torch.testing.assert_close(mine.q, theirs.q, rtol=1e-9, atol=0)
+    assert torch.equal(generator.get_state(), twin.get_state())
+
+
+@needs_kernel
+@settings(max_examples=400, deadline=None)
+@given(chains(), st.booleans())
+def test_the_kernels_chain_of_drafts_is_numpys(case, greedy: bool) -> None:
+    assert_same_chain(*case, greedy)
+
+
+@needs_kernel
+@pytest.mark.parametrize("seen", range(4))
+def test_the_kernels_forget_as_many_tokens_as_numpy(seen: int) -> None:
+    # behind three nines: `seen` of them were seen followed by 2 alone, fewer by 1 and 2
+    table = table_of([9], [9] * seen + [2], [0] + [9] * (seen - 1) + [1], vocab_size=10, order=4)
+    heads = Heads(np.array([[9, 0], [9, 0], [1, 2]]), np.array([[1, 0], [1, 0], [0.5, 0.5]]))
+    chain = sampling._compiled(kernels.sampler(), heads, 9, table, 1.0, None, True)
+    assert chain.tokens[:2] == [9, 9]
+    assert chain.q[2].tolist() == ([0, 1] if seen else [0.5, 0.5])
+    assert_same_chain(heads, 9, table, 1.0, 0, True)
+
+
+@needs_kernel
+def test_the_kernels_take_candidates_as_they_lie() -> None:
+    heads = Heads(np.arange(12).reshape(2, 6)[:, ::2], np.full((2, 6), 1 / 3)[:, ::2])
+    assert_same_chain(heads, 0, THREE_TO_ONE, 1.0, 0, False)
+
+
+@needs_kernel
+def test_a_copied_table_leads_the_kernels_to_its_own_arrays() -> None:
+    table = table_of([0, 1], [0, 1], [1, 0])
+    own = table.lookup.trie
+    twin = deepcopy(table)
+    assert twin.lookup.trie != own
+    del table
+    assert_same_chain(Heads(np.array([[0, 1]]), np.array([[0.5, 0.5]])), 0, twin, 1.0, 0, True)
+
+
 LOGITS = st.one_of(st.sampled_from([0.0, -0.0, 1.5, 2.0, -math.inf, -70.0]), st.floats(-90, 90, width=32))
 
 
