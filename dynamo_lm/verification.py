@@ -10,14 +10,17 @@ the base loses by it, summed over the tokens so far, is within what is allowed a
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Proposal = tuple[Tensor, Tensor]  # candidate ids (k,) int64 and their probabilities (k,)
+from dynamo_lm import kernels
+
+Proposal = tuple[Tensor, Tensor]  # distinct candidate ids (k,) int64 and their probabilities (k,); contiguous, on the CPU
 
 
 class Verdict(NamedTuple):
@@ -104,6 +107,20 @@ def accept_sampled(
         Without an allowance drafts[:kept] and token are distributed as the base's own samples. A draft that the rule refuses
         in favour of a token x costs log p(x) - log p(draft), at least 0.
     """
+    fast = kernels.sampler_of(logits)
+    if fast is None:
+        return _dense(logits, drafts, proposals, generator, allowance)
+    return _compiled(fast, logits, drafts, proposals, generator, allowance)
+
+
+def _dense(
+    logits: Tensor,
+    drafts: Sequence[int],
+    proposals: Sequence[Proposal],
+    generator: torch.Generator,
+    allowance: Sequence[float],
+) -> Verdict:
+    """`accept_sampled` by torch, with p and q over the whole vocabulary."""
     costs: list[float] = []
     for position, (token, (ids, probs)) in enumerate(zip(drafts, proposals, strict=True)):
         p = logits[position].double().softmax(-1)
@@ -118,6 +135,36 @@ def accept_sampled(
         costs.append(cost)
     token = _pick(logits[len(drafts)].double().softmax(-1), generator)
     return Verdict(len(drafts), token, costs, _chain(costs))
+
+
+def _compiled(
+    fast: Any,
+    logits: Tensor,
+    drafts: Sequence[int],
+    proposals: Sequence[Proposal],
+    generator: torch.Generator,
+    allowance: Sequence[float],
+) -> Verdict:
+    """`accept_sampled` by the kernels, which look at q where it is not 0."""
+    costs: list[float] = []
+    size, regret = logits.shape[-1], ctypes.c_double()
+    lines = range(logits.data_ptr(), logits.data_ptr() + logits.nbytes, logits.element_size() * size)
+    for position, (token, (ids, probs)) in enumerate(zip(drafts, proposals, strict=True)):
+        probs = probs.double()
+        q = ids.data_ptr(), probs.data_ptr(), len(ids)
+        cost = 0.0
+        if fast.dynamo_lm_refuses(lines[position], size, *q, token, _uniform(generator)):
+            own = fast.dynamo_lm_pick(lines[position], size, *q, _uniform(generator), token, ctypes.addressof(regret))
+            cost = regret.value
+            if not _allowed(cost, costs, allowance):
+                return Verdict(position, own, costs, _chain(costs))
+        costs.append(cost)
+    token = fast.dynamo_lm_pick(lines[len(drafts)], size, None, None, 0, _uniform(generator), 0, None)
+    return Verdict(len(drafts), token, costs, _chain(costs))
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
 def _chain(costs: list[float]) -> list[int]:

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from architectures import base_of, dynamo_of, markov_dynamo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import dynamo_lm.decoding
+from dynamo_lm import kernels, verification
 from dynamo_lm.counting import count
 from dynamo_lm.verification import accept_greedy, accept_sampled
 
@@ -157,6 +160,79 @@ def test_a_token_the_base_cannot_say_never_stays():
         kept, token, *_ = accept_sampled(P.log(), [4], [(torch.tensor([4]), torch.ones(1).double())], generator)
         assert kept == 0
         assert token != 4
+
+
+# ---------------------------------------------------------------- sampled, by the kernels
+
+
+needs_kernel = pytest.mark.skipif(not kernels.available(), reason="needs a C++ compiler")
+
+
+@st.composite
+def steps(draw):
+    """Logits of up to four drafts and one more, some of them -inf, the drafts, and what they were drawn from."""
+    count, size = draw(st.integers(0, 4)), draw(st.one_of(st.integers(1, 12), st.integers(13, 2000)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    spread, near = draw(st.sampled_from([0.1, 2.0, 60.0])), draw(st.booleans())
+    logits = rng.normal(0, spread, (count + 1, size)).astype(np.float32)
+    logits[:, 1:][rng.random((count + 1, size - 1)) < draw(st.sampled_from([0.0, 0.5]))] = -math.inf
+    drafts, proposals = [], []
+    for line in logits[:count]:
+        ids = rng.permutation(size)[: draw(st.integers(1, 50))]
+        scores = (np.maximum(line[ids], -100) if near else 0) + rng.normal(0, 1, len(ids))
+        q = np.exp(scores - scores.max())
+        proposals.append((torch.from_numpy(ids), torch.from_numpy(q / q.sum())))
+        drafts.append(int(rng.choice(ids, p=q / q.sum())))
+    nats = draw(st.sampled_from([[], [0.0], [1.0, 1.5, 3.0, 3.5], [1e308]]))
+    return torch.from_numpy(logits), drafts, proposals, (nats * 4)[: count if nats else 0], draw(st.integers(0, 99))
+
+
+def assert_same_verdict(logits, drafts, proposals, allowance, seed) -> int:
+    """By the kernels and by torch, from the same random numbers. Returns how many drafts stay."""
+    generator, twin = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+    mine = verification._compiled(kernels.sampler(), logits, drafts, proposals, generator, allowance)
+    theirs = verification._dense(logits, drafts, proposals, twin, allowance)
+    assert (mine.kept, mine.token, mine.path) == (theirs.kept, theirs.token, theirs.path)
+    assert mine.costs == pytest.approx(theirs.costs, rel=1e-9, abs=1e-6)
+    assert torch.equal(generator.get_state(), twin.get_state())
+    return mine.kept
+
+
+@needs_kernel
+@settings(max_examples=400, deadline=None)
+@given(steps())
+def test_the_kernels_verdict_is_torchs(step):
+    assert_same_verdict(*step)
+
+
+@needs_kernel
+def test_the_kernels_verdict_on_a_large_vocabulary_is_torchs():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 50_304, generator=generator) * 3
+    best = (logits[:3] + torch.randn(3, 50_304, generator=generator)).topk(50)  # drafts that are often right
+    proposals = list(zip(best.indices, best.values.double().softmax(-1), strict=True))
+    kept = []
+    for seed in range(40):
+        drafts = [int(ids[torch.multinomial(q, 1, generator=generator)]) for ids, q in proposals]
+        kept.append(assert_same_verdict(logits, drafts, proposals, [], seed))
+        assert_same_verdict(logits, drafts, proposals, [2.0, 3.0, 4.0], seed)
+    assert len(set(kept)) > 2
+
+
+@needs_kernel
+@pytest.mark.parametrize("strange", [math.nan, math.inf, -math.inf])
+def test_the_kernels_do_with_lines_that_are_no_distribution_what_torch_does(strange):
+    logits = torch.zeros(2, 1000)
+    logits[:, 3 if strange > -math.inf or strange != strange else slice(None)] = strange
+    proposals = [(torch.tensor([3, 5]), torch.tensor([0.5, 0.5], dtype=torch.float64))]
+    assert_same_verdict(logits, [5], proposals, [], 0)
+
+
+@needs_kernel
+def test_where_the_base_has_nothing_above_the_draft_the_kernels_pick_as_torch_does():
+    everything = (torch.tensor([1, 0]), torch.tensor([2.0, 2.0], dtype=torch.float64))  # more than the base, everywhere
+    for seed in range(10):
+        assert_same_verdict(torch.zeros(2, 2), [0], [everything], [], seed)
 
 
 # ---------------------------------------------------------------- through the whole loop

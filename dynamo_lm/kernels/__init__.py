@@ -42,6 +42,8 @@ SAMPLER = {  # what arrays on the host are passed to, by its name in C: its resu
     "dynamo_lm_foreground": (None, (_P, _P, _N, _N, _N, _P)),
     "dynamo_lm_highest": (_N, (_P, _N, _N, _N, _P, _P)),
     "dynamo_lm_normalisers": (None, (_P, _N, _N, _P)),
+    "dynamo_lm_pick": (_N, (_P, _N, _P, _P, _N, _F, _N, _P)),
+    "dynamo_lm_refuses": (_N, (_P, _N, _P, _P, _N, _N, _F)),
     "dynamo_lm_seen": (_N, (_P, _N, _P, _N, _P, _N, _P, _N, _P, _P, _P)),
 }
 _sampler: Any = None

@@ -1,7 +1,8 @@
-// Drafts, one row's at a time: drawing a chain of them from the masked conditionals.
+// Drafts, one row's at a time: drawing a chain of them from the masked conditionals, and the exact rejection rule that verifies
+// them.
 //
-// As in sampler.cpp pointers come from arrays, and the caller has seen to their types and sizes. `sampling.draft_from` says the
-// same without C++.
+// As in sampler.cpp pointers come from arrays, and the caller has seen to their types and sizes. The same is said without C++ by
+// `sampling._slot_by_slot` and `verification._dense`.
 
 namespace {
 
@@ -72,10 +73,60 @@ int64_t drawn(const double* q, int64_t k, double uniform) {
   return last;
 }
 
+typedef double Doubles __attribute__((vector_size(32)));
+
+constexpr int64_t SPAN = 512;  // logits whose weights are summed up together, so that few of them are computed again
+
+inline float peak(const float* logits, int64_t size) {
+  int64_t i = 0;
+  float most = -INFINITY;
+  if (size >= 8) {
+    Lanes lanes = load(logits);
+    for (i = 8; i + 8 <= size; i += 8) {
+      const Lanes next = load(logits + i);
+      lanes = next > lanes ? next : lanes;
+    }
+    for (int j = 0; j < 8; j++) most = std::max(most, lanes[j]);
+  }
+  for (; i < size; i++) most = std::max(most, logits[i]);
+  return most;
+}
+
+// e^(x - most): the same for one logit as for eight.
+inline double weight(float logit, float most) { return exponential(Lanes{} + (logit - most))[0]; }
+
+// What the base samples from: each of `size` logits has a weight. Sums are float64: nothing is lost of large vocabularies.
+struct Line {
+  const float* logits;
+  int64_t size;
+  float most;
+  std::vector<double> sums;  // by block
+  double total = 0;
+
+  Line(const float* logits, int64_t size) : logits(logits), size(size), most(peak(logits, size)) {
+    for (int64_t begin = 0; begin < size; begin += SPAN) {
+      const int64_t end = std::min(size, begin + SPAN);
+      Doubles sum{};
+      int64_t i = begin;
+      for (; i + 8 <= end; i += 8) {
+        const Lanes weights = exponential(load(logits + i) - most);
+        sum += __builtin_convertvector(__builtin_shufflevector(weights, weights, 0, 1, 2, 3), Doubles);
+        sum += __builtin_convertvector(__builtin_shufflevector(weights, weights, 4, 5, 6, 7), Doubles);
+      }
+      double all = sum[0] + sum[1] + sum[2] + sum[3];
+      for (; i < end; i++) all += weight(logits[i], most);
+      sums.push_back(all);
+      total += all;
+    }
+  }
+
+  double probability(int64_t token) const { return std::exp(static_cast<double>(logits[token]) - most) / total; }
+};
+
 }  // namespace
 
-// A token for each slot behind `first`, given those before it, from its candidates: (slots, k). uniforms: (slots,), or null for the
-// largest; trie: null for the candidates' own probabilities -> tokens: (slots,), and q, what they were drawn from: (slots, k).
+// A token for each slot behind `first`, given those before it, from its candidates: (slots, k). uniforms: (slots,), or null for
+// the largest; trie: null for the candidates' own probabilities -> tokens: (slots,), and q: (slots, k), what they are from.
 extern "C" __attribute__((visibility("default"))) void dynamo_lm_chain(
     const Trie* trie, const int64_t* ids, const double* probs, int64_t slots, int64_t k, int64_t first, double alpha_c,
     const double* uniforms, int64_t* tokens, double* q) {
@@ -87,4 +138,42 @@ extern "C" __attribute__((visibility("default"))) void dynamo_lm_chain(
     tokens[slot] = ids[uniforms ? drawn(q, k, uniforms[slot]) : largest(q, k)];
     history.push_back(tokens[slot]);
   }
+}
+
+// Whether the rejection rule refuses `token`, which was drawn from probabilities q of ids: (k,), where the base has a line of
+// `size` logits.
+extern "C" __attribute__((visibility("default"))) int64_t dynamo_lm_refuses(
+    const float* logits, int64_t size, const int64_t* ids, const double* q, int64_t k, int64_t token, double uniform) {
+  const int64_t place = std::find(ids, ids + k, token) - ids;
+  return uniform * (place < k ? q[place] : 0.0) >= Line(logits, size).probability(token);
+}
+
+// The base's own token, by inverse CDF of what it has above q of the distinct ids: (k,), which may be none. cost, unless null ->
+// by how much it is likelier than `token`, in nats, at least 0.
+extern "C" __attribute__((visibility("default"))) int64_t dynamo_lm_pick(
+    const float* logits, int64_t size, const int64_t* ids, const double* q, int64_t k, double uniform, int64_t token,
+    double* cost) {
+  Line line(logits, size);
+  double left = 0, below = 0;
+  for (int64_t i = 0; i < k; i++) line.sums[ids[i] / SPAN] -= std::min(weight(logits[ids[i]], line.most), q[i] * line.total);
+  for (double& sum : line.sums) left += sum = std::max(sum, 0.0);
+  int64_t own = size - 1;  // if nothing is left, or it is no number
+  for (size_t block = 0; left > 0 && below <= uniform * left && block < line.sums.size(); block++) {
+    if (below + line.sums[block] <= uniform * left) {
+      below += line.sums[block];
+      continue;
+    }
+    const int64_t begin = block * SPAN, end = std::min(size, begin + SPAN);
+    double weights[SPAN];
+    for (int64_t i = begin; i < end; i++) weights[i - begin] = weight(logits[i], line.most);
+    for (int64_t i = 0; i < k; i++)
+      if (begin <= ids[i] && ids[i] < end) weights[ids[i] - begin] -= q[i] * line.total;
+    for (int64_t i = begin; i < end && below <= uniform * left; i++) {
+      if (!(weights[i - begin] > 0)) continue;
+      below += weights[i - begin];
+      own = i;
+    }
+  }
+  if (cost) *cost = std::max(0.0, std::log(line.probability(own)) - std::log(line.probability(token)));
+  return own;
 }
