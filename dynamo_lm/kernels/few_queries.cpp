@@ -67,7 +67,7 @@ void attend(const float* query, const T* keys, int64_t key_step, const T* values
       }
     }
     const Lanes sum = sums(total);
-    for (int i = 0; i < R * KEYS; i++) scores[i / KEYS * step + c + i % KEYS] = sum[LANE_OF[i]] * scaling;
+    for (int i = 0; i < R * KEYS; i++) scores[i / KEYS * step + c + i % KEYS] = sum[i] * scaling;
   }
   float scale[R];
   for (int r = 0; r < R; r++) {

@@ -6,63 +6,103 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 8;          // rows of the weight that threads share out
+constexpr int64_t BLOCK = 8;          // rows of the weight that are finished together, and that threads share out
 constexpr int64_t WORK = 1 << 16;     // entries of the weight below which a second thread does not pay
 constexpr int64_t STREAMS = 8;        // places of the weight that are fetched in turn
 constexpr int64_t STREAM = 1 << 12;    // bytes of each, or one row where that is more
 
-// R rows of x against O rows of the weight, R * O <= 9: one vector of sums each, so that all of them stay in registers.
+// R rows of x against O rows of the weight: one vector of sums each, R * O <= 9, so that all of them stay in registers.
 //
 // Meanwhile as many entries of the weight are fetched from `ahead`, in STREAMS that are `apart`: hardware runs further ahead in
 // each of them, into the second cache, than the first cache could by itself with the few lines that it can wait for at a time.
 template <int R, int O, typename T>
 inline __attribute__((always_inline)) void tile(
-    const T* weight, const float* x, float* y, int64_t in, int64_t out, const T* ahead, int64_t apart) {
+    const T* weight, const float* x, Lanes* totals, int64_t in, const T* ahead, int64_t apart) {
   constexpr int64_t LINES = 64 / sizeof(T) * (STREAMS / O);  // entries of a row until there is a line to fetch of each stream
-  Lanes total[R * O > 8 ? 16 : 8], xs[R];
-  for (Lanes& sum : total) sum = Lanes{};
+  Lanes total[R][O] = {};
   for (int64_t k = 0; k < in; k += STRIDE) {
-    for (int r = 0; r < R; r++) xs[r] = held(load(x + r * in + k));
-    for (int o = 0; o < O; o++) {
-      const Lanes w = held(one(weight + o * in + k));
-      for (int r = 0; r < R; r++) total[o * R + r] = fused(w, xs[r], total[o * R + r]);
-    }
-    for (int r = 0; r < R; r++) xs[r] = held(load(x + r * in + k + STRIDE / 2));
-    for (int o = 0; o < O; o++) {
-      const Lanes w = held(two(weight + o * in + k));
-      for (int r = 0; r < R; r++) total[o * R + r] = fused(w, xs[r], total[o * R + r]);
+    if constexpr (R < O) {  // what is fewer waits in registers for the other
+      Lanes first[R], last[R];
+      for (int r = 0; r < R; r++) first[r] = held(load(x + r * in + k));
+      for (int r = 0; r < R; r++) last[r] = held(load(x + r * in + k + STRIDE / 2));
+      for (int o = 0; o < O; o++) {
+        const Lanes v = held(one(weight + o * in + k)), w = held(two(weight + o * in + k));
+        for (int r = 0; r < R; r++) total[r][o] = fused(w, last[r], fused(v, first[r], total[r][o]));
+      }
+    } else {
+      Lanes w[O];
+      for (int o = 0; o < O; o++) w[o] = held(one(weight + o * in + k));
+      for (int r = 0; r < R; r++) {
+        const Lanes first = held(load(x + r * in + k));
+        for (int o = 0; o < O; o++) total[r][o] = fused(w[o], first, total[r][o]);
+      }
+      for (int o = 0; o < O; o++) w[o] = held(two(weight + o * in + k));
+      for (int r = 0; r < R; r++) {
+        const Lanes last = held(load(x + r * in + k + STRIDE / 2));
+        for (int o = 0; o < O; o++) total[r][o] = fused(w[o], last, total[r][o]);
+      }
     }
     if (k % LINES == 0)
       for (int s = 0; s < STREAMS; s++) __builtin_prefetch(ahead + s * apart + k * O / STREAMS);
   }
-  for (int i = 0; i < R * O; i += 8) {
-    const Lanes sum = sums(total + i);
-    for (int j = i; j < std::min(i + 8, R * O); j++) y[j % R * out + j / R] = sum[LANE_OF[j - i]];
+  for (int r = 0; r < R; r++)
+    for (int o = 0; o < O; o++) totals[r * BLOCK + o] = total[r][o];
+}
+
+template <int R, int O, typename T>
+inline __attribute__((always_inline)) void tiles(
+    const T* weight, const float* x, Lanes* totals, int64_t in, int64_t count, const T* ahead, int64_t apart) {
+  int64_t o = 0;
+  for (; o + O <= count; o += O) tile<R, O>(weight + o * in, x, totals + o, in, ahead + o * in / STREAMS, apart);
+  if constexpr (O > 1)
+    if (o < count)
+      tiles<R, (O + 1) / 2>(weight + o * in, x, totals + o, in, count - o, ahead + o * in / STREAMS, apart);
+}
+
+// R rows of x against up to BLOCK rows of the weight, which are then added up, rounded and written as whole vectors.
+template <int R, int O, typename T>
+void block(const T* weight, const float* x, const T* bias, T* y, int64_t in, int64_t out, int64_t count, const T* ahead,
+           int64_t apart) {
+  Lanes totals[R * BLOCK];
+  T part[BLOCK] = {};
+  if (count == BLOCK) {
+    tiles<R, O>(weight, x, totals, in, BLOCK, ahead, apart);
+    const Lanes more = bias ? wide(bias) : Lanes{};
+    for (int r = 0; r < R; r++) put(sums(totals + r * BLOCK) + more, y + r * out);
+  } else {
+    for (Lanes& total : totals) total = Lanes{};
+    tiles<R, 1>(weight, x, totals, in, count, ahead, apart);
+    if (bias) std::copy(bias, bias + count, part);
+    const Lanes more = wide(part);
+    for (int r = 0; r < R; r++) {
+      put(sums(totals + r * BLOCK) + more, part);
+      std::copy(part, part + count, y + r * out);
+    }
   }
 }
 
 template <int R, int O, typename T>
-void tiles(const T* weight, const float* x, float* y, int64_t in, int64_t out, int64_t count, const T* ahead, int64_t apart) {
-  int64_t o = 0;
-  for (; o + O <= count; o += O) tile<R, O>(weight + o * in, x, y + o, in, out, ahead + o * in / STREAMS, apart);
-  if constexpr (O > 1)
-    if (o < count)
-      tiles<R, (O + 1) / 2>(weight + o * in, x, y + o, in, out, count - o, ahead + o * in / STREAMS, apart);
+void blocks(const T* weight, const float* x, const T* bias, T* y, int64_t in, int64_t out, int64_t count, const T* ahead,
+            int64_t apart) {
+  for (int64_t o = 0; o < count; o += BLOCK)
+    block<R, O>(weight + o * in, x, bias ? bias + o : nullptr, y + o, in, out, std::min(BLOCK, count - o),
+                ahead + o * in / STREAMS, apart);
 }
 
-// Columns [begin, end) of y = x @ weight^T; x: (rows, in), y: (rows, out), both float32.
+// Columns [begin, end) of y = x @ weight^T + bias; x: (rows, in) in the order of `unpack`, y: (rows, out).
 template <typename T>
-void columns(const T* weight, const float* x, float* y, int64_t rows, int64_t in, int64_t out, int64_t begin, int64_t end) {
+void columns(const T* weight, const float* x, const T* bias, T* y, int64_t rows, int64_t in, int64_t out, int64_t begin,
+             int64_t end) {
   const int64_t stream = std::max<int64_t>(1, STREAM / (in * static_cast<int64_t>(sizeof(T))));  // in rows of the weight
   const int64_t group = STREAMS * stream, apart = stream * in;  // a group stays in the caches while all rows of x pass
   for (int64_t o = begin; o < end; o += group) {
     const int64_t count = std::min(group, end - o);
-    const T *w = weight + o * in, *next = w + group * in;
+    const T *w = weight + o * in, *next = w + group * in, *b = bias ? bias + o : nullptr;
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) tiles<4, 2>(w, x + r * in, y + r * out + o, in, out, count, next, apart);
-    if (rows - r == 3) tiles<3, 3>(w, x + r * in, y + r * out + o, in, out, count, next, apart);
-    if (rows - r == 2) tiles<2, 4>(w, x + r * in, y + r * out + o, in, out, count, next, apart);
-    if (rows - r == 1) tiles<1, 8>(w, x + r * in, y + r * out + o, in, out, count, next, apart);
+    for (; r + 4 <= rows; r += 4) blocks<4, 2>(w, x + r * in, b, y + r * out + o, in, out, count, next, apart);
+    if (rows - r == 3) blocks<3, 3>(w, x + r * in, b, y + r * out + o, in, out, count, next, apart);
+    if (rows - r == 2) blocks<2, 4>(w, x + r * in, b, y + r * out + o, in, out, count, next, apart);
+    if (rows - r == 1) blocks<1, 8>(w, x + r * in, b, y + r * out + o, in, out, count, next, apart);
   }
 }
 
@@ -74,25 +114,17 @@ void in_blocks(int64_t in, int64_t out, const F& part) {
 }
 
 // x: (rows, in), weight: (out, in), bias: (out,) or null -> y: (rows, out).
-void multiply(const float* x, const float* weight, const float* bias, float* y, int64_t rows, int64_t in, int64_t out) {
-  in_blocks(in, out, [&](int64_t begin, int64_t end) {
-    columns(weight, x, y, rows, in, out, begin, end);
-    if (bias)
-      for (int64_t r = 0; r < rows; r++)
-        for (int64_t o = begin; o < end; o++) y[r * out + o] += bias[o];
-  });
-}
-
-void multiply(const uint16_t* x, const uint16_t* weight, const uint16_t* bias, uint16_t* y, int64_t rows, int64_t in,
-              int64_t out) {
-  float* const from = scratch(rows * (in + out));
-  float* const wide = from + rows * in;
-  unpack(x, from, rows * in);
-  in_blocks(in, out, [&](int64_t begin, int64_t end) {
-    columns(weight, from, wide, rows, in, out, begin, end);
-    for (int64_t r = 0; r < rows; r++)
-      for (int64_t o = begin; o < end; o++) y[r * out + o] = rounded(wide[r * out + o] + (bias ? widened(bias[o]) : 0.0f));
-  });
+template <typename T>
+void multiply(const T* x, const T* weight, const T* bias, T* y, int64_t rows, int64_t in, int64_t out) {
+  const float* from;
+  if constexpr (std::is_same_v<T, float>) {
+    from = x;
+  } else {
+    float* const unpacked = scratch(rows * in);
+    unpack(x, unpacked, rows * in);
+    from = unpacked;
+  }
+  in_blocks(in, out, [&](int64_t begin, int64_t end) { columns(weight, from, bias, y, rows, in, out, begin, end); });
 }
 
 // x: (..., in), weight: (out, in) contiguous of the same type, bias: (out,) or null -> (..., out). in is a multiple of 16.
@@ -107,9 +139,9 @@ AtenTensorHandle few_rows(AtenTensorHandle x, AtenTensorHandle weight, AtenTenso
   const View to(result);
   const void* const b = bias ? View(bias).data : nullptr;
   if (from.dtype == aoti_torch_dtype_float32())
-    multiply(from.as<float>(), w.as<float>(), static_cast<const float*>(b), to.as<float>(), rows, in, out);
+    multiply<float>(from.as<float>(), w.as<float>(), static_cast<const float*>(b), to.as<float>(), rows, in, out);
   else
-    multiply(from.as<uint16_t>(), w.as<uint16_t>(), static_cast<const uint16_t*>(b), to.as<uint16_t>(), rows, in, out);
+    multiply<uint16_t>(from.as<uint16_t>(), w.as<uint16_t>(), static_cast<const uint16_t*>(b), to.as<uint16_t>(), rows, in, out);
   return result;
 }
 

@@ -87,14 +87,12 @@ inline Lanes exponential(Lanes x) {
   return x < -87.0f ? Lanes{} : p * (Lanes)((n + 127) << 23);
 }
 
-// The sums over the lanes of eight vectors; that of vector i is in lane LANE_OF[i].
-constexpr int LANE_OF[8] = {0, 4, 1, 5, 2, 6, 3, 7};
-
+// The sums over the lanes of eight vectors, that of vector i in lane i.
 inline Lanes sums(const Lanes* a) {
   Lanes b[4], c[2];
   for (int i = 0; i < 4; i++)
-    b[i] = __builtin_shufflevector(a[2 * i], a[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11) +
-           __builtin_shufflevector(a[2 * i], a[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15);
+    b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   for (int i = 0; i < 2; i++)
     c[i] = __builtin_shufflevector(b[2 * i], b[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
            __builtin_shufflevector(b[2 * i], b[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
@@ -113,6 +111,20 @@ inline uint16_t rounded(float value) {  // to the nearest, ties to even
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Eight entries in the order in which they lie, as float32 and back.
+typedef uint16_t Halves __attribute__((vector_size(16)));
+typedef uint16_t LooseHalves __attribute__((vector_size(16), aligned(2), may_alias));
+
+inline Lanes wide(const float* at) { return load(at); }
+inline Lanes wide(const uint16_t* at) {
+  return (Lanes)(__builtin_convertvector(*reinterpret_cast<const LooseHalves*>(at), Bits) << 16);
+}
+inline void put(Lanes values, float* to) { *reinterpret_cast<LooseLanes*>(to) = values; }
+inline void put(Lanes values, uint16_t* to) {  // as `rounded` does
+  const Bits bits = (Bits)values, near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  *reinterpret_cast<LooseHalves*>(to) = __builtin_convertvector(values != values ? Bits{} + 0x7fc0 : near, Halves);
 }
 
 // A tensor as a kernel sees it. Read once, by torch's plain C functions: the classes over them cost more than a small product.
@@ -164,11 +176,15 @@ inline Tensor borrowed(AtenTensorHandle handle) {
   return Tensor(own);
 }
 
-// Room for so many numbers, the calling thread's own, until it asks again.
+// Room for so many numbers, the calling thread's own, until it asks again. It begins with a line of the caches, so that no
+// vector in it lies in two of them.
 inline float* scratch(int64_t count) {
-  thread_local std::vector<float> room;
-  if (static_cast<int64_t>(room.size()) < count) room.resize(count);
-  return room.data();
+  struct alignas(64) Line {
+    float entries[16];
+  };
+  thread_local std::vector<Line> room;
+  if (static_cast<int64_t>(room.size()) * 16 < count) room.resize(count / 16 + 1);
+  return reinterpret_cast<float*>(room.data());
 }
 
 // Calls `part` on parts of [0, count) in several threads, or on all of it where it is too little to share.
