@@ -73,6 +73,19 @@ def test_numbers_at_the_edge_come_out_as_torch_has_them(dtype, value):
         torch.testing.assert_close(few_rows(plain)(x), plain(x), equal_nan=True)
 
 
+@needs_kernel
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 17])
+def test_results_in_bfloat16_are_rounded_to_the_nearest_and_ties_to_even(rows):
+    layer = nn.Linear(16, 11, bias=False, dtype=torch.bfloat16)  # eight outputs are rounded together, and three are left
+    x = torch.zeros(rows, 16, dtype=torch.bfloat16)
+    x[:, :2] = torch.tensor([1, 2**-8])
+    with torch.inference_mode():
+        layer.weight.zero_()[:, 0] = 1 + torch.arange(11) * 2**-7  # 1, 1 + 2^-7, ..., and half the way to the one beside it:
+        layer.weight[:, 1] = torch.tensor([1, 1, -1, -1, 0.99, 1.01, float("nan"), 1, 1, float("nan"), 1])
+        exact = x.float() @ layer.weight.float().t()
+        torch.testing.assert_close(few_rows(layer)(x), exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
 def seen_by(queries: int, slots: int, *, seed: int, how: str) -> torch.Tensor:
     """A mask (1, 1, queries, slots) in which every query sees something: at random, one slot more than the one before it, as
     in a chain of drafts, or as many as the one before it, one slot later, as in a window."""

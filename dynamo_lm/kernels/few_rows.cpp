@@ -15,12 +15,16 @@ constexpr int64_t STREAM = 1 << 12;    // bytes of each, or one row where that i
 //
 // Meanwhile as many entries of the weight are fetched from `ahead`, in STREAMS that are `apart`: hardware runs further ahead in
 // each of them, into the second cache, than the first cache could by itself with the few lines that it can wait for at a time.
+// `done` entries of this group come before these: what is fetched goes on where the tile before them left off.
 template <int R, int O, typename T>
 inline __attribute__((always_inline)) void tile(
-    const T* weight, const float* x, Lanes* totals, int64_t in, const T* ahead, int64_t apart) {
-  constexpr int64_t LINES = 64 / sizeof(T) * (STREAMS / O);  // entries of a row until there is a line to fetch of each stream
+    const T* weight, const float* x, Lanes* totals, int64_t in, const T* ahead, int64_t apart, int64_t done) {
+  constexpr uint64_t LINE = 64 / sizeof(T), LINES = (O * STRIDE + LINE - 1) / LINE;  // entries of one; lines in a stride
   Lanes total[R][O] = {};
   for (int64_t k = 0; k < in; k += STRIDE) {
+    const uint64_t line = static_cast<uint64_t>(done + k * O) / LINE;
+    const T* const place = ahead + line % STREAMS * apart + line / STREAMS * LINE;
+    for (uint64_t p = 0; p < LINES; p++) __builtin_prefetch(place + p * apart);
     if constexpr (R < O) {  // what is fewer waits in registers for the other
       Lanes first[R], last[R];
       for (int r = 0; r < R; r++) first[r] = held(load(x + r * in + k));
@@ -42,8 +46,6 @@ inline __attribute__((always_inline)) void tile(
         for (int o = 0; o < O; o++) total[r][o] = fused(w[o], last, total[r][o]);
       }
     }
-    if (k % LINES == 0)
-      for (int s = 0; s < STREAMS; s++) __builtin_prefetch(ahead + s * apart + k * O / STREAMS);
   }
   for (int r = 0; r < R; r++)
     for (int o = 0; o < O; o++) totals[r * BLOCK + o] = total[r][o];
@@ -51,27 +53,27 @@ inline __attribute__((always_inline)) void tile(
 
 template <int R, int O, typename T>
 inline __attribute__((always_inline)) void tiles(
-    const T* weight, const float* x, Lanes* totals, int64_t in, int64_t count, const T* ahead, int64_t apart) {
+    const T* weight, const float* x, Lanes* totals, int64_t in, int64_t count, const T* ahead, int64_t apart, int64_t done) {
   int64_t o = 0;
-  for (; o + O <= count; o += O) tile<R, O>(weight + o * in, x, totals + o, in, ahead + o * in / STREAMS, apart);
+  for (; o + O <= count; o += O) tile<R, O>(weight + o * in, x, totals + o, in, ahead, apart, done + o * in);
   if constexpr (O > 1)
     if (o < count)
-      tiles<R, (O + 1) / 2>(weight + o * in, x, totals + o, in, count - o, ahead + o * in / STREAMS, apart);
+      tiles<R, (O + 1) / 2>(weight + o * in, x, totals + o, in, count - o, ahead, apart, done + o * in);
 }
 
-// R rows of x against up to BLOCK rows of the weight, which are then added up, rounded and written as whole vectors.
+// R rows of x against up to BLOCK rows of the weight, whose sums are then added up, rounded and written as whole vectors.
 template <int R, int O, typename T>
 void block(const T* weight, const float* x, const T* bias, T* y, int64_t in, int64_t out, int64_t count, const T* ahead,
-           int64_t apart) {
+           int64_t apart, int64_t done) {
   Lanes totals[R * BLOCK];
-  T part[BLOCK] = {};
   if (count == BLOCK) {
-    tiles<R, O>(weight, x, totals, in, BLOCK, ahead, apart);
+    tiles<R, O>(weight, x, totals, in, BLOCK, ahead, apart, done);
     const Lanes more = bias ? wide(bias) : Lanes{};
     for (int r = 0; r < R; r++) put(sums(totals + r * BLOCK) + more, y + r * out);
   } else {
-    for (Lanes& total : totals) total = Lanes{};
-    tiles<R, 1>(weight, x, totals, in, count, ahead, apart);
+    std::fill(totals, totals + R * BLOCK, Lanes{});
+    tiles<R, 1>(weight, x, totals, in, count, ahead, apart, done);
+    T part[BLOCK] = {};
     if (bias) std::copy(bias, bias + count, part);
     const Lanes more = wide(part);
     for (int r = 0; r < R; r++) {
@@ -86,7 +88,7 @@ void blocks(const T* weight, const float* x, const T* bias, T* y, int64_t in, in
             int64_t apart) {
   for (int64_t o = 0; o < count; o += BLOCK)
     block<R, O>(weight + o * in, x, bias ? bias + o : nullptr, y + o, in, out, std::min(BLOCK, count - o),
-                ahead + o * in / STREAMS, apart);
+                ahead, apart, o * in);
 }
 
 // Columns [begin, end) of y = x @ weight^T + bias; x: (rows, in) in the order of `unpack`, y: (rows, out).
