@@ -7,7 +7,7 @@ and `.log_p` say the same one binary search at a time, on any device; the tests 
 
 from __future__ import annotations
 
-from functools import cached_property
+import ctypes
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,22 +31,15 @@ class Lookup:
         self.unigrams = np.append(self.logs[0].astype(np.float64), -np.inf)  # one more for tokens the table does not know
         self._offsets: dict[int, np.ndarray] = {}
         self._tokens: dict[int, np.ndarray] = {}
+        self._pointers: dict[int, tuple[Any, list[np.ndarray]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pointers": {}}  # a copy's arrays lie elsewhere
 
     @property
     def order(self) -> int:
         """The longest n-gram in the table."""
         return len(self.keys)
-
-    @cached_property
-    def trie(self) -> int:
-        """Where the kernels find order and vocab_size, then where the keys, offsets and logs of each level lie."""
-        offsets = [0, *(kernels.address(self.offsets(order)) for order in range(2, self.order + 1))]
-        levels = zip(map(kernels.address, self.keys), offsets, map(kernels.address, self.logs), strict=True)
-        self._trie = np.array([self.order, self.vocab_size, *(place for level in levels for place in level)], np.int64)
-        return kernels.address(self._trie)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "trie"}  # a copy's arrays lie elsewhere
 
     def unigram(self, ids: np.ndarray) -> np.ndarray:
         """Log frequencies of single tokens, float64; -inf for those that were never counted or are unknown."""
@@ -68,6 +61,19 @@ class Lookup:
         if order not in self._tokens:
             self._tokens[order] = (self.keys[order - 1] % self.vocab_size).astype(np.int32)
         return self._tokens[order]
+
+    def pointers(self, longest: int) -> Any:
+        """Where the arrays of n-grams of 1 .. `longest` tokens lie, for the kernels: sampler.cpp's `Level`s."""
+        if longest not in self._pointers:
+            levels, arrays = [0, self.vocab_size, 0, kernels.address(self.logs[0])], self.logs
+            for order in range(2, longest + 1):
+                offsets, tokens = self.offsets(order), self.tokens(order)
+                levels += [kernels.address(offsets), offsets.size - 1, kernels.address(tokens)]
+                levels.append(kernels.address(self.logs[order - 1]))
+                arrays = [*arrays, offsets, tokens]
+            # The arrays are kept beside it, and the first entry stays: another thread may have made its own meanwhile.
+            self._pointers.setdefault(longest, ((ctypes.c_int64 * len(levels))(*levels), arrays))
+        return self._pointers[longest][0]
 
     def row(self, tokens: list[int]) -> int:
         """The row of an n-gram at the level of its length; -1 if it is not in the table."""

@@ -22,6 +22,7 @@ from dynamo_lm.joint import Heads, Joint, Joints, Link
 from dynamo_lm.otsu import ROUNDING, foreground
 
 MAX_GRID = 2**26  # entries: 0.5 GB
+MAX_COMPILED = 2**17  # tuples without a table: some milliseconds
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,9 @@ def draw_from(
     greedy: bool = False,
 ) -> Draw:
     """`draw` from candidates that were already found; present (V,) bool marks the tokens of the context."""
+    fast = kernels.sampler()
+    if fast is not None and _compilable(heads, table, options):
+        return _compiled_draw(fast, heads, present, table, options, generator, greedy)
     n = len(heads.ids)
     widest = 1 if options.eps_b == 1 else n  # a penalty below 1 may lift an entry above 1, but 1 means: one token
     joints = Joints(heads, table, options.alpha_c, least=static_threshold(options.eps_b, n))
@@ -140,6 +144,50 @@ def draw_from(
     ranks = np.unravel_index(left.cells[slot], (options.top_k,) * m)
     value = joint.values[joint.cells == left.cells[slot]]
     return Draw([int(heads.ids[i, rank]) for i, rank in enumerate(ranks)], float(value[0]), n - m)
+
+
+def _compilable(heads: Heads, table: Cooccurrence | None, options: Algorithm1) -> bool:
+    """Whether the kernels draw from these: cells fit 64 bits, and the tuples are soon done with, as no other thread gets the
+    interpreter meanwhile. What a learned coupling links stays with NumPy."""
+    n, k = heads.ids.shape
+    if heads.links or k != options.top_k or k**n >= 2**63:
+        return False
+    if table is not None and options.alpha_c > 0:
+        return table.order >= n or options.eps_b == 1
+    return k**n <= MAX_COMPILED or MAX_COMPILED * static_threshold(options.eps_b, n) >= 1  # their probabilities sum to 1
+
+
+def _compiled_draw(
+    fast: Any,
+    heads: Heads,
+    present: np.ndarray,
+    table: Cooccurrence | None,
+    options: Algorithm1,
+    generator: torch.Generator | None,
+    greedy: bool,
+) -> Draw:
+    """`draw_from` by the kernels."""
+    n, k = heads.ids.shape
+    ids, probs = np.ascontiguousarray(heads.ids, np.int64), np.ascontiguousarray(heads.probs, np.float64)
+    present, drawn = np.ascontiguousarray(present, bool), np.empty(n + 1, np.int64)
+    # One token needs no mask, and perhaps the table is too short for more.
+    levels = table.lookup.pointers(n) if table is not None and options.alpha_c > 0 and options.eps_b < 1 else None
+    joint = fast.dynamo_lm_draw(
+        kernels.address(ids),
+        kernels.address(probs),
+        n,
+        k,
+        kernels.address(present),
+        levels,
+        options.alpha_c,
+        options.eps_b,
+        options.otsu + (options.otsu and options.blur),
+        options.repetition_penalty,
+        -1.0 if greedy else _uniform(generator),
+        kernels.address(drawn),
+    )
+    m, *tokens = drawn.tolist()
+    return Draw(tokens[:m], joint, n - m)
 
 
 def survivors(joint: Joint, heads: Heads, present: np.ndarray, options: Algorithm1, m: int) -> Joint:
@@ -220,11 +268,11 @@ def draft_from(
     """`draft` from candidates of heads 2 .. n that were already found."""
     fast = kernels.sampler()
     if fast is not None and link is None and (generator is None or generator.device.type == "cpu"):
-        return _compiled(fast, heads, first, table, alpha_c, generator, greedy)
+        return _compiled_chain(fast, heads, first, table, alpha_c, generator, greedy)
     return _slot_by_slot(heads, first, table, alpha_c, temperature, generator, greedy, link)
 
 
-def _compiled(
+def _compiled_chain(
     fast: Any,
     heads: Heads,
     first: int,
@@ -240,7 +288,8 @@ def _compiled(
     tokens, q = torch.empty(slots, dtype=torch.int64), torch.empty(slots, k, dtype=torch.float64)
     uniforms = None if greedy else torch.rand(slots, dtype=torch.float64, generator=generator)  # as one by one, on a CPU
     fast.dynamo_lm_chain(
-        None if table is None or alpha_c == 0 else table.lookup.trie,
+        None if table is None or alpha_c == 0 else table.lookup.pointers(table.order),
+        0 if table is None else table.order,
         ids.data_ptr(),
         probs.data_ptr(),
         slots,
@@ -309,11 +358,15 @@ def _choose(values: np.ndarray, generator: torch.Generator | None, greedy: bool)
     """The slot of the largest of `values` (h,) >= 0, or one drawn in proportion to them."""
     if greedy:
         return _largest(values)
-    device = "cpu" if generator is None else generator.device
-    uniform = torch.rand(1, dtype=torch.float64, generator=generator, device=device).item()
     cumulative = np.cumsum(values)
-    slot = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    slot = int(np.searchsorted(cumulative, _uniform(generator) * cumulative[-1], side="right"))
     return min(slot, int(np.flatnonzero(values)[-1]))  # a product that rounds up to the total
+
+
+def _uniform(generator: torch.Generator | None) -> float:
+    """A number from 0 to 1, below 1."""
+    device = "cpu" if generator is None else generator.device
+    return torch.rand(1, dtype=torch.float64, generator=generator, device=device).item()
 
 
 def _largest(values: np.ndarray) -> int:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 FLAGS = ("-ffp-contract=fast", "-fno-associative-math", "-Wno-pedantic")
 STRIDE = 16  # entries that they take at a time, as in lanes.h: what they sum over is a multiple of it
 DTYPES = (torch.float32, torch.bfloat16)
-SOURCES = ("lanes.h", "few_rows.cpp", "few_queries.cpp", "sampler.cpp", "drafts.cpp")
+SOURCES = ("lanes.h", "few_rows.cpp", "few_queries.cpp", "sampler.cpp", "drafts.cpp", "draw.cpp")
 MOST_LOGITS = 2**20  # some milliseconds
 PATIENCE = 2.0  # seconds without a word
 _T = "AtenTensorHandle"
@@ -38,7 +38,8 @@ SHIMS = {  # what compiled steps call, by its name in C
 }
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 SAMPLER = {  # what arrays on the host are passed to, by its name in C: its result and its arguments
-    "dynamo_lm_chain": (None, (_P, _P, _P, _N, _N, _N, _F, _P, _P, _P)),
+    "dynamo_lm_chain": (None, (_P, _N, _P, _P, _N, _N, _N, _F, _P, _P, _P)),
+    "dynamo_lm_draw": (_F, (_P, _P, _N, _N, _P, _P, _F, _F, _N, _F, _F, _P)),
     "dynamo_lm_foreground": (None, (_P, _P, _N, _N, _N, _P)),
     "dynamo_lm_highest": (_N, (_P, _N, _N, _N, _P, _P)),
     "dynamo_lm_normalisers": (None, (_P, _N, _N, _P)),

@@ -138,6 +138,30 @@ int threshold(const int64_t* histogram) {
   return std::find_if(spread, spread + BINS - 1, [&](double s) { return s >= enough; }) - spread;
 }
 
+struct Level {  // the n-grams of one length, as `Lookup.pointers` packs them
+  const int64_t* offsets;  // (parents + 1,) where the children of each shorter one begin; none for single tokens
+  int64_t parents;
+  const int32_t* tokens;  // (rows,) the last token of each
+  const float* logs;      // (rows,) log frequency of each
+};
+static_assert(sizeof(Level) == 4 * sizeof(int64_t));
+
+// The largest of some logits.
+inline float peak(const float* logits, int64_t size) {
+  int64_t i = 0;
+  float most = -INFINITY;
+  if (size >= 8) {
+    Lanes lanes = load(logits);
+    for (i = 8; i + 8 <= size; i += 8) {
+      const Lanes next = load(logits + i);
+      lanes = next > lanes ? next : lanes;
+    }
+    for (int j = 0; j < 8; j++) most = std::max(most, lanes[j]);
+  }
+  for (; i < size; i++) most = std::max(most, logits[i]);
+  return most;
+}
+
 }  // namespace
 
 // Which of `count` entries of the k^m grid Otsu's threshold keeps, judged by their blurred values. cells: ascending, values:
@@ -215,10 +239,11 @@ extern "C" __attribute__((visibility("default"))) int64_t dynamo_lm_seen(
   std::sort(known.begin(), known.end());
   int64_t hits = 0;
   const auto look = [&](int64_t r, int64_t c) {  // without a branch, which would be guessed wrong at every hit
+    const int64_t at = rank_of[tokens[c]];  // kept: to read it back, every turn would wait for the one before
     parent[hits] = r;
-    rank[hits] = rank_of[tokens[c]];
+    rank[hits] = at;
     found[hits] = c;
-    hits += rank[hits] >= 0;
+    hits += at >= 0;
   };
   for (int64_t r = 0; r < h; r++) {
     if (rows[r] < 0 || rows[r] >= parents) continue;  // a token that the table does not know has no children
@@ -249,18 +274,7 @@ extern "C" __attribute__((visibility("default"))) int64_t dynamo_lm_highest(
     tops.clear();
     for (int64_t begin = 0; begin < size; begin += part) {
       const int64_t end = std::min(size, begin + part);
-      int64_t i = begin;
-      float top = -INFINITY;
-      if (end - begin >= 8) {
-        Lanes largest = load(logits + i);
-        for (i += 8; i + 8 <= end; i += 8) {
-          const Lanes next = load(logits + i);
-          largest = next > largest ? next : largest;
-        }
-        for (int j = 0; j < 8; j++) top = std::max(top, largest[j]);
-      }
-      for (; i < end; i++) top = std::max(top, logits[i]);
-      tops.push_back(top);
+      tops.push_back(peak(logits + begin, end - begin));
     }
     float bound = -INFINITY;
     if (static_cast<int64_t>(tops.size()) >= most) {
@@ -298,7 +312,7 @@ extern "C" __attribute__((visibility("default"))) int64_t dynamo_lm_highest(
 extern "C" __attribute__((visibility("default"))) void dynamo_lm_normalisers(
     const float* logits, int64_t lines, int64_t size, float* result) {
   for (int64_t line = 0; line < lines; line++, logits += size) {
-    const float most = *std::max_element(logits, logits + size);
+    const float most = peak(logits, size);
     if (std::isinf(most)) {
       result[line] = most;
       continue;
