@@ -96,7 +96,7 @@ class Straight:
     def __init__(self, model: DynaMoForCausalLM):
         self.compiled = torch.compile(model.hidden, dynamic=False, backend=self._backend)
         self.own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        self.ran: list[tuple[Any, list[Tensor], Any]] = []  # in the step that is watched: code, what it was handed, result
+        self.ran: list[tuple[Any, list[Tensor], Any]] | None = None  # in a step that is watched: code, what it got and gave
         self.graphs: dict[tuple[int, int], _Graph | None] = {}  # by width and capacity; None: torch's way
 
     def __call__(self, input_ids: Tensor, *, past_key_values: FixedCache, **inputs: Any) -> Tensor:
@@ -129,9 +129,10 @@ class Straight:
             code = compile_fx_inner(*args, **kwargs)
 
             def run(handed: list[Tensor]) -> Any:
-                copied = handed.copy()
+                copied = handed.copy()  # the code empties the list
                 result = code(handed)
-                self.ran.append((code, copied, result))
+                if self.ran is not None:
+                    self.ran.append((code, copied, result))
                 return result
 
             run._boxed_call = True  # type: ignore[attr-defined]
@@ -145,17 +146,21 @@ class Straight:
 
     def _watched(self, shape: tuple[int, int], cache: FixedCache, **inputs: Any) -> Tensor:
         """A step by torch's way."""
-        self.ran.clear()
-        result = self.compiled(past_key_values=cache, **inputs)
-        self.graphs[shape] = self._graph(cache, inputs, result)
-        self.ran.clear()
+        self.ran = []
+        try:
+            result = self.compiled(past_key_values=cache, **inputs)
+            self.graphs[shape] = self._graph(self.ran, cache, inputs, result)
+        finally:
+            self.ran = None
         return result
 
-    def _graph(self, cache: FixedCache, inputs: dict[str, Any], result: Tensor) -> _Graph | None:
+    def _graph(
+        self, ran: list[tuple[Any, list[Tensor], Any]], cache: FixedCache, inputs: dict[str, Any], result: Tensor
+    ) -> _Graph | None:
         """What the watched step ran, if that is all that there was to it."""
-        if len(self.ran) != 1:
+        if len(ran) != 1:
             return None
-        code, handed, (found, *others) = self.ran[0]
+        code, handed, (found, *others) = ran[0]
         alike = found.data_ptr() == result.data_ptr() and found.shape == result.shape and found.stride() == result.stride()
         inputs_at = {id(tensor): name for name, tensor in _named(cache, **inputs).items()}
         buffers_at = {
