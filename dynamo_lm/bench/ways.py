@@ -126,14 +126,21 @@ def dynamo(num_heads: int, *, off_heads: int, eps_b: float) -> list[Way]:
         (f"off, eps_b={eps_b:g}", {"verify": "off", "do_sample": True, "eps_b": eps_b}, "sampled", False),
     ]
     for name, arguments, kind, lossless in fast:
-        n = off_heads if arguments["verify"] == "off" else num_heads
-        if n == 1:
-            continue
+        most = off_heads if arguments["verify"] == "off" else num_heads
         same = OWN if kind == "greedy" and lossless else None
-        more = {"num_heads": n, **COMPILED}
-        found.append(
-            Way(f"DynaMo {name}, n={n}, compiled", "dynamo", arguments | more, kind, lossless, identical_to=same, ceiling=n)
-        )
+        found += [
+            Way(
+                f"DynaMo {name}, n={n}, compiled",
+                "dynamo",
+                {**arguments, "num_heads": n, **COMPILED},
+                kind,
+                lossless,
+                identical_to=same,
+                ceiling=n,
+            )
+            for n in range(2, most + 1)
+            if n == most or name == "strict" or arguments["verify"] == "off"
+        ]
     chain = {"verify": "strict", "num_heads": num_heads, "tree": 0}
     found.append(Way(f"DynaMo strict, n={num_heads}, chain", "dynamo", chain, identical_to=OWN, ceiling=num_heads))
     found += [
