@@ -125,6 +125,10 @@ class RowCache(Cache):
         collection, which comes seldom: a thousand megabytes in an hour of short texts."""
         self.layers.clear()
 
+    def buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every entry that was written, (rows, heads, slots, width) each."""
+        return [(layer.keys, layer.values) for layer in self._filled()]  # type: ignore[misc]
+
     def _filled(self) -> list[_RowLayer]:
         """The entries that a forward has written."""
         return [layer for layer in self.layers if layer.is_initialized]  # type: ignore[union-attr, misc]
@@ -145,6 +149,11 @@ class FixedCache(RowCache):
         self.capacity, self.device = capacity, device or torch.device("cpu")
         self.slots: Tensor | None = None  # (new,) on the device: where the forward in progress writes
         self.handed: dict[Any, list[Any]] = {}  # by compiled step: its tensors, these buffers among them
+
+    def lay_out(self, layout: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Makes the buffers before the first forward would. layout: keys and values of no token, by entry."""
+        for layer, (keys, values) in zip(self.layers, layout, strict=True):
+            layer.lazy_initialization(keys, values)  # type: ignore[union-attr, call-arg]
 
     def release(self) -> None:
         super().release()

@@ -12,20 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dynamo_lm.cache import FixedCache
+from dynamo_lm.cache import FixedCache, RowCache
 from dynamo_lm.errors import InputError
+from dynamo_lm.masks import MaskForm
+from dynamo_lm.model import DynaMoForCausalLM, decoder_layers
 from dynamo_lm.wide import WideLayer
-
-if TYPE_CHECKING:
-    from dynamo_lm.model import DynaMoForCausalLM
 
 LEAST = 256  # slots of the smallest cache; larger ones double
 SHAPES = 64  # compiled steps that one process may hold
+AGAIN = 2**27  # bytes of weights, read in the time that it takes to call a forward's operations one by one
 
 
 def capacity(tokens: int) -> int:
@@ -54,7 +54,7 @@ def compiled(model: DynaMoForCausalLM, num_heads: int) -> tuple[DynaMoForCausalL
         if n > 1 and not isinstance(twin.last_layer, WideLayer):
             raise InputError("compile=True needs heads that are one layer beside the base's last one; leave it out.")
         if model.device.type == "cpu":
-            step: Callable[..., Tensor] = Straight(twin)
+            step: Callable[..., Tensor] = Straight(twin, n)
         else:
             options: dict[str, Any] = {"guard_filter_fn": _of_inputs}
             graphs = model.device.type == "cuda"
@@ -93,11 +93,19 @@ class Straight:
     something else is handed over, or more than one graph is run, all steps take torch's way.
     """
 
-    def __init__(self, model: DynaMoForCausalLM):
+    def __init__(self, model: DynaMoForCausalLM, num_heads: int):
+        """model: arranged for so many heads."""
         self.compiled = torch.compile(model.hidden, dynamic=False, backend=self._backend)
         self.own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self.ran: list[tuple[Any, list[Tensor], Any]] | None = None  # in a step that is watched: code, what it got and gave
         self.graphs: dict[tuple[int, int], _Graph | None] = {}  # by width and capacity; None: torch's way
+        self.weights = sum(p.numel() * p.element_size() for p in decoder_layers(model.base).parameters())  # in bytes
+        self.layout = _layout(model, num_heads)
+
+    def absorbs(self, prompt: int, width: int) -> bool:
+        """Whether steps of so many tokens take in a prompt sooner than one forward that is not compiled: each reads the
+        layers' weights again, but small ones are read in less time than it takes to call all operations one by one."""
+        return (-(-prompt // width) - 1) * self.weights <= AGAIN
 
     def __call__(self, input_ids: Tensor, *, past_key_values: FixedCache, **inputs: Any) -> Tensor:
         """As `DynaMoForCausalLM.hidden`."""
@@ -174,6 +182,16 @@ class Straight:
         given = [(inputs_at[id(tensor)], place) for place, tensor in enumerate(handed) if id(tensor) in inputs_at]
         held = [(*buffers_at[id(tensor)], place) for place, tensor in enumerate(handed) if id(tensor) in buffers_at]
         return _Graph(code, [tensor if id(tensor) in self.own else None for tensor in handed], given, held)
+
+
+def _layout(model: DynaMoForCausalLM, num_heads: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of no token, as the model's forward puts them in each entry of a cache."""
+    cache, form = RowCache(model.cache_entries, 1), MaskForm.of(model.base.config, model.dtype)
+    with torch.inference_mode():
+        positions, mask = cache.begin(1), form.next(0, 1, 1, device=model.device)
+        inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        model.hidden(torch.zeros_like(positions), num_heads=num_heads, **inputs)
+        return [(keys[:, :, :0].clone(), values[:, :, :0].clone()) for keys, values in cache.buffers()]
 
 
 def _named(cache: FixedCache, *, attention_mask: Any, **inputs: Any) -> dict[str, Tensor]:

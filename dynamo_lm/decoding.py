@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dynamo_lm.cache import FixedCache, RowCache, sent
 from dynamo_lm.candidates import Reading
-from dynamo_lm.compiling import capacity, compiled
+from dynamo_lm.compiling import Straight, capacity, compiled
 from dynamo_lm.errors import InputError
 from dynamo_lm.joint import Heads, Link
 from dynamo_lm.masks import MaskForm
@@ -226,7 +226,12 @@ class Batch:
         longest = rows[0].prompt_length + rows[0].options.max_new_tokens + self._fixed(rows)
         slots = capacity(longest)
         kept = self.model.arranged.pop((self.num_heads, self.device, slots), None)
-        return FixedCache(self.model.cache_entries, slots, self.device) if kept is None else kept
+        if kept is not None:
+            return kept
+        cache = FixedCache(self.model.cache_entries, slots, self.device)
+        if isinstance(self.forward, Straight):
+            cache.lay_out(self.forward.layout)
+        return cache
 
     def _fixed(self, rows: list[Row]) -> int:
         """Tokens of every forward behind the prompt's, if they are all to have one shape; else 0."""
@@ -289,23 +294,52 @@ class Batch:
         Returns:
             Final hidden states of the heads, (n, rows, width, hidden), of prompts those at their end alone.
         """
-        model = self.model
-        width = max(len(row.pending) for row in rows)
         if not first:
-            width = max(width, self._fixed(rows))
+            width = max(self._fixed(rows), *(len(row.pending) for row in rows))
+            branches = any(row.branches for row in rows)
+            return self._run(self.forward, [row.pending for row in rows], cache, seats, width, rows if branches else [])
+        prompt, size, none = rows[0].pending, self._fixed(rows), cache.lengths
+        if (
+            isinstance(self.forward, Straight)
+            and self.forward.absorbs(len(prompt), size)
+            and not rows[0].options.prompt_logprobs
+        ):
+            for start in range(0, len(prompt), size):
+                part = prompt[start : start + size]
+                hidden = self._run(self.forward, [part], cache, seats, size, [])
+                cache.keep(torch.tensor([len(part)]))
+            cache.lengths = none  # what stays is the caller's to say
+            return hidden[:, :, len(part) - 1, None]
+        hidden = self._run(self.model.hidden, [row.pending for row in rows], cache, seats, 0, [])
+        self._score_prompts(rows, hidden[0])
+        ends = sent(torch.tensor([row.prompt_length - 1 for row in rows]), hidden.device)
+        return hidden[:, torch.arange(len(rows), device=hidden.device), ends][:, :, None]
+
+    def _run(
+        self,
+        forward: Callable[..., Tensor],
+        pending: list[list[int]],
+        cache: RowCache,
+        seats: Sequence[int],
+        width: int,
+        trees: Sequence[Row],
+    ) -> Tensor:
+        """One forward over `pending`, by row, padded to `width` or to the longest; (n, rows, width, hidden).
+
+        trees: the rows, if any of them absorbs a tree.
+        """
+        width = max(width, *map(len, pending))
         positions = cache.begin(width)  # (rows, width)
-        pending = [row.pending + [0] * (width - len(row.pending)) for row in rows]
-        tokens = torch.tensor(_by_seat(cache, seats, pending, [0] * width))
-        branches = not first and any(row.branches for row in rows)
-        if cache.rows == 1 and not branches:
+        tokens = torch.tensor(_by_seat(cache, seats, [part + [0] * (width - len(part)) for part in pending], [0] * width))
+        if cache.rows == 1 and not trees:
             mask = self._mask_form.next(int(positions[0, 0]), width, cache.end, device=self.device)
         else:
             keys, visible = torch.arange(cache.end)[None], None
-            if branches:
-                parents = _by_seat(cache, seats, [row.parents for row in rows], [])
+            if trees:
+                parents = _by_seat(cache, seats, [row.parents for row in trees], [])
                 positions, keys, visible = cache.as_trees(positions, parents)
             mask = self._mask_form.mask(positions, keys, visible=visible, device=self.device)
-        hidden = (model.hidden if first else self.forward)(
+        hidden = forward(
             sent(tokens, self.device),
             num_heads=self.num_heads,
             attention_mask=mask,
@@ -314,10 +348,6 @@ class Batch:
         )
         if list(seats) != list(range(cache.rows)):
             hidden = hidden.index_select(1, sent(torch.tensor(seats), hidden.device))
-        if first:
-            self._score_prompts(rows, hidden[0])
-            ends = sent(torch.tensor([row.prompt_length - 1 for row in rows]), hidden.device)
-            hidden = hidden[:, torch.arange(len(rows), device=hidden.device), ends][:, :, None]
         return hidden
 
     def _judge(self, r: int, row: Row, logits: Tensor, scores: Scores, first: bool) -> _Judged:

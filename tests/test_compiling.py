@@ -8,6 +8,7 @@ import pytest
 import torch
 from architectures import dynamo_of, random_tokens
 
+from dynamo_lm import compiling
 from dynamo_lm.cache import FixedCache
 from dynamo_lm.compiling import Straight, capacity, check_compiler, compiled
 from dynamo_lm.counting import count
@@ -87,6 +88,25 @@ def test_later_steps_reach_compiled_code_straight_away_with_the_same_result(name
     for start in (0, 6):
         for straight, way in zip(results[start : start + 3], results[start + 3 : start + 6], strict=True):
             assert torch.equal(straight, way)
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("length", [1, 2, 5, 6])
+def test_short_prompts_are_absorbed_in_compiled_steps(monkeypatch, length):
+    model, prompt = dynamo_of("gpt_neox", 2), random_tokens(1, length).tolist()
+    expected = decode(model, prompt, DecodingOptions(8, 2, tree=0), seeds=[0])[0]
+    options = DecodingOptions(8, 2, compile=True, logprobs=0)
+    decode(model, [[1]], options, seeds=[0])
+    with monkeypatch.context() as patch:
+        batch = Batch(model, 2, compile=True)
+        patch.setattr(batch.model, "hidden", None)  # what would absorb it in one forward
+        row = batch.join(prompt[0], options, seed=0)
+        while batch.running:
+            batch.step()
+    assert row.tokens == expected.tokens and row.statistics.step_sizes == expected.statistics.step_sizes
+    monkeypatch.setattr(compiling, "AGAIN", 0)
+    scored = decode(model, prompt, replace(options, prompt_logprobs=True), seeds=[0])[0]
+    assert scored.tokens == expected.tokens and len(scored.prompt_scores) == length
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
