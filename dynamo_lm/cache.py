@@ -42,6 +42,13 @@ class RowCache(Cache):
     def rows(self) -> int:
         return len(self.lengths)
 
+    def by_seat(self, seats: Sequence[int], values: Sequence[Any], empty: Any) -> list[Any]:
+        """What belongs to rows in these seats, in the order of all seats, with something for empty ones."""
+        found = [empty] * self.rows
+        for seat, value in zip(seats, values, strict=True):
+            found[seat] = value
+        return found
+
     def begin(self, new: int) -> Tensor:
         """Announces a forward of `new` tokens a row and returns their positions, (rows, new) int64."""
         starts = self.lengths.tolist()

@@ -18,24 +18,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dynamo_lm.cache import FixedCache, RowCache, sent
+from dynamo_lm.cache import RowCache
 from dynamo_lm.candidates import Reading
-from dynamo_lm.compiling import Straight, capacity, compiled
 from dynamo_lm.errors import InputError
 from dynamo_lm.joint import Heads, Link
-from dynamo_lm.masks import MaskForm
 from dynamo_lm.model import DynaMoForCausalLM
 from dynamo_lm.rows import DecodingOptions, Row, Statistics
 from dynamo_lm.sampling import check, check_weighting, draft_from, draw_from
 from dynamo_lm.scores import Scores
 from dynamo_lm.shortlist import shortlist_of
 from dynamo_lm.tree import Pace, depths, grow
+from dynamo_lm.trunk import Trunk, context_of
 from dynamo_lm.verification import accept_greedy, accept_sampled, accept_tree
 
 CHUNK = 512  # positions of a prompt whose logits exist at one time, where they are asked for
@@ -94,15 +93,8 @@ class Batch:
         """
         check_heads(model, num_heads)
         self.num_heads, self.compile = num_heads, compile
-        self.context = context_of(model)
-        self.forward: Callable[..., Tensor]
-        if compile:
-            self.model, self.forward = compiled(model, num_heads)
-        else:
-            self.model = model.for_decoding(num_heads)
-            self.forward = self.model.hidden
-        self.device = self.model.device  # here and below: what to ask the model anew in every step would be slow
-        self._mask_form = MaskForm.of(self.model.base.config, self.model.dtype)
+        self.trunk = Trunk(model, num_heads, compile=compile)
+        self.model = self.trunk.model
         coupling = self.model.coupling  # whose table of tokens the host reads in every step
         self._embedding = None if coupling is None else coupling.tokens.detach().cpu()
         self._listed = shortlist_of(self.model)
@@ -170,7 +162,7 @@ class Batch:
                 self._vacate({row for row in self._rows if row.finished})
             if self._newcomers:
                 newcomers, self._newcomers = self._newcomers, []
-                cache = self._new_cache(newcomers)
+                cache = self.trunk.new_cache(newcomers)
                 self._advance(newcomers, cache, range(len(newcomers)), first=True)
                 self._seat(newcomers, cache)
             self._close_up()
@@ -211,33 +203,12 @@ class Batch:
     def _close_up(self) -> None:
         """Gives empty seats back, once they are a quarter of all: each costs a step what a row does."""
         if not self._rows:
-            if isinstance(self._cache, FixedCache) and self._cache.device.type == "cuda":  # for whom its steps are recorded
-                self.model.arranged[self.num_heads, self._cache.device, self._cache.capacity] = self._cache
-            elif self._cache is not None:
-                self._cache.release()
+            if self._cache is not None:
+                self.trunk.give_back(self._cache)
             self._cache, self._seats = None, []
         elif self._cache is not None and 4 * len(self._rows) <= 3 * self._cache.rows:
             self._cache.select(torch.tensor(self._seats))
             self._seats = list(range(len(self._rows)))
-
-    def _new_cache(self, rows: list[Row]) -> RowCache:
-        if not self.compile:
-            return RowCache(self.model.cache_entries, len(rows))
-        longest = rows[0].prompt_length + rows[0].options.max_new_tokens + self._fixed(rows)
-        slots = capacity(longest)
-        kept = self.model.arranged.pop((self.num_heads, self.device, slots), None)
-        if kept is not None:
-            return kept
-        cache = FixedCache(self.model.cache_entries, slots, self.device)
-        if isinstance(self.forward, Straight):
-            cache.lay_out(self.forward.layout)
-        return cache
-
-    def _fixed(self, rows: list[Row]) -> int:
-        """Tokens of every forward behind the prompt's, if they are all to have one shape; else 0."""
-        if not self.compile:
-            return 0
-        return rows[0].pace.sizes[-1] if rows[0].pace is not None else rows[0].options.num_heads
 
     def _advance(self, rows: list[Row], cache: RowCache, seats: Sequence[int], *, first: bool) -> None:
         """One step of rows that are all at their prompt (`first`) or all behind it; seats: theirs in the cache."""
@@ -254,9 +225,9 @@ class Batch:
         # 2. Judge: how many of the absorbed tokens stay, and the base's next token behind them.
         judged = [self._judge(r, row, read.logits[r], scores, first) for r, row in enumerate(rows)]
         if not first and any(row.branches for row in rows):
-            cache.gather(_by_seat(cache, seats, [one.path for one in judged], []))
+            cache.gather(cache.by_seat(seats, [one.path for one in judged], []))
         kept = [row.prompt_length if first else 1 + len(one.path) for row, one in zip(rows, judged, strict=True)]
-        cache.keep(torch.tensor(_by_seat(cache, seats, kept, 0)))
+        cache.keep(torch.tensor(cache.by_seat(seats, kept, 0)))
 
         # 3. Choose: from all heads behind the last token that stays, a draft of the tokens behind the certain one, or m
         # tokens at once.
@@ -277,7 +248,7 @@ class Batch:
             if row.ending:
                 row.emitted, row.finished = [], row.ending
             else:
-                count = row.emit(one.emitted, self.context)
+                count = row.emit(one.emitted, self.trunk.context)
                 if not row.options.off:
                     scores.add(row, r, row.emitted, behind=[0, *one.path], costs=one.costs[:count])
                 if row.ending and row.options.off and row.options.logprobs is not None and count > 1:
@@ -289,66 +260,13 @@ class Batch:
             pace.record(size, time.perf_counter() - began, promised, len(judged[0].emitted) - 1)
 
     def _absorb(self, rows: list[Row], cache: RowCache, seats: Sequence[int], first: bool) -> Tensor:
-        """The forward; shorter rows are padded behind their end, empty seats are all padding.
-
-        Returns:
-            Final hidden states of the heads, (n, rows, width, hidden), of prompts those at their end alone.
-        """
+        """Final hidden states of the heads, (n, rows, width, hidden), of prompts those at their end alone."""
         if not first:
-            width = max(self._fixed(rows), *(len(row.pending) for row in rows))
-            branches = any(row.branches for row in rows)
-            return self._run(self.forward, [row.pending for row in rows], cache, seats, width, rows if branches else [])
-        prompt, size, none = rows[0].pending, self._fixed(rows), cache.lengths
-        if (
-            isinstance(self.forward, Straight)
-            and self.forward.absorbs(len(prompt), size)
-            and not rows[0].options.prompt_logprobs
-        ):
-            for start in range(0, len(prompt), size):
-                part = prompt[start : start + size]
-                hidden = self._run(self.forward, [part], cache, seats, size, [])
-                cache.keep(torch.tensor([len(part)]))
-            cache.lengths = none  # what stays is the caller's to say
-            return hidden[:, :, len(part) - 1, None]
-        hidden = self._run(self.model.hidden, [row.pending for row in rows], cache, seats, 0, [])
-        self._score_prompts(rows, hidden[0])
-        ends = sent(torch.tensor([row.prompt_length - 1 for row in rows]), hidden.device)
-        return hidden[:, torch.arange(len(rows), device=hidden.device), ends][:, :, None]
-
-    def _run(
-        self,
-        forward: Callable[..., Tensor],
-        pending: list[list[int]],
-        cache: RowCache,
-        seats: Sequence[int],
-        width: int,
-        trees: Sequence[Row],
-    ) -> Tensor:
-        """One forward over `pending`, by row, padded to `width` or to the longest; (n, rows, width, hidden).
-
-        trees: the rows, if any of them absorbs a tree.
-        """
-        width = max(width, *map(len, pending))
-        positions = cache.begin(width)  # (rows, width)
-        tokens = torch.tensor(_by_seat(cache, seats, [part + [0] * (width - len(part)) for part in pending], [0] * width))
-        if cache.rows == 1 and not trees:
-            mask = self._mask_form.next(int(positions[0, 0]), width, cache.end, device=self.device)
-        else:
-            keys, visible = torch.arange(cache.end)[None], None
-            if trees:
-                parents = _by_seat(cache, seats, [row.parents for row in trees], [])
-                positions, keys, visible = cache.as_trees(positions, parents)
-            mask = self._mask_form.mask(positions, keys, visible=visible, device=self.device)
-        hidden = forward(
-            sent(tokens, self.device),
-            num_heads=self.num_heads,
-            attention_mask=mask,
-            position_ids=sent(positions.clamp(max=self.context - 1), self.device),
-            past_key_values=cache,
-        )
-        if list(seats) != list(range(cache.rows)):
-            hidden = hidden.index_select(1, sent(torch.tensor(seats), hidden.device))
-        return hidden
+            return self.trunk.step(rows, cache, seats)
+        ends, whole = self.trunk.prompts(rows, cache)
+        if whole is not None:
+            self._score_prompts(rows, whole)
+        return ends
 
     def _judge(self, r: int, row: Row, logits: Tensor, scores: Scores, first: bool) -> _Judged:
         """What stays of one row's pending tokens; logits: (width, vocabulary), the base's behind each of them."""
@@ -374,7 +292,7 @@ class Batch:
         """The tokens of one step of Algorithm 1, which are the next pending ones; a row near its end uses fewer heads."""
         options, algorithm = row.options, row.options.algorithm
         assert heads is not None and row.present is not None
-        room = max(1, min(options.num_heads, row.left, self.context - held))
+        room = max(1, min(options.num_heads, row.left, self.trunk.context - held))
         heads = heads.of(0, room)
         if link is not None and room > 1:
             heads = heads.coupled(link, algorithm.temperature)
@@ -390,7 +308,7 @@ class Batch:
         """
         options, certain = row.options, emitted[-1]
         row.pending, row.parents, row.proposals, row.size = [certain], [], [], 0
-        room = min(options.num_heads, min(self.context - len(row.tokens), row.left) - len(emitted)) - 1
+        room = min(options.num_heads, min(self.trunk.context - len(row.tokens), row.left) - len(emitted)) - 1
         if heads is None or room <= 0:
             return
         alpha_c, temperature, table = options.algorithm.alpha_c, options.draft_temperature, self.model.cooccurrence
@@ -426,19 +344,6 @@ class _Judged(NamedTuple):
     costs: list[float]  # of each, if it was verified
     path: list[int]  # where the pending tokens that stay are, behind the first
     last: int  # where the last of them is
-
-
-def _by_seat(cache: RowCache, seats: Sequence[int], values: list[Any], empty: Any) -> list[Any]:
-    """What belongs to rows, in the order of the cache's, with something for empty seats."""
-    found = [empty] * cache.rows
-    for seat, value in zip(seats, values, strict=True):
-        found[seat] = value
-    return found
-
-
-def context_of(model: DynaMoForCausalLM) -> int:
-    """Tokens that the model can hold; where it states no limit, more than any."""
-    return model.config.max_context or 2**31
 
 
 def check_heads(model: DynaMoForCausalLM, num_heads: int) -> None:

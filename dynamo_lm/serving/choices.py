@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from dynamo_lm.decoding import check_row, context_of
+from dynamo_lm.decoding import check_row
 from dynamo_lm.errors import InputError
 from dynamo_lm.generation import VERIFIED_ALPHA_C
 from dynamo_lm.instruct.template import encode_chat, end_of_turn
@@ -24,6 +24,7 @@ from dynamo_lm.rows import DecodingOptions, Stop, Warp
 from dynamo_lm.sampling import Algorithm1
 from dynamo_lm.serving.protocol import ChatRequest, CompletionRequest, Refusal, Request
 from dynamo_lm.serving.vocabulary import Vocabulary
+from dynamo_lm.trunk import context_of
 from dynamo_lm.writer import Writer
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; chats may fill what is left
