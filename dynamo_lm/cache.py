@@ -158,8 +158,9 @@ class FixedCache(RowCache):
         self.handed: dict[Any, list[Any]] = {}  # by compiled step: its tensors, these buffers among them
 
     def lay_out(self, layout: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Makes the buffers before the first forward would. layout: keys and values of no token, by entry."""
-        for layer, (keys, values) in zip(self.layers, layout, strict=True):
+        """Makes the buffers before the first forward would. layout: keys and values of no token, by entry; heads that are
+        left out have further entries behind them."""
+        for layer, (keys, values) in zip(self.layers, layout, strict=False):
             layer.lazy_initialization(keys, values)  # type: ignore[union-attr, call-arg]
 
     def release(self) -> None:

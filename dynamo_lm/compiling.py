@@ -173,7 +173,7 @@ class Straight:
         inputs_at = {id(tensor): name for name, tensor in _named(cache, **inputs).items()}
         buffers_at = {
             id(getattr(layer, name)): (entry, name)
-            for entry, layer in enumerate(cache.layers)
+            for entry, layer in enumerate(cache.layers[: len(self.layout)])
             for name in ("keys", "values")
         }
         known = self.own | inputs_at.keys() | buffers_at.keys()

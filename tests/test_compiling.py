@@ -110,6 +110,17 @@ def test_short_prompts_are_absorbed_in_compiled_steps(monkeypatch, length):
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("heads", [1, 2])
+def test_compiled_steps_may_use_fewer_heads_than_there_are(heads):
+    model, prompt = dynamo_of("llama", 3), random_tokens(1, 5).tolist()
+    expected = decode(model, prompt, DecodingOptions(8, heads, tree=0), seeds=[0])[0].tokens
+    for _ in range(2):
+        assert decode(model, prompt, DecodingOptions(8, heads, compile=True), seeds=[0])[0].tokens == expected
+    step = model.arranged[heads, model.device, model.dtype][1]
+    assert set(step.graphs) == {(heads, 256)} and None not in step.graphs.values()
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
 def test_a_model_whose_weights_were_exchanged_is_compiled_anew():
     model, prompt = dynamo_of("gpt_neox", 2), random_tokens(1, 6).tolist()
     options = DecodingOptions(6, 2)
