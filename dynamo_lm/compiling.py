@@ -5,7 +5,7 @@ how it is to decode. Out: the model arranged for decoding and a forward for its 
 compiling takes a minute (torch keeps the result on disk, too). Every capacity of the cache and every width is compiled anew.
 On a CPU what was compiled is called without torch's way to it (`Straight`). On a CUDA device the kernels of a step are
 recorded once and replayed as one graph, which holds addresses: a step's result is overwritten by the next one, and caches
-are used again (`Batch`), because every other one is recorded anew.
+are used again (`dynamo_lm.trunk`), because every other one is recorded anew.
 """
 
 from __future__ import annotations
