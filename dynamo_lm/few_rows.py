@@ -1,7 +1,7 @@
 """A model whose linear layers and attention are fast for the few rows of a decoding step, on a CPU.
 
 A step hands each layer one row per new token. With 2 to 4 rows a library's x @ weight^T takes 1.5 to 4.7 times what it
-takes with one, although the weight is read once in both (`benchmarks/rows.py`). The project's kernel takes 0.6 to 1.0
+takes with one, although the weight is read once in both (`benchmarks/rows.py`). The project's kernel takes 0.4 to 1.0
 times what the library takes with one, in float32 and bfloat16, and gives every row the same result whichever rows are beside
 it. Where it cannot be built, weight @ x^T helps in float32: it has a kernel for exactly 4 columns. In: a model. Out: a
 shallow twin that shares every tensor with it and only multiplies differently, up to rounding. The model itself is never
