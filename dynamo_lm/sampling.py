@@ -269,7 +269,11 @@ def draft_from(
     fast = kernels.sampler()
     if fast is not None and link is None and (generator is None or generator.device.type == "cpu"):
         return _compiled_chain(fast, heads, first, table, alpha_c, generator, greedy)
-    return _slot_by_slot(heads, first, table, alpha_c, temperature, generator, greedy, link)
+    history, proposals = [first], np.empty(heads.ids.shape)
+    for i, ids in enumerate(heads.ids):
+        proposals[i] = conditional(heads, i, history, table, alpha_c, temperature, link)
+        history.append(int(ids[_choose(proposals[i], generator, greedy)]))
+    return Draft(history[1:], torch.from_numpy(heads.ids), torch.from_numpy(proposals))
 
 
 def _compiled_chain(
@@ -301,24 +305,6 @@ def _compiled_chain(
         q.data_ptr(),
     )
     return Draft(tokens.tolist(), ids, q)
-
-
-def _slot_by_slot(
-    heads: Heads,
-    first: int,
-    table: Cooccurrence | None,
-    alpha_c: float,
-    temperature: float,
-    generator: torch.Generator | None,
-    greedy: bool,
-    link: Link | None,
-) -> Draft:
-    """`draft_from` by NumPy."""
-    history, proposals = [first], np.empty(heads.ids.shape)
-    for i, ids in enumerate(heads.ids):
-        proposals[i] = conditional(heads, i, history, table, alpha_c, temperature, link)
-        history.append(int(ids[_choose(proposals[i], generator, greedy)]))
-    return Draft(history[1:], torch.from_numpy(heads.ids), torch.from_numpy(proposals))
 
 
 def conditional(

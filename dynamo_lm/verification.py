@@ -108,59 +108,60 @@ def accept_sampled(
         in favour of a token x costs log p(x) - log p(draft), at least 0.
     """
     fast = kernels.sampler_of(logits)
-    if fast is None:
-        return _dense(logits, drafts, proposals, generator, allowance)
-    return _compiled(fast, logits, drafts, proposals, generator, allowance)
-
-
-def _dense(
-    logits: Tensor,
-    drafts: Sequence[int],
-    proposals: Sequence[Proposal],
-    generator: torch.Generator,
-    allowance: Sequence[float],
-) -> Verdict:
-    """`accept_sampled` by torch, with p and q over the whole vocabulary."""
     costs: list[float] = []
-    for position, (token, (ids, probs)) in enumerate(zip(drafts, proposals, strict=True)):
-        p = logits[position].double().softmax(-1)
-        q = torch.zeros_like(p).index_put_((ids,), probs.double())
-        cost = 0.0
-        # q <= p: always accept; else with probability p / q
-        if torch.rand((), generator=generator, dtype=torch.float64) * q[token] >= p[token]:
-            own = _pick((p - q).clamp(min=0), generator)
-            cost = max(0.0, (p[own].log() - p[token].log()).item())
+    for position, (token, proposal) in enumerate(zip(drafts, proposals, strict=True)):
+        line, cost = _Dense(logits[position]) if fast is None else _Compiled(logits[position], fast), 0.0
+        if line.refuses(token, proposal, _uniform(generator)):
+            own, cost = line.instead(token, proposal, _uniform(generator))
             if not _allowed(cost, costs, allowance):
                 return Verdict(position, own, costs, _chain(costs))
         costs.append(cost)
-    token = _pick(logits[len(drafts)].double().softmax(-1), generator)
-    return Verdict(len(drafts), token, costs, _chain(costs))
+    line = _Dense(logits[len(drafts)]) if fast is None else _Compiled(logits[len(drafts)], fast)
+    return Verdict(len(drafts), line.choice(_uniform(generator)), costs, _chain(costs))
 
 
-def _compiled(
-    fast: Any,
-    logits: Tensor,
-    drafts: Sequence[int],
-    proposals: Sequence[Proposal],
-    generator: torch.Generator,
-    allowance: Sequence[float],
-) -> Verdict:
-    """`accept_sampled` by the kernels, which look at q where it is not 0."""
-    costs: list[float] = []
-    size, regret = logits.shape[-1], ctypes.c_double()
-    lines = range(logits.data_ptr(), logits.data_ptr() + logits.nbytes, logits.element_size() * size)
-    for position, (token, (ids, probs)) in enumerate(zip(drafts, proposals, strict=True)):
-        probs = probs.double()
+class _Dense:
+    """What the base samples from behind one token, and the rejection rule: by torch, with p and q over all tokens."""
+
+    def __init__(self, line: Tensor):
+        """line: logits, (vocabulary,)."""
+        self.p = line.double().softmax(-1)
+
+    def _q(self, proposal: Proposal) -> Tensor:
+        ids, probs = proposal
+        return torch.zeros_like(self.p).index_put_((ids,), probs.double())
+
+    def refuses(self, token: int, proposal: Proposal, uniform: float) -> bool:
+        """Never where q <= p, else with probability 1 - p / q."""
+        return bool(uniform * self._q(proposal)[token] >= self.p[token])
+
+    def instead(self, token: int, proposal: Proposal, uniform: float) -> tuple[int, float]:
+        """The base's own token in place of a refused one, and how much likelier it is, in nats."""
+        own = _pick((self.p - self._q(proposal)).clamp(min=0), uniform)
+        return own, max(0.0, (self.p[own].log() - self.p[token].log()).item())
+
+    def choice(self, uniform: float) -> int:
+        """A token of the base's."""
+        return _pick(self.p, uniform)
+
+
+class _Compiled:
+    """`_Dense` by the kernels, which look at q where it is not 0."""
+
+    def __init__(self, line: Tensor, fast: Any):
+        self.line, self.fast = (line.data_ptr(), len(line)), fast
+
+    def refuses(self, token: int, proposal: Proposal, uniform: float) -> bool:
+        ids, probs = proposal[0], proposal[1].double()
+        return bool(self.fast.dynamo_lm_refuses(*self.line, ids.data_ptr(), probs.data_ptr(), len(ids), token, uniform))
+
+    def instead(self, token: int, proposal: Proposal, uniform: float) -> tuple[int, float]:
+        ids, probs, cost = proposal[0], proposal[1].double(), ctypes.c_double()
         q = ids.data_ptr(), probs.data_ptr(), len(ids)
-        cost = 0.0
-        if fast.dynamo_lm_refuses(lines[position], size, *q, token, _uniform(generator)):
-            own = fast.dynamo_lm_pick(lines[position], size, *q, _uniform(generator), token, ctypes.addressof(regret))
-            cost = regret.value
-            if not _allowed(cost, costs, allowance):
-                return Verdict(position, own, costs, _chain(costs))
-        costs.append(cost)
-    token = fast.dynamo_lm_pick(lines[len(drafts)], size, None, None, 0, _uniform(generator), 0, None)
-    return Verdict(len(drafts), token, costs, _chain(costs))
+        return self.fast.dynamo_lm_pick(*self.line, *q, uniform, token, ctypes.addressof(cost)), cost.value
+
+    def choice(self, uniform: float) -> int:
+        return self.fast.dynamo_lm_pick(*self.line, None, None, 0, uniform, 0, None)
 
 
 def _uniform(generator: torch.Generator) -> float:
@@ -176,8 +177,7 @@ def _allowed(cost: float, costs: list[float], allowance: Sequence[float]) -> boo
     return bool(allowance) and cost < math.inf and sum(costs) + cost <= allowance[len(costs)]
 
 
-def _pick(weights: Tensor, generator: torch.Generator) -> int:
+def _pick(weights: Tensor, uniform: float) -> int:
     """Inverse CDF of unnormalised weights, (vocabulary,)."""
     total = weights.cumsum(0)
-    at = torch.rand((), generator=generator, dtype=torch.float64) * total[-1]
-    return min(int(torch.searchsorted(total, at, right=True)), len(weights) - 1)
+    return min(int(torch.searchsorted(total, uniform * total[-1], right=True)), len(weights) - 1)

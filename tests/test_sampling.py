@@ -19,7 +19,7 @@ from dynamo_lm.counting import count
 from dynamo_lm.errors import InputError
 from dynamo_lm.joint import Heads, Joint, Joints, highest
 from dynamo_lm.otsu import foreground
-from dynamo_lm.sampling import Algorithm1, check, draft, draw, survivors
+from dynamo_lm.sampling import Algorithm1, check, draft, draft_from, draw, survivors
 from dynamo_lm.scores import normalisers
 
 NOTHING = torch.tensor([], dtype=torch.long)
@@ -360,7 +360,8 @@ def chains(draw):
 def assert_same_chain(heads: Heads, first: int, table, alpha_c: float, seed: int, greedy: bool) -> None:
     generator, twin = seeded(seed), seeded(seed)
     mine = sampling._compiled_chain(kernels.sampler(), heads, first, table, alpha_c, generator, greedy)
-    theirs = sampling._slot_by_slot(heads, first, table, alpha_c, 1.0, twin, greedy, None)
+    with patch.object(kernels, "_sampler", None):
+        theirs = draft_from(heads, first, table, alpha_c=alpha_c, temperature=1.0, generator=twin, greedy=greedy)
     assert mine.tokens == theirs.tokens
     assert torch.equal(mine.ids, theirs.ids)
     torch.testing.assert_close(mine.q, theirs.q, rtol=1e-9, atol=0)

@@ -2,7 +2,7 @@
 // them.
 //
 // As in sampler.cpp pointers come from arrays, and the caller has seen to their types and sizes. The same is said without C++ by
-// `sampling._slot_by_slot` and `verification._dense`.
+// `sampling.draft_from` and `verification._Dense`.
 
 namespace {
 

@@ -94,10 +94,7 @@ void attend(const float* query, const T* keys, int64_t key_step, const T* values
 void pack(const float* from, float* to, int64_t count) { std::copy(from, from + count, to); }
 void pack(const float* from, uint16_t* to, int64_t count) {
   for (int64_t i = 0; i < count; i += STRIDE)
-    for (int64_t j = 0; j < STRIDE / 2; j++) {
-      to[i + 2 * j] = rounded(from[i + j]);
-      to[i + 2 * j + 1] = rounded(from[i + STRIDE / 2 + j]);
-    }
+    *reinterpret_cast<LooseBits*>(to + i) = rounded(load(from + i)) | rounded(load(from + i + STRIDE / 2)) << 16;
 }
 
 struct Span {  // what one query sees, if it is all from one slot on; count is -1 if it is not

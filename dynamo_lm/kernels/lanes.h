@@ -100,17 +100,10 @@ inline Lanes sums(const Lanes* a) {
          __builtin_shufflevector(c[0], c[1], 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
-inline float widened(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint16_t rounded(float value) {  // to the nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return value != value ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+// float32 as bfloat16, to the nearest, ties to even: the lower half of every lane.
+inline Bits rounded(Lanes values) {
+  const Bits bits = (Bits)values;
+  return values != values ? Bits{} + 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
 // Eight entries in the order in which they lie, as float32 and back.
@@ -122,9 +115,8 @@ inline Lanes wide(const uint16_t* at) {
   return (Lanes)(__builtin_convertvector(*reinterpret_cast<const LooseHalves*>(at), Bits) << 16);
 }
 inline void put(Lanes values, float* to) { *reinterpret_cast<LooseLanes*>(to) = values; }
-inline void put(Lanes values, uint16_t* to) {  // as `rounded` does
-  const Bits bits = (Bits)values, near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  *reinterpret_cast<LooseHalves*>(to) = __builtin_convertvector(values != values ? Bits{} + 0x7fc0 : near, Halves);
+inline void put(Lanes values, uint16_t* to) {
+  *reinterpret_cast<LooseHalves*>(to) = __builtin_convertvector(rounded(values), Halves);
 }
 
 // A tensor as a kernel sees it. Read once, by torch's plain C functions: the classes over them cost more than a small product.
