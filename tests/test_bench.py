@@ -132,6 +132,12 @@ def test_a_step_reads_keys_and_values_of_every_layer_and_position():
     assert floor.cache_bytes(grouped, 10.5) == 2 * 2 * 16 * 10.5 * 4
 
 
+def test_heads_add_their_layers_to_what_a_step_reads():
+    model = DynaMoForCausalLM.from_base(neox(tie_word_embeddings=True), num_heads=3)
+    layer = 2 * 64 + (3072 + 96) + (1024 + 32) + (2048 + 64) + (2048 + 32)
+    assert [floor.head_bytes(model, n) for n in (1, 2, 3)] == [0, 4 * layer, 8 * layer]
+
+
 def test_the_floor_is_bytes_over_bandwidth_and_batches_share_the_weights():
     base = neox()
     read, cached = floor.weight_bytes(base), floor.cache_bytes(base, 5)
@@ -159,7 +165,8 @@ def test_ratios_are_taken_within_a_repetition_and_the_fastest_one_token_way_is_t
         found.append(measure.Result(way, groups=groups, written=written))
     race = measure.Race(found, [], [[PROMPTS[0]]], [], [])
     assert race.baseline("greedy").way.name == "fast"
-    rows = {row["name"]: row for row in measure.summaries(race, Field({}, (), 8), meaningful=False)}
+    model = DynaMoForCausalLM.from_base(neox(), num_heads=2)
+    rows = {row["name"]: row for row in measure.summaries(race, Field({"model": model}, (), 8), meaningful=False)}
     assert rows["several"]["ratio"] == {"median": 1.5, "min": 1.0, "max": 2.0}
     assert rows["several"]["tokens_per_step"] == 2 and rows["several"]["efficiency"] == 0.75
     assert rows["several"]["step_cost"] == pytest.approx((2.5 / 4) / (3 / 8))
@@ -231,7 +238,7 @@ def test_a_model_of_a_shape_has_random_tables_and_no_end():
     assert (small.hidden_size, small.num_hidden_layers, small.vocab_size) == (512, 6, 50304)
     small.hidden_size, small.intermediate_size, small.num_hidden_layers, small.vocab_size = 32, 64, 2, 200
     model = shapes.random_model(small, num_heads=3, dtype=torch.float32, device="cpu", table_rows=500, seed=0)
-    assert model.cooccurrence.order == 3 and model.cooccurrence.total(3) == 500
+    assert model.cooccurrence.order == 3 and model.cooccurrence.total(3) == 600
     prompt = shapes.random_prompts(200, count=1, length=4, seed=0)[0]
     one = open_contender(ways.ONE_TOKEN[0], Field({"model": model}, (), 64))
     assert len(one([prompt.tokens], 20, 0).texts[0]) == 20
@@ -272,6 +279,7 @@ def test_the_bundled_model_is_raced_into_a_record_a_table_and_a_picture(run, tmp
     rows = {row["name"]: row for row in race["ways"]}
     strict = rows["DynaMo strict, n=2"]
     assert strict["identical"] == {"texts": 2, "of": 2, "tokens": 1.0} and strict["ceiling"] == 2
+    assert 0.5 < strict["efficiency_ceiling"] < 1 and rows[ways.OWN]["efficiency_ceiling"] is None
     assert strict["log_likelihood"] == rows[ways.OWN]["log_likelihood"]
     assert strict["baseline"] in {way.name for way in ways.ONE_TOKEN}
     assert rows[strict["baseline"]]["ratio"] == {"median": 1, "min": 1, "max": 1}

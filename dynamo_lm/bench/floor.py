@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from dynamo_lm.model import DynaMoForCausalLM
+
 LARGE = 256 * 2**20  # bytes of a tensor that no CPU cache holds
 
 
@@ -46,6 +48,13 @@ def weight_bytes(base: PreTrainedModel) -> int:
         for parameter in base.parameters()  # every shared one once
         if id(parameter) in read_whole or id(parameter) not in tables
     )
+
+
+def head_bytes(model: DynaMoForCausalLM, num_heads: int) -> int:
+    """Bytes of weights that heads 2..n add to a step: their layers. What their logits are read over is not counted."""
+    own = {id(parameter) for parameter in model.base.parameters()}
+    heads = (parameter for head in model.heads[: num_heads - 1] for parameter in head.parameters())
+    return sum(parameter.numel() * parameter.element_size() for parameter in heads if id(parameter) not in own)
 
 
 def cache_bytes(base: PreTrainedModel, length: float) -> float:

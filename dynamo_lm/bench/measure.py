@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dynamo_lm.bench.contenders import Contender, Field, Written, open_contender
-from dynamo_lm.bench.floor import Bandwidth, floor_seconds, measure_bandwidth, weight_bytes
+from dynamo_lm.bench.floor import Bandwidth, floor_seconds, head_bytes, measure_bandwidth, weight_bytes
 from dynamo_lm.bench.inputs import Prompt, batches
 from dynamo_lm.bench.ways import Way
 from dynamo_lm.errors import InputError
@@ -187,6 +187,7 @@ def _summary(found: Race, result: Result, among: Field, scores: dict | None) -> 
         "ratio": ratio,
         "tokens_per_step": per_step,
         "efficiency": ratio["median"] / per_step,
+        "efficiency_ceiling": _efficiency_ceiling(way, among),
         "step_seconds": total.seconds / total.steps * _rows(found),
         "step_cost": (total.seconds / total.steps) / (ours.seconds / ours.steps),
         "tokens": total.tokens,
@@ -211,6 +212,14 @@ def _summary(found: Race, result: Result, among: Field, scores: dict | None) -> 
     if scores is not None:
         row["log_likelihood"] = _likelihood(found, result, among, scores)
     return row
+
+
+def _efficiency_ceiling(way: Way, among: Field) -> float | None:
+    """What would be left of the tokens per step if reading weights, each of them once, were all that steps took."""
+    if way.engine != "dynamo" or way.one_token:
+        return None
+    read = weight_bytes(among.model.base)
+    return read / (read + head_bytes(among.models[way.model], way.arguments["num_heads"]))
 
 
 def floor(found: Race, among: Field, max_new_tokens: int) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def table(race: dict[str, Any]) -> Table:
             f"{row['tokens_per_second']['median']:.1f}",
             "baseline" if baseline else f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})",
             f"{row['tokens_per_step']:.2f}{ceiling}",
-            f"{row['efficiency']:.2f}",
+            f"{row['efficiency']:.2f}" + (f" of {row['efficiency_ceiling']:.2f}" if row["efficiency_ceiling"] else ""),
             "" if same is None else f"{same['texts']}/{same['of']}",
             *quality,
             style="bold" if baseline else None,
@@ -93,8 +93,8 @@ def notes(race: dict[str, Any]) -> list[str]:
         f"a buffer of the weights' size {rates['resident'] / 1e9:.1f} GB/s, which would allow "
         f"{floor['resident_tokens_per_second']:.1f} tokens a second. Times the floor: {multiples}.",
         "ratio: tokens per second over the baseline's of the same kind, median of repetitions (least-most). efficiency: "
-        "ratio over tokens per step. step cost: seconds per step over the baseline's. *: not the base's own text or "
-        "distribution. Every way pays for its prompt.",
+        "ratio over tokens per step, of what it could be if reading every weight once were all that a step took. step cost: "
+        "seconds per step over the baseline's. *: not the base's own text or distribution. Every way pays for its prompt.",
     ]
     if race["cut_prompts"]:
         found.append(f"{race['cut_prompts']} prompts were too long for the context; their end was kept.")

@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t BLOCK = 8;          // rows of the weight that are finished together, and that threads share out
 constexpr int64_t WORK = 1 << 16;     // entries of the weight below which a second thread does not pay
 constexpr int64_t STREAMS = 8;        // places of the weight that are fetched in turn
-constexpr int64_t STREAM = 1 << 12;    // bytes of each, or one row where that is more
+constexpr int64_t STREAM = 1 << 13;    // bytes of each, or one row where that is more
 
 // R rows of x against O rows of the weight: one vector of sums each, R * O <= 9, so that all of them stay in registers.
 //
@@ -97,14 +97,15 @@ void columns(const T* weight, const float* x, const T* bias, T* y, int64_t rows,
              int64_t end) {
   const int64_t stream = std::max<int64_t>(1, STREAM / (in * static_cast<int64_t>(sizeof(T))));  // in rows of the weight
   const int64_t group = STREAMS * stream, apart = stream * in;  // a group stays in the caches while all rows of x pass
+  constexpr bool ALIKE = sizeof(T) == sizeof(float);  // nothing to convert: few sums at a time, for memory to keep up
   for (int64_t o = begin; o < end; o += group) {
     const int64_t count = std::min(group, end - o);
     const T *w = weight + o * in, *next = w + group * in, *b = bias ? bias + o : nullptr;
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) blocks<4, 2>(w, x + r * in, b, y + r * out + o, in, out, count, next, apart);
-    if (rows - r == 3) blocks<3, 3>(w, x + r * in, b, y + r * out + o, in, out, count, next, apart);
-    if (rows - r == 2) blocks<2, 4>(w, x + r * in, b, y + r * out + o, in, out, count, next, apart);
-    if (rows - r == 1) blocks<1, 8>(w, x + r * in, b, y + r * out + o, in, out, count, next, apart);
+    if (rows - r == 3) blocks<3, ALIKE ? 2 : 3>(w, x + r * in, b, y + r * out + o, in, out, count, next, apart);
+    if (rows - r == 2) blocks<2, ALIKE ? 2 : 4>(w, x + r * in, b, y + r * out + o, in, out, count, next, apart);
+    if (rows - r == 1) blocks<1, 4>(w, x + r * in, b, y + r * out + o, in, out, count, next, apart);
   }
 }
 
