@@ -1,10 +1,11 @@
 """What the logits behind one forward hand to the host: the base's, and every row's candidates for the tokens to come.
 
 In: final hidden states of all heads at the absorbed tokens. Out: the base's logits at all of them, which decide where a row
-goes on; then its candidates there, and how a learned coupling joins them. Heads are read where the row goes on, once that is
-known, which is the least work. But it makes the host wait a second time, so a device with a memory of its own reads them
-everywhere at once and hands over k candidates instead of logits, unless the logits would be too many for it. A CPU does the
-same with an output embedding that comes from memory, as long as the states are few: then reading it twice is what costs.
+goes on; then its candidates there, and how a learned coupling joins them. Under "off" a row goes on behind all it absorbed,
+and heads are read there together with the base. Else they are read once that is known, which is the least work. But it makes
+the host wait a second time, so a device with a memory of its own reads them everywhere at once and hands over k candidates
+instead of logits, unless the logits would be too many for it. A CPU does the same with an output embedding that comes from
+memory, as long as the states are few: then reading it twice is what costs.
 """
 
 from __future__ import annotations
@@ -56,18 +57,31 @@ class Reading:
         embedding: Tensor | None,
     ):
         """hidden: (n, rows, width, hidden); embedding: the coupling's E, if there is one, on the CPU."""
-        self.model, self.embedding, self.rows, self.width = model, embedding, len(rows), hidden.shape[2]
-        self.states = hidden[1:].flatten(1, 2)  # of heads 2.., places counted through
+        count, width = hidden.shape[1:3]
+        self.model, self.embedding, self.rows = model, embedding, count
         self.groups = _groups(rows, listed)
-        self.lines: Tensor | None = None  # logits of all heads, (n, places, vocabulary), where they were read together
-        if any(group.listed is None for group in self.groups) and _pays_together(model, hidden):
-            self.lines = model.readout(hidden.flatten(1, 2))
-        self.own = model.readout(hidden[0]) if self.lines is None else self.lines[0].view(*hidden.shape[1:3], -1)
+        # Under "off" a row keeps all that it absorbed, so where it goes on is known before anything is read.
+        ends = [min(len(row.pending), width) - 1 for row in rows] if all(row.options.off for row in rows) else None
+        at = None if ends is None else sent(torch.arange(count) * width + torch.tensor(ends), hidden.device)
+        states = hidden.flatten(1, 2)
+        # Places that rows may go on behind, so many of each row; of them the states of heads 2.. and the base's logits.
+        self.places = width if at is None else 1
+        self.states = states[1:] if at is None else states[1:].index_select(1, at)
+        self.lines: Tensor | None = None  # logits of heads 2.. there, (n - 1, places, vocabulary), if read with the base's
+        if any(group.listed is None for group in self.groups) and _pays_together(model, states, known=at is not None):
+            lines = model.readout(torch.cat([states[0], self.states.flatten(0, 1)])[None])[0]
+            self.lines = lines[count * width :].view(*self.states.shape[:2], -1)
+            own = lines[: count * width]
+        else:
+            own = model.readout(states[:1])[0]
+        self.own = own if at is None else own.index_select(0, at)
         self.ahead: list[list[Tensor]] = []  # by group, of all its rows' positions: what `_tops` gives
-        logits = self.own
+        logits = own.view(count, width, -1)
         if hidden.device.type not in HOSTS and self._size() <= AT_ONCE:
-            each = range(self.width)
-            tops = [self._tops(group, [r * self.width + at for r in group.members for at in each]) for group in self.groups]
+            tops = [
+                self._tops(group, [self._place(r, i) for r in group.members for i in range(self.places)])
+                for group in self.groups
+            ]
             logits, *parts = fetched(logits, *(part for found in tops for part in found))
             arrived = iter(parts)
             self.ahead = [[next(arrived) for _ in found] for found in tops]
@@ -79,10 +93,10 @@ class Reading:
         found: list[tuple[Heads | None, Link | None]] = [(None, None)] * self.rows
         for number, group in enumerate(self.groups):
             if self.ahead:
-                places = torch.tensor([place * self.width + last[r] for place, r in enumerate(group.members)])
+                places = torch.tensor([self._place(place, last[r]) for place, r in enumerate(group.members)])
                 parts = [part[:, places] for part in self.ahead[number]]
             else:
-                parts = fetched(*self._tops(group, [r * self.width + last[r] for r in group.members]))
+                parts = fetched(*self._tops(group, [self._place(r, last[r]) for r in group.members]))
             ids, scores = (part.numpy().swapaxes(0, 1).reshape(-1, group.top_k) for part in parts[:2])  # a line per head
             if group.listed is not None:
                 ids = group.listed.ids[ids]
@@ -94,29 +108,34 @@ class Reading:
                 found[r] = tops.of(place * each, (place + 1) * each), link
         return found
 
+    def _place(self, row: int, absorbed: int) -> int:
+        """Where the states behind a row's absorbed token are."""
+        return row * self.places + (absorbed if self.places > 1 else 0)
+
     def _size(self) -> int:
         """Logits that candidates are looked for among, at all positions."""
         sizes = [len(g.members) * (len(g.listed.ids) if g.listed else self.model.config.vocab_size) for g in self.groups]
-        return sum(sizes) * self.width * (1 + len(self.states))
+        return sum(sizes) * self.places * (1 + len(self.states))
 
     def _tops(self, group: _Group, places: list[int]) -> list[Tensor]:
         """Candidates of the heads that are wanted, and what a coupling has to say of them, where the states are.
 
         Args:
-            places: positions, counted through all rows.
+            places: counted through all rows.
 
         Returns:
             Ids and logits, (heads, places, k); of a coupling its `sides` of heads 2.., (n-1, places, ..).
         """
-        at = sent(torch.tensor(places), self.states.device)
-        states = self.states.index_select(1, at)
-        if self.lines is None or group.listed is not None:
+        states, lines, own = self.states, self.lines, self.own
+        if places != list(range(len(own))):
+            at = sent(torch.tensor(places), states.device)
+            states, own = states.index_select(1, at), own.index_select(0, at)
+            lines = None if lines is None else lines.index_select(1, at)
+        if lines is None or group.listed is not None:
             lines = _read_heads(self.model, states, group.listed)
-        else:
-            lines = self.lines[1:].index_select(1, at).float()
         if group.off:
-            lines = torch.cat([self.own.flatten(0, 1).index_select(0, at).float()[None], lines])
-        ids, scores = highest(lines, group.top_k)
+            lines = torch.cat([own[None].float(), lines.float()])
+        ids, scores = highest(lines.float(), group.top_k)
         coupling = self.model.coupling
         if coupling is None or len(states) == 0:
             return [ids, scores]
@@ -139,11 +158,18 @@ def _groups(rows: Sequence[Row], listed: Shortlist | None) -> list[_Group]:
     return [_Group(*how, members) for how, members in alike.items()]
 
 
-def _pays_together(model: DynaMoForCausalLM, hidden: Tensor) -> bool:
-    """Whether one reading of all states is faster than one of the base's and one of some heads'."""
+def _pays_together(model: DynaMoForCausalLM, states: Tensor, *, known: bool) -> bool:
+    """Whether one reading of all states is faster than one of the base's and one of some heads'.
+
+    Args:
+        states: of all heads, (n, places, hidden).
+        known: heads 2.. are wanted at the one place of every row that is known beforehand, not at all of them.
+    """
+    if len(states) == 1 or not model._plain_readout or model.config.own_output_embedding:
+        return False
     output = model.base.get_output_embeddings()
-    few = isinstance(output, FewRows) and output.weight.numel() >= HUGE and hidden[..., 0].numel() <= TOGETHER[hidden.dtype]
-    return few and len(hidden) > 1 and model._plain_readout and not model.config.own_output_embedding
+    few = isinstance(output, FewRows) and output.weight.numel() >= HUGE and states[..., 0].numel() <= TOGETHER[states.dtype]
+    return known or few
 
 
 def _read_heads(model: DynaMoForCausalLM, states: Tensor, listed: Shortlist | None) -> Tensor:

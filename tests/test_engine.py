@@ -274,8 +274,9 @@ def test_reading_all_heads_together_changes_no_token(changes, dtype, monkeypatch
     how = {"num_heads": 3, "tree": 0, "algorithm": Algorithm1(top_k=5, alpha_c=0.0, eps_b=0.2)} | changes
     prompts = random_tokens(1, 9).tolist()
     texts, widths = [], []
-    for huge in (candidates.HUGE, 0):
-        monkeypatch.setattr(candidates, "HUGE", huge)
+    monkeypatch.setattr(candidates, "HUGE", 0)
+    for rule in (lambda *states, known: False, candidates._pays_together):
+        monkeypatch.setattr(candidates, "_pays_together", rule)
         readout = DynaMoForCausalLM.readout
 
         def counted(self, hidden, head=1, readout=readout):
