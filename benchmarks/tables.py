@@ -74,6 +74,7 @@ def bench_table(race: dict[str, Any], *, trained: bool = True) -> str:
             lines.append("|" + " |" * (7 if trained else 6))
         kind = way["kind"]
         ceiling = f" of {way['ceiling']}" if way["ceiling"] not in (None, 1) else ""
+        arrives = f" of {way['efficiency_ceiling']:.2f}" if way.get("efficiency_ceiling") else ""
         quality = (
             f"{way['log_likelihood']:.2f} | {way['distinct_bigrams']:.2f}"
             if trained
@@ -83,7 +84,7 @@ def bench_table(race: dict[str, Any], *, trained: bool = True) -> str:
         faster = "baseline" if base else f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
         lines.append(
             f"| {'**' if base else ''}{way['name']}{'**' if base else ''}{'' if way['lossless'] else ' *'} | {faster} "
-            f"| {way['tokens_per_step']:.2f}{ceiling} | {way['efficiency']:.2f} "
+            f"| {way['tokens_per_step']:.2f}{ceiling} | {way['efficiency']:.2f}{arrives} "
             f"| {alike} | {quality} |"
         )
     floor = race["floor"]

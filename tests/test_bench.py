@@ -179,7 +179,8 @@ def test_what_cannot_run_is_left_out_with_a_reason(among):
     chosen = [*ways.ONE_TOKEN[:2], ways.PEERS[1]]
     race = measure.race(without, PROMPTS, chosen, batch=1, max_new_tokens=8, repetitions=1, bandwidth_bytes=2**16)
     assert [result.way.name for result in race.results] == [way.name for way in ways.ONE_TOKEN[:2]]
-    assert race.skipped == [{"name": "transformers: assisted", "reason": "No draft model was given with --draft."}]
+    why = "No draft model was given with --draft."
+    assert race.skipped == [{"name": "transformers: assisted", "reason": why, "one_token": False}]
 
 
 def test_shares_of_a_step_sum_to_one_and_the_engine_is_put_back(among):
@@ -273,6 +274,7 @@ def test_the_bundled_model_is_raced_into_a_record_a_table_and_a_picture(run, tmp
     (tmp_path / "two.txt").write_text("Once upon a time\nTom had a dog\n")
     chosen = ("--only", "strict, n=2", "--only", "eps_b=0.3, n=2", "--repetitions", "1", "-n", "8", "--no-compile")
     said = run("bench", "story", "--prompts", tmp_path / "two.txt", *chosen, "--profile", "--out", tmp_path / "out")
+    assert "one token: own loop compiled. Left out with --no-compile. The fastest one-token loop may be missing" in said
     assert "memory-bandwidth floor" in said and "share of a step" in said and "DynaMo strict, n=2" in said
     found = json.loads((tmp_path / "out" / "bench.json").read_text())
     (race,) = found["races"]

@@ -72,7 +72,7 @@ class Race:
     """One context length and batch size."""
 
     results: list[Result]
-    skipped: list[dict[str, str]]  # name and reason
+    skipped: list[dict[str, Any]]  # see `left_out`
     prompts: list[list[Prompt]]  # in batches
     bandwidths: list[Bandwidth]  # of memory, by repetition
     resident: list[Bandwidth]  # of a buffer as large as the weights, by repetition
@@ -112,7 +112,7 @@ def race(
     """
     chunks = batches(prompts, batch)
     runners: list[tuple[Result, Contender]] = []
-    skipped: list[dict[str, str]] = []
+    skipped: list[dict[str, Any]] = []
     longest = max(chunks, key=lambda chunk: max(len(prompt.tokens) for prompt in chunk))
     for way in ways:
         progress(f"setting up {way.name}", 0, 1)
@@ -124,7 +124,7 @@ def race(
         except Exception as error:  # whatever another library makes of this model and machine
             if way.engine == "dynamo" and not way.compiles:
                 raise
-            skipped.append({"name": way.name, "reason": reason(error)})
+            skipped.append(left_out(way, reason(error)))
             continue
         runners.append((result, runner))
     size = weight_bytes(among.model.base)
@@ -248,6 +248,11 @@ def floor(found: Race, among: Field, max_new_tokens: int) -> dict[str, Any]:
             result.way.name: speed / statistics.median(result.rates()) for result in found.results if result.way.one_token
         },
     }
+
+
+def left_out(way: Way, why: str) -> dict[str, Any]:
+    """What a record keeps of a way that was not raced."""
+    return {"name": way.name, "reason": why, "one_token": way.one_token}
 
 
 def agreement(texts: Sequence[Sequence[int]], others: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+UNFAIR = " The fastest one-token loop may be missing, and ratios are then too high."
 FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd")
 
 
@@ -85,7 +86,8 @@ def notes(race: dict[str, Any]) -> list[str]:
     rates = floor["bytes_per_second"]
     multiples = ", ".join(f"{name} {value:.2f}" for name, value in floor["multiples"].items())
     found = [
-        f"Not raced: {skipped['name']}. {skipped['reason']}" for skipped in sorted(race["skipped"], key=lambda s: s["name"])
+        f"Not raced: {skipped['name']}. {skipped['reason']}" + (UNFAIR if skipped["one_token"] else "")
+        for skipped in sorted(race["skipped"], key=lambda s: s["name"])
     ]
     found += [
         f"Floor: {floor['weight_bytes'] / 1e6:.1f} MB of weights, memory "

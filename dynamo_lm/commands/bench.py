@@ -188,7 +188,7 @@ def bench(
                     )
                 row: dict[str, Any] = {"context": length, "batch": size, "prompts": len(texts), "cut_prompts": cut}
                 row |= {"ways": measure.summaries(one, among, meaningful=shape is None), "skipped": one.skipped}
-                row["skipped"] += [{"name": way.name, "reason": "Left out with --no-compile."} for way in left_out]
+                row["skipped"] += [measure.left_out(way, "Left out with --no-compile.") for way in left_out]
                 row["floor"] = measure.floor(one, among, max_new_tokens)
                 found["races"].append(row)
         if profile:  # on the prompts of the last race
