@@ -51,7 +51,7 @@ def weight_bytes(base: PreTrainedModel) -> int:
 
 
 def head_bytes(model: DynaMoForCausalLM, num_heads: int) -> int:
-    """Bytes of weights that heads 2..n add to a step: their layers. What their logits are read over is not counted."""
+    """Bytes of their own weights that heads 2..n add to a step; a shared output embedding read again is not counted."""
     own = {id(parameter) for parameter in model.base.parameters()}
     heads = (parameter for head in model.heads[: num_heads - 1] for parameter in head.parameters())
     return sum(parameter.numel() * parameter.element_size() for parameter in heads if id(parameter) not in own)
