@@ -25,11 +25,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dynamo_lm.assets import bundled
-from dynamo_lm.bench.measure import spread
-from dynamo_lm.bench.results import machine
-from dynamo_lm.counting import count
-from dynamo_lm.data import TokenStore, tokenize
-from dynamo_lm.provenance import versions
+from dynamo_lm.bench.race import spread
+from dynamo_lm.bench.tables import machine
+from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.data.token_store import TokenStore, tokenize
+from dynamo_lm.training.provenance import versions
 
 DATA = Path(os.environ.get("DYNAMO_DATA", "../shared/data"))
 SAMPLE = 1_000_000  # tokens that the tokenizer's own speed is measured on

@@ -23,12 +23,11 @@ from transformers import AutoTokenizer
 
 from benchmarks.story import PROMPTS
 from dynamo_lm import DynaMoForCausalLM
-from dynamo_lm.coupling import link_of
-from dynamo_lm.data import TokenStore
-from dynamo_lm.joint import Heads
-from dynamo_lm.race import log_likelihood
-from dynamo_lm.rows import Statistics
-from dynamo_lm.sampling import conditional
+from dynamo_lm.bench.prompt_race import log_likelihood
+from dynamo_lm.data.token_store import TokenStore
+from dynamo_lm.decoding.statistics import Statistics
+from dynamo_lm.sampling.drafting import conditional
+from dynamo_lm.sampling.top_k import HeadCandidates, pairwise_correction
 
 TOP_K = 50
 EVERY = 5  # of a held-out text, this share of its positions is drafted from
@@ -131,8 +130,8 @@ def held_out(model: DynaMoForCausalLM, store: TokenStore, texts: int) -> dict[st
         logits = torch.stack([model.readout(state[None], head)[0] for head, state in enumerate(hidden, start=1)])
         base = logits[0].double().softmax(-1)
         for at in range(4, len(tokens) - model.num_heads, EVERY):
-            heads = Heads.top(logits[1:, at], TOP_K, 1.0)
-            link = link_of(learned.tokens, *learned.sides(hidden[1:, at], torch.from_numpy(heads.ids), weights))
+            heads = HeadCandidates.top(logits[1:, at], TOP_K, 1.0)
+            link = pairwise_correction(learned.tokens, *learned.sides(hidden[1:, at], torch.from_numpy(heads.ids), weights))
             true = tokens[at + 1 : at + 1 + model.num_heads].tolist()
             positions += 1
             for i in extra:

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 
 from benchmarks.story import PROMPTS
-from dynamo_lm.bench.results import machine
-from dynamo_lm.commands.opening import open_for_evaluation
-from dynamo_lm.provenance import now, versions
+from dynamo_lm.bench.tables import machine
+from dynamo_lm.model.loading import open_for_evaluation
+from dynamo_lm.training.provenance import now, versions
 
 LENGTHS = (16, 32, 48, 64)  # new tokens of an answer
 
@@ -50,7 +50,7 @@ class Server:
     """`dynamo-lm serve` in a process of its own."""
 
     def __init__(self, arguments: list[str], log: Path):
-        command = [sys.executable, "-m", "dynamo_lm.cli", "serve", *arguments, "--port", "0"]
+        command = [sys.executable, "-m", "dynamo_lm.cli.main", "serve", *arguments, "--port", "0"]
         self.log = log
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log.open("w"), text=True)
         assert self.process.stdout is not None

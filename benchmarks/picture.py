@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dynamo_lm.demo import demo
+from dynamo_lm.cli.demo_view import demo
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a linear layer costs by rows, in the ways `dynamo_lm.few_rows` chooses from.
+"""What a linear layer costs by rows, in the ways `dynamo_lm.kernels.linear` chooses from.
 
 `python -m benchmarks.rows --threads 1 > results/rows.json`. Every product reads another weight than the one before, as
 layers do, so that large weights come from memory. Ratios are to one row of torch's product in the same type and run: medians
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynamo_lm import kernels
-from dynamo_lm.bench.results import machine
-from dynamo_lm.provenance import versions
+from dynamo_lm.bench.tables import machine
+from dynamo_lm.kernels import loader
+from dynamo_lm.training.provenance import versions
 
 SHAPES = {
     "story, up": (768, 192),
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if not kernels.available():
+    if not loader.available():
         raise SystemExit("The kernel cannot be built here; it needs a C++ compiler.")
     facts: dict[str, Any] = {"machine": machine(torch.device("cpu")), "versions": versions(), "threads": arguments.threads}
     for dtype in WAYS:

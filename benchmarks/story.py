@@ -16,36 +16,38 @@ from transformers import AutoTokenizer
 
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.assets import bundled
-from dynamo_lm.race import Way, race
+from dynamo_lm.bench.prompt_race import Method, race
 
 PROMPTS = Path(__file__).with_name("openings.txt")
 ONE = "one token, greedy"
 DRAWN = "one token, sampled"
 
 
-def ways(num_heads: int) -> list[Way]:
+def ways(num_heads: int) -> list[Method]:
     """Strict greedy at every n and mask strength, as trees and on a budget; Algorithm 1 over eps_b, whole and in parts."""
-    found = [Way(ONE, {"verify": "strict", "num_heads": 1}, ONE)]
+    found = [Method(ONE, {"verify": "strict", "num_heads": 1}, ONE)]
     for n in range(2, num_heads + 1):
         for alpha_c in (0.0, 0.5, 1.0):
             name = f"strict, greedy, n={n}, alpha_c={alpha_c}"
             arguments = {"verify": "strict", "num_heads": n, "alpha_c": alpha_c, "tree": 0}
-            found.append(Way(name, arguments, ONE, same_text_as=ONE))
+            found.append(Method(name, arguments, ONE, same_text_as=ONE))
     for drafts in (3, 7, 15):
         name = f"strict, greedy, n={num_heads}, tree of {drafts}"
-        found.append(Way(name, {"verify": "strict", "num_heads": num_heads, "tree": drafts}, ONE, same_text_as=ONE))
+        found.append(Method(name, {"verify": "strict", "num_heads": num_heads, "tree": drafts}, ONE, same_text_as=ONE))
     for budget in (0.02, 0.05, 0.1, 0.2, 0.5):
         name = f"budget {budget} nats per token, n={num_heads}"
-        found.append(Way(name, {"verify": budget, "num_heads": num_heads}, ONE))
-    found.append(Way(DRAWN, {"verify": "off", "do_sample": True, "num_heads": 1}, DRAWN))
+        found.append(Method(name, {"verify": budget, "num_heads": num_heads}, ONE))
+    found.append(Method(DRAWN, {"verify": "off", "do_sample": True, "num_heads": 1}, DRAWN))
     off = {"verify": "off", "do_sample": True}
     for n in range(3, num_heads + 1):
         for eps_b in (0.7, 0.5, 0.3, 0.1, 0.0):
             name = f"off, n={n}, eps_b={eps_b}"
-            found.append(Way(name, {**off, "num_heads": n, "eps_b": eps_b}, DRAWN))
+            found.append(Method(name, {**off, "num_heads": n, "eps_b": eps_b}, DRAWN))
     for eps_b in (0.5,):
         for part, change in (("no Otsu", {"otsu": False}), ("no blur", {"blur": False}), ("no mask", {"alpha_c": 0.0})):
-            found.append(Way(f"off, n=3, eps_b={eps_b}, {part}", {**off, "num_heads": 3, "eps_b": eps_b, **change}, DRAWN))
+            found.append(
+                Method(f"off, n=3, eps_b={eps_b}, {part}", {**off, "num_heads": 3, "eps_b": eps_b, **change}, DRAWN)
+            )
     return found
 
 

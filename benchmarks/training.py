@@ -44,15 +44,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer
 
-from dynamo_lm import DynaMoForCausalLM, training
+from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.assets import bundled
-from dynamo_lm.bench.measure import spread
-from dynamo_lm.bench.results import machine
-from dynamo_lm.data import tokenize
-from dynamo_lm.masks import MaskForm
-from dynamo_lm.packing import Blocks, targets
-from dynamo_lm.provenance import versions
-from dynamo_lm.training import CHUNK, TrainingOptions, heads_loss, parameter_groups
+from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
+from dynamo_lm.bench.race import spread
+from dynamo_lm.bench.tables import machine
+from dynamo_lm.data.packing import Blocks, targets
+from dynamo_lm.data.token_store import tokenize
+from dynamo_lm.training import trainer
+from dynamo_lm.training.loss import CHUNK, heads_loss
+from dynamo_lm.training.options import TrainingOptions
+from dynamo_lm.training.provenance import versions
+from dynamo_lm.training.trainer import parameter_groups
 
 DATA = Path(os.environ.get("DYNAMO_DATA", "../shared/data"))
 Batch = dict[str, Tensor]
@@ -78,7 +81,7 @@ class Step:
         segments = self.batch["segments"]
         self.inputs = {  # of the base's body, as `packed_hidden` gives them
             "input_ids": self.batch["tokens"],
-            "attention_mask": MaskForm.of(self.model.base.config, self.model.dtype).mask(
+            "attention_mask": AttentionMaskBuilder.of(self.model.base.config, self.model.dtype).mask(
                 order, order, query_segments=segments, key_segments=segments
             ),
             "position_ids": self.batch["positions"],
@@ -209,7 +212,7 @@ class LiveBytes(TorchDispatchMode):
 @contextmanager
 def stored_hidden(hidden: Tensor) -> Iterator[None]:
     """`heads_loss` takes losses only: the hidden states are there already."""
-    with patch.object(training, "packed_hidden", lambda *args, **kwargs: hidden):
+    with patch.object(trainer, "packed_hidden", lambda *args, **kwargs: hidden):
         yield
 
 

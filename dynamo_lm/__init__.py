@@ -2,10 +2,11 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dynamo_lm.config import PRESETS, DynaMoConfig
-from dynamo_lm.cooccurrence import Cooccurrence
+from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.errors import InputError
-from dynamo_lm.model import DynaMoForCausalLM
+from dynamo_lm.model.configuration import DynaMoConfig
+from dynamo_lm.model.modeling import DynaMoForCausalLM
+from dynamo_lm.model.presets import PRESETS
 
 __all__ = ["PRESETS", "Cooccurrence", "DynaMoConfig", "DynaMoForCausalLM", "InputError"]
 __version__ = "0.1.0"

@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.assets import bundled
-from dynamo_lm.data import tokenize
-from dynamo_lm.packing import Blocks
-from dynamo_lm.training import Progress, TrainingOptions, train
+from dynamo_lm.data.packing import Blocks
+from dynamo_lm.data.token_store import tokenize
+from dynamo_lm.training.log import Progress
+from dynamo_lm.training.options import TrainingOptions
+from dynamo_lm.training.trainer import train
 
 DATA = Path(os.environ.get("DYNAMO_DATA", "../shared/data"))
 SOURCES = [str(DATA / "stories" / name) for name in ("tinystories.jsonl", "fables.jsonl")]

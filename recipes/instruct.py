@@ -20,10 +20,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from dynamo_lm.commands.opening import resolve
-from dynamo_lm.instruct.formats import Messages, conversations
-from dynamo_lm.instruct.template import chat_template
-from dynamo_lm.instruct.tokens import encode
+from dynamo_lm.data.chat_template import chat_template
+from dynamo_lm.data.conversations import Messages, conversations
+from dynamo_lm.data.tokenize_chat import encode
+from dynamo_lm.model.loading import resolve
 
 DATA = Path(os.environ.get("DYNAMO_DATA", "../shared/data"))
 FABLES = DATA / "stories" / "fables.jsonl"

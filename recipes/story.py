@@ -19,11 +19,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedTokenizerFast
 
 from dynamo_lm import DynaMoForCausalLM
-from dynamo_lm.counting import count as count_ngrams
-from dynamo_lm.data import TokenStore, documents, tokenize, tokenizer_fingerprint
-from dynamo_lm.packing import Blocks
-from dynamo_lm.provenance import begin
-from dynamo_lm.training import Progress, TrainingOptions, perplexities, train
+from dynamo_lm.cooccurrence.counting import count as count_ngrams
+from dynamo_lm.data.packing import Blocks
+from dynamo_lm.data.token_store import TokenStore, documents, tokenize, tokenizer_fingerprint
+from dynamo_lm.training.log import Progress
+from dynamo_lm.training.loss import perplexities
+from dynamo_lm.training.options import TrainingOptions
+from dynamo_lm.training.provenance import begin
+from dynamo_lm.training.trainer import train
 
 DATA = Path(os.environ.get("DYNAMO_DATA", "../shared/data"))
 SOURCES = [str(DATA / "stories" / name) for name in ("tinystories.jsonl", "fables.jsonl", "fairytaleqa.jsonl")]

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from dynamo_lm.cli import main
+from dynamo_lm.cli.main import main
 
 WORDS = [
     "the",

@@ -30,7 +30,7 @@ def modules_are_not_searched_for_garbage():
 
 @pytest.fixture(scope="session", autouse=True)
 def the_parser_is_made_once():
-    """Typer makes that of every verb anew in each call of `dynamo_lm.cli.main`, in a tenth of a second or two."""
+    """Typer makes that of every verb anew in each call of `dynamo_lm.cli.main.main`, in a tenth of a second or two."""
     import typer.main
 
     typer.main.get_command = functools.cache(typer.main.get_command)

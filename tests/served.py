@@ -18,10 +18,10 @@ import torch
 from commandline import byte_tokenizer, neox
 
 from dynamo_lm import DynaMoForCausalLM
-from dynamo_lm.instruct.template import chat_template
+from dynamo_lm.data.chat_template import chat_template
 from dynamo_lm.serving import server
 from dynamo_lm.serving.app import Settings, create_app
-from dynamo_lm.serving.choices import Dials, Limits
+from dynamo_lm.serving.requests import GenerationSettings, Limits
 
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))  # tests print no log
 
@@ -97,9 +97,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(limits: Limits = Limits(), dials: Dials = Dials(3), **settings: Any) -> Iterator[Served]:  # noqa: B008
+def serving(limits: Limits | None = None, dials: GenerationSettings | None = None, **settings: Any) -> Iterator[Served]:
     """A server of the small model, for as long as the context lasts."""
-    app = create_app(*small(), Settings("small", dials, limits, **settings))
+    app = create_app(*small(), Settings("small", dials or GenerationSettings(3), limits or Limits(), **settings))
     bound = server.bind("127.0.0.1", 0)
     running = server.Server(app.state.gate, limits.seconds)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)

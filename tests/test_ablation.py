@@ -12,11 +12,11 @@ import torch
 from commandline import Run, byte_tokenizer, neox, texts
 from test_training import random_blocks, tiny
 
+from dynamo_lm.data.packing import Blocks
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation import ablation
 from dynamo_lm.evaluation.ablation import BASE, VARIANTS, Settings, against, block_losses, build, choose, ratio
-from dynamo_lm.packing import Blocks
-from dynamo_lm.training import perplexities
+from dynamo_lm.training.loss import perplexities
 
 SETTINGS = Settings(steps=4, batch_size=4, block_size=12, lr_b=1e-3, lr_m=1e-2, lr_mb=1e-4)
 

@@ -9,11 +9,11 @@ from architectures import dynamo_of, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_lm.counting import count
-from dynamo_lm.decoding import Batch, decode
+from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.decoding.batch import Batch, decode
+from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.errors import InputError
-from dynamo_lm.rows import DecodingOptions
-from dynamo_lm.sampling import Algorithm1
+from dynamo_lm.sampling.options import Algorithm1
 
 ENDS = frozenset([7])
 PAPER = Algorithm1(top_k=12, eps_b=0.1)

@@ -22,11 +22,11 @@ from commandline import END, Run, byte_tokenizer, neox
 from rich.console import Console
 
 from dynamo_lm import DynaMoForCausalLM
-from dynamo_lm.chat import Conversation, Dials
-from dynamo_lm.commands.chat import Session, Terminal, read_message
-from dynamo_lm.demo import COLOURS
+from dynamo_lm.cli.chat import Session, Terminal, read_message
+from dynamo_lm.cli.demo_view import COLOURS
+from dynamo_lm.data.chat_template import encode_chat
 from dynamo_lm.errors import InputError
-from dynamo_lm.instruct.template import encode_chat
+from dynamo_lm.serving.conversation import Conversation, GenerationSettings
 
 PROMPT = ">\x1b[0m "
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -67,7 +67,7 @@ def said(monkeypatch, text: str | bytes) -> None:
 
 
 def talk_with(model: DynaMoForCausalLM, system: str | None = None, **dials) -> Conversation:
-    return Conversation(model, byte_tokenizer(model.config.vocab_size), Dials(**dials), system=system)
+    return Conversation(model, byte_tokenizer(model.config.vocab_size), GenerationSettings(**dials), system=system)
 
 
 def answer_to(talk: Conversation, messages: list[dict[str, str]]) -> str:
@@ -150,7 +150,7 @@ def test_an_answer_of_nothing_leaves_no_trace():
 )
 def test_dials_out_of_range_are_refused(dials, sentence):
     with pytest.raises(InputError, match=sentence):
-        Dials(**dials)
+        GenerationSettings(**dials)
 
 
 def test_a_seed_repeats_a_conversation_and_its_answers_differ():
@@ -290,7 +290,7 @@ class Screen:
         environment = os.environ | {"TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "100"}
         environment.pop("NO_COLOR", None)
         self.program = subprocess.Popen(
-            [sys.executable, "-m", "dynamo_lm.cli", *map(str, arguments)],
+            [sys.executable, "-m", "dynamo_lm.cli.main", *map(str, arguments)],
             stdin=other,
             stdout=other,
             stderr=other,
@@ -377,7 +377,7 @@ def test_at_the_prompt_ctrl_c_asks_and_a_second_one_in_a_row_leaves():
             self.noted.append(text.strip())
 
     typist = Typist()
-    conversation = Conversation(alphabet(), byte_tokenizer(), Dials())
+    conversation = Conversation(alphabet(), byte_tokenizer(), GenerationSettings())
     with pytest.raises(KeyboardInterrupt):
         Session(conversation, typist).run()
     assert typist.noted.count("Ctrl-C again or Ctrl-D leaves.") == 2

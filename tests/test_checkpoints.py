@@ -20,10 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_training import log_of, random_blocks, tiny
 
-from dynamo_lm import checkpoints
-from dynamo_lm.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from dynamo_lm.errors import InputError
-from dynamo_lm.training import TrainingOptions, parameter_groups, train
+from dynamo_lm.training import checkpoints
+from dynamo_lm.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from dynamo_lm.training.options import TrainingOptions
+from dynamo_lm.training.trainer import parameter_groups, train
 
 OPTIONS = TrainingOptions(steps=12, lr_b=1e-3, lr_m=1e-2, lr_mb=2.5e-4, batch_size=4, bf16=False, checkpoint_every=3, keep=2)
 TWO_STEPS = replace(OPTIONS, steps=2)
@@ -110,7 +111,7 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads({threads})
 from pathlib import Path
-from dynamo_lm import checkpoints
+from dynamo_lm.training import checkpoints
 from test_checkpoints import run
 
 def save_file(tensors, path, real=checkpoints.save_file):

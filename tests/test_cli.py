@@ -16,11 +16,13 @@ import torch
 from commandline import SMALL, Run, byte_tokenizer, neox, texts
 from transformers import AutoTokenizer, BertConfig, GPTNeoXForCausalLM, T5Config
 
-from dynamo_lm import DynaMoForCausalLM, training
-from dynamo_lm.cli import main
-from dynamo_lm.commands import opening
-from dynamo_lm.commands.train import train as train_verb
-from dynamo_lm.data import tokenizer_fingerprint
+from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm.cli.main import main
+from dynamo_lm.cli.train import train as train_verb
+from dynamo_lm.data.token_store import tokenizer_fingerprint
+from dynamo_lm.model import loading
+from dynamo_lm.training import log as training_log
+from dynamo_lm.training import options
 
 
 @pytest.fixture
@@ -95,7 +97,7 @@ def test_the_help_of_a_verb_explains_its_options(run, monkeypatch, verb, options
 def test_the_defaults_that_train_shows_are_those_of_the_library():
     import inspect
 
-    library = {field.name: field.default for field in fields(training.TrainingOptions)}
+    library = {field.name: field.default for field in fields(options.TrainingOptions)}
     shown = inspect.signature(train_verb).parameters
     for name in ("warmup", "weight_decay", "clip", "seed", "validate_every", "checkpoint_every", "accumulation"):
         assert shown[name].default == library[name], name
@@ -198,13 +200,14 @@ def test_a_run_that_was_killed_or_interrupted_resumes_to_the_same_losses(run, ma
     # kill -9 while step 8 is logged: the checkpoint of step 6 is the last
     dies = """if True:
         import os, signal, sys
-        from dynamo_lm import cli, training
-        write = training._Log.write
+        from dynamo_lm.cli import main as cli
+        from dynamo_lm.training import log
+        write = log._Log.write
         def killed(self, progress, factor):
             write(self, progress, factor)
             if progress.step == 8:
                 os.kill(os.getpid(), signal.SIGKILL)
-        training._Log.write = killed
+        log._Log.write = killed
         sys.exit(cli.main(sys.argv[1:]))
     """
     killed = subprocess.run([sys.executable, "-c", dies, *arguments, str(tmp_path / "killed")], capture_output=True)
@@ -218,14 +221,14 @@ def test_a_run_that_was_killed_or_interrupted_resumes_to_the_same_losses(run, ma
     assert log(tmp_path / "killed") == whole
 
     # Ctrl-C while step 5 is logged: that step is finished and kept
-    write = training._Log.write
+    write = training_log._Log.write
 
     def interrupted(self, progress, factor):
         write(self, progress, factor)
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Log, "write", interrupted)
+        patch.setattr(training_log._Log, "write", interrupted)
         run(*arguments, tmp_path / "stopped", status=130)
     assert run.err.strip().splitlines()[-1] == "dynamo-lm: stopped; the same command goes on from the last checkpoint."
     run(*arguments, tmp_path / "stopped")
@@ -315,7 +318,7 @@ def test_a_pipe_gives_the_prompt_and_gets_only_the_text(run, model, monkeypatch)
 
 
 def test_a_reader_that_goes_away_is_silent(model):
-    line = f"{sys.executable} -m dynamo_lm.cli generate {model} 'the fox' -n 100 --verify off | head -c 3"
+    line = f"{sys.executable} -m dynamo_lm.cli.main generate {model} 'the fox' -n 100 --verify off | head -c 3"
     done = subprocess.run(line, shell=True, capture_output=True, timeout=60)
     assert (done.stdout, done.stderr) == (b"the", b"")
 
@@ -600,7 +603,7 @@ def test_a_full_disk_is_one_sentence(run, made, tmp_path, monkeypatch):
     def full(*arguments, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dynamo_lm.files.save_file", full)
+    monkeypatch.setattr("dynamo_lm.model.checkpoint.save_file", full)
     run(
         "train",
         made / "base",
@@ -615,7 +618,7 @@ def test_a_full_disk_is_one_sentence(run, made, tmp_path, monkeypatch):
         status=2,
     )
     assert "is full" in run.err.splitlines()[-1] and "Traceback" not in run.err
-    monkeypatch.setattr("dynamo_lm.provenance.write", full)
+    monkeypatch.setattr("dynamo_lm.training.provenance.write", full)
     assert "The disk is full" in run.refused(
         "train", made / "base", "--data", made / "text.jsonl", "--freeze", "--out", tmp_path / "b", *SMALL
     )
@@ -632,5 +635,5 @@ def test_a_name_server_that_does_not_answer_means_offline(monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr("socket.getaddrinfo", unknown)
-    assert opening.resolve("somebody/something") == "somebody/something"
+    assert loading.resolve("somebody/something") == "somebody/something"
     assert constants.HF_HUB_OFFLINE

@@ -8,14 +8,14 @@ import pytest
 import torch
 from architectures import dynamo_of, random_tokens
 
-from dynamo_lm import compiling
-from dynamo_lm.cache import FixedCache
-from dynamo_lm.compiling import Straight, capacity, check_compiler, compiled
-from dynamo_lm.counting import count
-from dynamo_lm.decoding import Batch, decode
+from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
+from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.decoding import compiled
+from dynamo_lm.decoding.batch import Batch, decode
+from dynamo_lm.decoding.compiled import CompiledStep, capacity, check_compiler, compile_steps
+from dynamo_lm.decoding.kv_cache import StaticKVCache
+from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.errors import InputError
-from dynamo_lm.masks import MaskForm
-from dynamo_lm.rows import DecodingOptions
 
 
 def has_compiler() -> bool:
@@ -32,14 +32,14 @@ def test_capacities_double_so_that_few_shapes_are_compiled():
 
 @pytest.mark.parametrize("name", ["gpt_neox", "mistral", "gemma3"])
 def test_a_cache_of_fixed_shape_gives_the_same_states(name):
-    model = dynamo_of(name).for_decoding(3)
-    cache, tokens = FixedCache(model.cache_entries, 32), random_tokens(1, 12)
+    model = dynamo_of(name).optimize_for_inference(3)
+    cache, tokens = StaticKVCache(model.cache_entries, 32), random_tokens(1, 12)
     states = []
     with torch.inference_mode():
         whole = model.hidden(tokens, num_heads=3)
         for start, width, keep in ((0, 5, 5), (5, 3, 2), (7, 3, 1), (8, 3, 3)):
             positions = cache.begin(width)
-            mask = MaskForm.of(model.base.config, model.dtype).mask(positions, torch.arange(cache.end)[None])
+            mask = AttentionMaskBuilder.of(model.base.config, model.dtype).mask(positions, torch.arange(cache.end)[None])
             kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
             hidden = model.hidden(tokens[:, start : start + width], num_heads=3, **kwargs)
             states.append(hidden[:, :, :keep])
@@ -54,21 +54,21 @@ def test_compiled_steps_write_the_same_text():
     plain = decode(model, prompt, DecodingOptions(12, 2), seeds=[0])
     fast = decode(model, prompt, DecodingOptions(12, 2, compile=True), seeds=[0])
     assert fast[0].tokens == plain[0].tokens
-    kept = model.arranged[2, model.device, model.dtype][1]
+    kept = model.runtime.compiled[2, model.device, model.dtype][1]
     decode(model, random_tokens(1, 9).tolist(), DecodingOptions(5, 2, compile=True), seeds=[0])
-    assert model.arranged[2, model.device, model.dtype][1] is kept
+    assert model.runtime.compiled[2, model.device, model.dtype][1] is kept
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
 @pytest.mark.parametrize("name", ["gpt_neox", "gemma3"])
 def test_later_steps_reach_compiled_code_straight_away_with_the_same_result(name):
     model, tokens = dynamo_of(name), random_tokens(1, 9)
-    twin, step = compiled(model, 3)
-    assert isinstance(step, Straight)
-    form, results = MaskForm.of(model.base.config, model.dtype), []
+    twin, step = compile_steps(model, 3)
+    assert isinstance(step, CompiledStep)
+    form, results = AttentionMaskBuilder.of(model.base.config, model.dtype), []
 
     def steps(forward, prompt: int) -> None:
-        cache = FixedCache(twin.cache_entries, 32)
+        cache = StaticKVCache(twin.cache_entries, 32)
         for start, width in ((0, prompt), (prompt, 2), (prompt + 2, 2)):
             positions = cache.begin(width)
             mask = form.mask(positions, torch.arange(cache.end)[None])
@@ -106,7 +106,7 @@ def test_short_prompts_are_absorbed_in_compiled_steps(monkeypatch):
         assert row.tokens == expected.tokens and row.statistics.step_sizes == expected.statistics.step_sizes
         scored = decode(model, prompt, replace(options, prompt_logprobs=True), seeds=[0])[0]
         assert scored.tokens == expected.tokens and len(scored.prompt_scores) == length
-    monkeypatch.setattr(compiling, "AGAIN", 0)
+    monkeypatch.setattr(compiled, "AGAIN", 0)
     assert decode(model, prompt, options, seeds=[0])[0].tokens == expected.tokens
 
 
@@ -117,7 +117,7 @@ def test_compiled_steps_may_use_fewer_heads_than_there_are(heads):
     expected = decode(model, prompt, DecodingOptions(8, heads, tree=0), seeds=[0])[0].tokens
     for _ in range(2):
         assert decode(model, prompt, DecodingOptions(8, heads, compile=True), seeds=[0])[0].tokens == expected
-    step = model.arranged[heads, model.device, model.dtype][1]
+    step = model.runtime.compiled[heads, model.device, model.dtype][1]
     assert set(step.graphs) == {(heads, 256)} and None not in step.graphs.values()
 
 
@@ -136,10 +136,10 @@ def test_a_model_whose_weights_were_exchanged_is_compiled_anew():
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
 def test_a_table_that_was_exchanged_since_compiling_is_the_one_that_is_read():
     model = dynamo_of("gpt_neox", 2)
-    first, _ = compiled(model, 2)
+    first, _ = compile_steps(model, 2)
     assert first.cooccurrence is None
     model.cooccurrence = count([[3, 4, 5]], vocab_size=97, order=2)
-    again, _ = compiled(model, 2)
+    again, _ = compile_steps(model, 2)
     assert again is first and again.cooccurrence is model.cooccurrence
 
 

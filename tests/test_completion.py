@@ -10,10 +10,10 @@ from architectures import cycle, markov_dynamo
 from commandline import END, byte_tokenizer
 
 from dynamo_lm.errors import InputError
-from dynamo_lm.evaluation import prompts as benches
-from dynamo_lm.evaluation.comparison import Completions, compare, duels
-from dynamo_lm.evaluation.completion import PAPER, Arm, Text, arms, write_texts
-from dynamo_lm.evaluation.judges import Pair
+from dynamo_lm.evaluation.completion import prompts as benches
+from dynamo_lm.evaluation.completion.compare import Completions, compare, duels
+from dynamo_lm.evaluation.completion.generate import PAPER, Arm, Text, arms, write_texts
+from dynamo_lm.evaluation.judges.judges import Pair
 
 PROMPTS = ["the fox", "a red house", "night"]
 

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from dynamo_lm import cooccurrence, kernels
-from dynamo_lm.cooccurrence import Cooccurrence
-from dynamo_lm.counting import count
+from dynamo_lm.cooccurrence import storage
+from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.errors import InputError
+from dynamo_lm.kernels import loader
 
 INF = math.inf
 Arrays = dict[str, np.ndarray]
@@ -105,9 +106,9 @@ def test_merging_equals_counting_everything_at_once(left: list[list[int]], right
 
 @pytest.fixture(scope="module")
 def compiled() -> Any:
-    if not kernels.available():
+    if not loader.available():
         pytest.skip("needs a C++ compiler")
-    return kernels.sampler()
+    return loader.sampler()
 
 
 def assert_seen_is_numpys(compiled: Any, table: Cooccurrence, ids: np.ndarray) -> None:
@@ -243,7 +244,7 @@ def rewrite(path: Path, change: Callable[[Arrays, dict], object]) -> None:
     with safe_open(path, framework="np") as file:
         facts = json.loads(file.metadata()["facts"])
     change(arrays, facts)
-    cooccurrence._write(path, arrays, json.dumps(facts))
+    storage._write(path, arrays, json.dumps(facts))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_lm.cooccurrence import Cooccurrence
-from dynamo_lm.counting import count
+from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.errors import InputError
 
 Grams = dict[tuple[int, ...], int]
@@ -202,7 +202,7 @@ def test_a_full_scratch_folder_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     def full(path: Path, mode: str) -> IO[bytes]:
         return Path("/dev/full").open(mode)
 
-    monkeypatch.setattr("dynamo_lm.counting.open", full, raising=False)
+    monkeypatch.setattr("dynamo_lm.cooccurrence.counting.open", full, raising=False)
     with pytest.raises(InputError, match=f"{tmp_path} is full"):
         count(arrays([[0, 1]]), vocab_size=3, scratch=tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -18,13 +18,15 @@ from hypothesis import strategies as st
 from test_training import FROZEN, PLAIN, ROWS, gradients, log_of, pack, random_blocks, store_of, tiny
 from torch import Tensor
 
-from dynamo_lm import DynaMoConfig, DynaMoForCausalLM, InputError, provenance, training
-from dynamo_lm.checkpoints import latest_checkpoint
-from dynamo_lm.cli import main
-from dynamo_lm.coupling import Coupling, add_coupling
-from dynamo_lm.packing import Blocks
-from dynamo_lm.plan import memory, parameters
-from dynamo_lm.training import coupled_logits, heads_loss, parameter_groups, perplexities, target_counts, train
+from dynamo_lm import DynaMoConfig, DynaMoForCausalLM, InputError
+from dynamo_lm.cli.main import main
+from dynamo_lm.data.packing import Blocks
+from dynamo_lm.model.coupling import Coupling, add_coupling
+from dynamo_lm.training import loss, provenance
+from dynamo_lm.training.checkpoints import latest_checkpoint
+from dynamo_lm.training.loss import coupled_logits, heads_loss, perplexities, target_counts
+from dynamo_lm.training.memory_estimate import memory, parameters
+from dynamo_lm.training.trainer import parameter_groups, train
 
 TOKENS = random_tokens(2, 12)
 PLAIN, FROZEN = replace(PLAIN, lr_c=0.02), replace(FROZEN, lr_c=0.02)
@@ -204,7 +206,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("chunk", [5, 512])
 @pytest.mark.parametrize("kwargs", [{}, {"own_output_embedding": True}], ids=str)
 def test_losses_and_gradients_are_those_of_a_loop_over_positions(options, chunk, kwargs, monkeypatch):
-    monkeypatch.setattr(training, "CHUNK", chunk)
+    monkeypatch.setattr(loss, "CHUNK", chunk)
     model = coupled_tiny(**kwargs)
     if options.frozen:
         model.freeze_base()
@@ -304,14 +306,14 @@ def test_a_stopped_run_resumes_to_the_weights_of_one_that_was_not(tmp_path):
     whole = coupled_tiny()
     train(whole, random_blocks(), None, options, tmp_path / "whole")
 
-    class Stop(Exception):
+    class StoppingCriterion(Exception):
         pass
 
     def stop(progress):
         if progress.step == 3:
-            raise Stop
+            raise StoppingCriterion
 
-    with pytest.raises(Stop):
+    with pytest.raises(StoppingCriterion):
         train(coupled_tiny(), random_blocks(), None, options, tmp_path / "cut", report=stop)
     assert latest_checkpoint(tmp_path / "cut").name == "step-00000002"
     again = coupled_tiny()

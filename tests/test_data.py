@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dynamo_lm import data
-from dynamo_lm.data import TokenStore, documents, tokenize, tokenizer_fingerprint
+from dynamo_lm.data import token_store
+from dynamo_lm.data.packing import Blocks, targets
+from dynamo_lm.data.token_store import TokenStore, documents, tokenize, tokenizer_fingerprint
 from dynamo_lm.errors import InputError
-from dynamo_lm.packing import Blocks, targets
 
 VOCABULARY = {"<unk>": 0, "<eos>": 1, "<bos>": 2, "a": 3, "b": 4, "c": 5, "d": 6}
 
@@ -234,7 +234,7 @@ def test_a_vocabulary_above_65536_is_stored_in_32_bits(tmp_path):
 
 
 def test_several_sources_and_batches_follow_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BATCH_DOCUMENTS", 2)
+    monkeypatch.setattr(token_store, "BATCH_DOCUMENTS", 2)
     seen = []
     sources = [write_lines(tmp_path / "b.jsonl", "a", "b b", "c"), write(tmp_path / "a.txt", "d")]
     store = tokenize(sources, word_tokenizer(), tmp_path / "store", progress=lambda *totals: seen.append(totals))
@@ -248,7 +248,7 @@ def test_several_sources_and_batches_follow_each_other(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("batch", [1, 2, 1000])
 def test_limit_tokens_cuts_exactly_there(tmp_path, monkeypatch, limit, offsets, batch):
-    monkeypatch.setattr(data, "BATCH_DOCUMENTS", batch)
+    monkeypatch.setattr(token_store, "BATCH_DOCUMENTS", batch)
     source = write_lines(tmp_path / "a.jsonl", "a", "b b", "c")
     store = tokenize([source], word_tokenizer(), tmp_path / "store", limit_tokens=limit)
     assert store.offsets.tolist() == offsets
@@ -314,7 +314,7 @@ def damage(folder: Path, what: str) -> None:
         case "description is a list":
             about.write_text("[]")
         case "field missing":
-            about.write_text(json.dumps({"format": data.FORMAT}))
+            about.write_text(json.dumps({"format": token_store.FORMAT}))
         case "old format":
             about.write_text(json.dumps(json.loads(about.read_text()) | {"format": 0}))
         case "tokens missing":
@@ -369,7 +369,7 @@ def test_a_full_disk_is_an_input_error_and_leaves_the_old_store(tmp_path, monkey
     def full_disk(path, mode):
         return open("/dev/full" if Path(path).name.startswith(full) and "w" in mode else path, mode)
 
-    monkeypatch.setattr(data, "open", full_disk, raising=False)
+    monkeypatch.setattr(token_store, "open", full_disk, raising=False)
     with pytest.raises(InputError, match=r"store.* No space left on device"):
         tokenize([good], word_tokenizer(), folder, limit_tokens=2)
     assert TokenStore(folder).tokens.tolist() == [3, 4, 1]

@@ -24,9 +24,9 @@ from transformers import (
 )
 
 from dynamo_lm import DynaMoForCausalLM, InputError
-from dynamo_lm.cache import GROWTH, RowCache
-from dynamo_lm.counting import count
-from dynamo_lm.masks import MaskForm
+from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
+from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.decoding.kv_cache import GROWTH, RaggedKVCache
 
 LENGTHS = [5, 9, 3, 12, 7]
 PLAIN = {"pad_token_id": 0, "eos_token_id": EOS, "return_dict_in_generate": True}
@@ -447,7 +447,7 @@ def test_what_the_loop_cannot_do_is_refused_by_name(options, name):
 
 def test_an_assistant_a_cache_and_embeddings_are_refused():
     model = copied("llama")
-    for options in ({"assistant_model": model.base}, {"past_key_values": RowCache(3, 1)}):
+    for options in ({"assistant_model": model.base}, {"past_key_values": RaggedKVCache(3, 1)}):
         with pytest.raises(InputError, match=f"{next(iter(options))} is not supported"):
             model.generate(torch.tensor([[5]]), max_new_tokens=4, **options)
     with pytest.raises(InputError, match="inputs_embeds is not supported"):
@@ -557,7 +557,7 @@ def test_bfloat16_runs(name, mode):
 # ---------------------------------------------------------------- the cache
 
 
-def fill(cache: RowCache, layer: int, values: Tensor) -> Tensor:
+def fill(cache: RaggedKVCache, layer: int, values: Tensor) -> Tensor:
     """values: (rows, new); keys and values of width 1 in one head."""
     keys, same = cache.update(values[:, None, :, None].float(), values[:, None, :, None].float(), layer)
     assert torch.equal(keys, same)
@@ -565,7 +565,7 @@ def fill(cache: RowCache, layer: int, values: Tensor) -> Tensor:
 
 
 def test_rows_of_a_cache_have_lengths_of_their_own():
-    cache = RowCache(num_layers=1, rows=2)
+    cache = RaggedKVCache(num_layers=1, rows=2)
     assert cache.begin(3).tolist() == [[0, 1, 2], [0, 1, 2]]
     assert fill(cache, 0, torch.tensor([[1, 2, 3], [4, 5, 9]])).tolist() == [[1, 2, 3], [4, 5, 9]]
     cache.keep(torch.tensor([3, 2]))  # of the second row, the last is forgotten
@@ -582,7 +582,7 @@ def test_rows_of_a_cache_have_lengths_of_their_own():
 
 
 def test_a_cache_keeps_the_rows_selected():
-    cache = RowCache(num_layers=2, rows=3)
+    cache = RaggedKVCache(num_layers=2, rows=3)
     cache.begin(2)
     for layer in (0, 1):
         fill(cache, layer, torch.tensor([[1, 2], [3, 4], [5, 6]]) + 10 * layer)
@@ -595,7 +595,7 @@ def test_a_cache_keeps_the_rows_selected():
 
 
 def test_a_cache_grows_beyond_its_buffer_and_forgets_nothing():
-    cache, rows = RowCache(num_layers=1, rows=2), torch.arange(2)[:, None]
+    cache, rows = RaggedKVCache(num_layers=1, rows=2), torch.arange(2)[:, None]
     expected: list[list[int]] = [[], []]
     for step in range(3 * GROWTH // 4):
         new = torch.arange(4) + 4 * step + 10_000 * rows
@@ -611,7 +611,7 @@ def test_a_cache_grows_beyond_its_buffer_and_forgets_nothing():
 
 def test_masks_show_each_row_its_own_past():
     config = base_of("llama").config
-    mask = MaskForm.of(config, torch.float32).mask(torch.tensor([[2, 3], [0, 1]]), torch.arange(4)[None])
+    mask = AttentionMaskBuilder.of(config, torch.float32).mask(torch.tensor([[2, 3], [0, 1]]), torch.arange(4)[None])
     assert mask.dtype == torch.bool
     assert mask[:, 0].int().tolist() == [[[1, 1, 1, 0], [1, 1, 1, 1]], [[1, 0, 0, 0], [1, 1, 0, 0]]]
 
@@ -619,14 +619,16 @@ def test_masks_show_each_row_its_own_past():
 def test_masks_show_nothing_across_documents():
     segments, positions = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 2, 3]])
     config = base_of("llama").config
-    mask = MaskForm.of(config, torch.float32).mask(positions, positions, query_segments=segments, key_segments=segments)
+    mask = AttentionMaskBuilder.of(config, torch.float32).mask(
+        positions, positions, query_segments=segments, key_segments=segments
+    )
     assert mask[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
 def test_masks_slide_by_layer_type_and_add_where_the_implementation_adds():
     config = base_of("gemma2").config  # eager
     positions = torch.arange(10)[None]
-    masks = MaskForm.of(config, torch.float32).mask(positions, positions)
+    masks = AttentionMaskBuilder.of(config, torch.float32).mask(positions, positions)
     assert set(masks) == {"full_attention", "sliding_attention"}
     assert masks["full_attention"][0, 0, 9].eq(0).int().tolist() == [1] * 10
     assert masks["sliding_attention"][0, 0, 9].eq(0).int().tolist() == [0, 0] + [1] * 8  # a window of 8
@@ -636,7 +638,7 @@ def test_masks_slide_by_layer_type_and_add_where_the_implementation_adds():
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral"])
 @pytest.mark.parametrize(("start", "width", "slots"), [(0, 1, 1), (9, 3, 12), (9, 4, 32)])
 def test_the_mask_of_the_next_tokens_is_the_general_one(name, start, width, slots):
-    form = MaskForm.of(base_of(name).config, torch.float32)
+    form = AttentionMaskBuilder.of(base_of(name).config, torch.float32)
     expected = form.mask(torch.arange(start, start + width)[None], torch.arange(slots)[None])
     found = form.next(start, width, slots, device=torch.device("cpu"))
     kinds = expected if isinstance(expected, dict) else {"": expected}
@@ -648,4 +650,4 @@ def test_layers_that_are_no_attention_over_the_past_are_refused():
     config = base_of("qwen3").config
     config.layer_types = ["linear_attention", "full_attention", "full_attention"]
     with pytest.raises(InputError, match='"linear_attention" are not supported'):
-        MaskForm.of(config, torch.float32).mask(torch.arange(2)[None], torch.arange(2)[None])
+        AttentionMaskBuilder.of(config, torch.float32).mask(torch.arange(2)[None], torch.arange(2)[None])

@@ -18,14 +18,17 @@ from pretend import THERE, Device
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from dynamo_lm import DynaMoForCausalLM, candidates, shortlist
-from dynamo_lm.config import MEDUSA
-from dynamo_lm.counting import count
-from dynamo_lm.decoding import Batch, DecodingOptions, decode
-from dynamo_lm.joint import highest
-from dynamo_lm.packing import Blocks
-from dynamo_lm.sampling import Algorithm1
-from dynamo_lm.training import TrainingOptions, heads_loss, perplexities, train
+from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.data.packing import Blocks
+from dynamo_lm.decoding import candidates, draft_vocabulary
+from dynamo_lm.decoding.batch import Batch, DecodingOptions, decode
+from dynamo_lm.model.configuration import MEDUSA
+from dynamo_lm.sampling.options import Algorithm1
+from dynamo_lm.sampling.top_k import highest
+from dynamo_lm.training.loss import heads_loss, perplexities
+from dynamo_lm.training.options import TrainingOptions
+from dynamo_lm.training.trainer import train
 
 N = 4
 PROMPTS = [random_tokens(length, seed=length).tolist() for length in (6, 9, 3, 12, 7)]
@@ -167,8 +170,8 @@ MIXED = [
 @pytest.mark.parametrize("options", [{}, LINKED], ids=["plain", "coupling"])
 def test_rows_of_all_kinds_elsewhere_alone_and_together(options, at_once, monkeypatch):
     monkeypatch.setattr(candidates, "AT_ONCE", at_once)
-    monkeypatch.setattr(shortlist, "LEAST", 20)
-    monkeypatch.setattr(shortlist, "COVERED", 0.5)
+    monkeypatch.setattr(draft_vocabulary, "LEAST", 20)
+    monkeypatch.setattr(draft_vocabulary, "COVERED", 0.5)
 
     def together(model: DynaMoForCausalLM) -> list[list[int]]:
         batch, each = Batch(model, N), [DecodingOptions(max_new_tokens=10, num_heads=N, **how) for how in MIXED]
@@ -181,9 +184,9 @@ def test_rows_of_all_kinds_elsewhere_alone_and_together(options, at_once, monkey
 
     model, there, device = models("gpt_neox", **options)
     for each in (model, there):
-        each.shortlists.clear()
+        each.runtime.draft_vocabulary = None
     expected = together(model)
-    assert model.shortlists["last"][-1] is not None
+    assert model.runtime.draft_vocabulary[-1] is not None
     for seed, (prompt, how) in enumerate(zip(PROMPTS, MIXED, strict=True)):
         chosen = DecodingOptions(max_new_tokens=10, num_heads=N, **how)
         assert tokens_of(decode(model, [prompt], chosen, seeds=[seed])) == [expected[seed]]
@@ -192,7 +195,7 @@ def test_rows_of_all_kinds_elsewhere_alone_and_together(options, at_once, monkey
     with device:
         assert together(there) == expected
     for each in (model, there):
-        each.shortlists.clear()
+        each.runtime.draft_vocabulary = None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -339,7 +342,7 @@ def test_losses_and_gradients_elsewhere(options, no_autocast):
 
 
 def test_a_training_run_elsewhere(tmp_path, monkeypatch, no_autocast):
-    monkeypatch.setattr("dynamo_lm.training.save_checkpoint", lambda *_: None)
+    monkeypatch.setattr("dynamo_lm.training.trainer.save_checkpoint", lambda *_: None)
     options = TrainingOptions(steps=2, batch_size=4, accumulation=2, bf16=False, validate_every=2)
     model = dynamo_of("gpt_neox", 2, **LINKED)
     device, losses, waits = Device(), [], []

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_lm.evaluation.diversity import distinct, mauve, measure, pooled_distinct, repetition, self_bleu
+from dynamo_lm.evaluation.completion.diversity import distinct, mauve, measure, pooled_distinct, repetition, self_bleu
 
 ids = st.lists(st.integers(0, 4), max_size=12)
 

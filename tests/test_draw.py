@@ -11,17 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_lm import kernels, sampling
-from dynamo_lm.cooccurrence import Cooccurrence
-from dynamo_lm.counting import count
-from dynamo_lm.joint import Heads
-from dynamo_lm.sampling import Algorithm1, Draw, draw_from
+from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.cooccurrence.table import Cooccurrence
+from dynamo_lm.kernels import loader
+from dynamo_lm.sampling import algorithm1
+from dynamo_lm.sampling.algorithm1 import Draw, draw_from
+from dynamo_lm.sampling.options import Algorithm1
+from dynamo_lm.sampling.top_k import HeadCandidates
 
-pytestmark = pytest.mark.skipif(not kernels.available(), reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(not loader.available(), reason="needs a C++ compiler")
 VOCAB = 24
 
 
-def random_heads(rng: np.random.Generator, n: int, k: int, spread: float, *, tied: bool, gone: int) -> Heads:
+def random_heads(rng: np.random.Generator, n: int, k: int, spread: float, *, tied: bool, gone: int) -> HeadCandidates:
     """Heads of k distinct candidates below VOCAB, of which the last `gone` have no probability."""
     scores = rng.normal(0, spread, (n, k))
     if tied:
@@ -31,7 +33,7 @@ def random_heads(rng: np.random.Generator, n: int, k: int, spread: float, *, tie
     scores, ids = np.take_along_axis(scores, order, -1), np.take_along_axis(ids, order, -1)
     if gone:
         scores[:, -gone:] = -np.inf
-    return Heads.ranked(ids, scores, 1.0)
+    return HeadCandidates.ranked(ids, scores, 1.0)
 
 
 def random_table(rng: np.random.Generator, order: int, known: int, length: int) -> Cooccurrence:
@@ -66,10 +68,10 @@ def drawn(case, *, compiled: bool) -> tuple[Draw, torch.Tensor]:
     """What a case draws, and the state that it leaves its generator in."""
     heads, present, table, options, greedy, seed = case
     generator = torch.Generator().manual_seed(seed)
-    with patch.object(sampling, "survivors" if compiled else "_compiled_draw", side_effect=AssertionError):
+    with patch.object(algorithm1, "survivors" if compiled else "_compiled_draw", side_effect=AssertionError):
         if compiled:
             return draw_from(heads, present, table, options, generator, greedy), generator.get_state()
-        with patch.object(kernels, "_sampler", None):  # nor do they look up or blur
+        with patch.object(loader, "_sampler", None):  # nor do they look up or blur
             return draw_from(heads, present, table, options, generator, greedy), generator.get_state()
 
 
@@ -101,7 +103,7 @@ def test_a_compiled_draw_from_many_candidates_is_numpys(k: int, blur: bool, eps_
     for seed in range(8):
         scores = -np.sort(-rng.normal(0, 3, (4, k)))
         scores[:, 1:] -= 6 * (seed % 2)
-        heads = Heads.ranked(np.stack([rng.permutation(words)[:k] for _ in range(4)]), scores, 1.0)
+        heads = HeadCandidates.ranked(np.stack([rng.permutation(words)[:k] for _ in range(4)]), scores, 1.0)
         present = rng.random(words) < 0.2
         for n, greedy in [(2, False), (3, False), (4, False), (4, True)]:
             lengths.add(len(assert_the_same((heads.of(0, n), present, table, options, greedy, seed)).tokens))
@@ -111,7 +113,7 @@ def test_a_compiled_draw_from_many_candidates_is_numpys(k: int, blur: bool, eps_
 def test_arrays_may_lie_anyhow() -> None:
     rng = np.random.default_rng(0)
     heads = random_heads(rng, 3, 6, 1.0, tied=False, gone=0)
-    scattered = Heads(np.repeat(heads.ids, 2, 1)[:, ::2], np.asfortranarray(heads.probs))
+    scattered = HeadCandidates(np.repeat(heads.ids, 2, 1)[:, ::2], np.asfortranarray(heads.probs))
     table, options = random_table(rng, 3, VOCAB, 500), Algorithm1(top_k=6, eps_b=0)
     for some in (heads, scattered):
         assert_the_same((some, np.zeros(2 * VOCAB, bool)[::2], table, options, False, 0))
@@ -131,7 +133,7 @@ def test_a_copied_table_points_to_its_own_arrays() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"heads": Heads(np.zeros((21, 8), int), np.full((21, 8), 1 / 8))},  # 8^21 = 2^63 cells
+        {"heads": HeadCandidates(np.zeros((21, 8), int), np.full((21, 8), 1 / 8))},  # 8^21 = 2^63 cells
         {"table": None, "options": Algorithm1(top_k=2, eps_b=0), "limit": 7},  # 2^3 tuples
         {"table": None, "options": Algorithm1(top_k=2, eps_b=0.25), "limit": 7},  # the heads' least likely ones count
         {"options": Algorithm1(top_k=3)},  # which these heads do not have
@@ -139,18 +141,20 @@ def test_a_copied_table_points_to_its_own_arrays() -> None:
     ],
 )
 def test_what_the_kernels_do_not_draw_from(change) -> None:
-    heads = change.get("heads", Heads(np.array([[0, 1]] * 3), np.full((3, 2), 0.5), change.get("links", ())))
+    heads = change.get("heads", HeadCandidates(np.array([[0, 1]] * 3), np.full((3, 2), 0.5), change.get("links", ())))
     table = change.get("table", count([np.array([0, 1, 0])], vocab_size=2, order=3))
     options = change.get("options", Algorithm1(top_k=heads.ids.shape[1]))
-    with patch.object(sampling, "MAX_COMPILED", change.get("limit", sampling.MAX_COMPILED)):
-        assert not sampling._compilable(heads, table, options)
-    assert sampling._compilable(Heads(heads.ids[:3], heads.probs[:3]), None, replace(options, top_k=heads.ids.shape[1]))
+    with patch.object(algorithm1, "MAX_COMPILED", change.get("limit", algorithm1.MAX_COMPILED)):
+        assert not algorithm1._compilable(heads, table, options)
+    assert algorithm1._compilable(
+        HeadCandidates(heads.ids[:3], heads.probs[:3]), None, replace(options, top_k=heads.ids.shape[1])
+    )
 
 
 def test_a_short_table_is_enough_for_one_token() -> None:
-    heads = Heads(np.array([[0, 1]] * 3), np.array([[0.9, 0.1]] * 3))
+    heads = HeadCandidates(np.array([[0, 1]] * 3), np.array([[0.9, 0.1]] * 3))
     table = count([np.array([0, 1, 0])], vocab_size=2, order=2)
-    assert not sampling._compilable(heads, table, Algorithm1(top_k=2))
+    assert not algorithm1._compilable(heads, table, Algorithm1(top_k=2))
     for n, eps_b in [(3, 1), (1, 0.5)]:
         case = heads.of(0, n), np.zeros(2, bool), table, Algorithm1(top_k=2, eps_b=eps_b), True, 0
         assert assert_the_same(case).tokens == [0]

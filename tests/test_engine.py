@@ -13,22 +13,24 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from dynamo_lm import DynaMoForCausalLM, candidates, kernels
-from dynamo_lm import few_rows as few_rows_module
-from dynamo_lm.cache import RowCache
-from dynamo_lm.decoding import decode
+from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
+from dynamo_lm.backbone.stacked_heads import StackedHeads
+from dynamo_lm.decoding import candidates
+from dynamo_lm.decoding.batch import decode
+from dynamo_lm.decoding.kv_cache import RaggedKVCache
+from dynamo_lm.decoding.options import DecodingOptions
+from dynamo_lm.decoding.verification import accept_greedy
 from dynamo_lm.errors import InputError
-from dynamo_lm.few_rows import FewRows, Transposed, few_rows
-from dynamo_lm.masks import MaskForm
-from dynamo_lm.rows import DecodingOptions
-from dynamo_lm.sampling import Algorithm1
-from dynamo_lm.verification import accept_greedy
-from dynamo_lm.wide import WideLayer
+from dynamo_lm.kernels import linear as few_rows_module
+from dynamo_lm.kernels import loader
+from dynamo_lm.kernels.linear import SkinnyLinear, TransposedLinear, few_rows
+from dynamo_lm.sampling.options import Algorithm1
 
 # ---------------------------------------------------------------- products of few rows
 
 
-needs_kernel = pytest.mark.skipif(not kernels.available(), reason="needs a C++ compiler")
+needs_kernel = pytest.mark.skipif(not loader.available(), reason="needs a C++ compiler")
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 
 
@@ -38,7 +40,7 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 def test_few_rows_multiply_as_any_linear_layer_does(batch, length, wide, tall, bias, dtype):
     plain = nn.Linear(16 * wide, tall, bias=bias, dtype=dtype)
     layer, x = few_rows(plain), torch.randn(length, batch, 16 * wide, dtype=dtype).transpose(0, 1)  # not contiguous
-    assert isinstance(layer, FewRows)
+    assert isinstance(layer, SkinnyLinear)
     with torch.inference_mode():  # exact but for one rounding to the type, and what float32 sums lose
         exact = copy.deepcopy(plain).double()(x.double())
         torch.testing.assert_close(layer(x).double(), exact, rtol=torch.finfo(dtype).eps / 2 + 1e-5, atol=1e-5)
@@ -155,7 +157,7 @@ EXACT = [name for name in NAMES if name not in ("gpt2", "gemma2", "falcon", "qwe
 @pytest.mark.parametrize("name", EXACT)
 def test_a_step_of_several_tokens_is_bit_for_bit_as_many_steps_of_one(name, dtype):
     model = wide_enough(name).to(dtype)
-    fast = model.for_decoding(3)
+    fast = model.optimize_for_inference(3)
     prompt, more = random_tokens(1, 20, seed=1), random_tokens(1, 5, seed=2)
     with torch.inference_mode():
         found = [run(fast, prompt, more.split(size, 1)) for size in ([5], [1] * 5, [2, 3])]
@@ -176,10 +178,10 @@ def wide_enough(name: str):
 
 def run(model, prompt, parts) -> torch.Tensor:
     """Final states of all heads at the tokens behind a prompt that are absorbed part by part."""
-    cache, states = RowCache(model.cache_entries, 1), []
+    cache, states = RaggedKVCache(model.cache_entries, 1), []
     for tokens in (prompt, *parts):
         positions = cache.begin(tokens.shape[1])
-        mask = MaskForm.of(model.base.config, model.dtype).mask(positions, torch.arange(cache.end)[None])
+        mask = AttentionMaskBuilder.of(model.base.config, model.dtype).mask(positions, torch.arange(cache.end)[None])
         kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         states.append(model.hidden(tokens, num_heads=3, **kwargs))
         cache.keep(torch.tensor([tokens.shape[1]]))
@@ -193,11 +195,11 @@ def run(model, prompt, parts) -> torch.Tensor:
 def test_without_a_kernel_few_rows_are_transposed(batch, length, wide, tall, bias, huge):
     plain, x = nn.Linear(wide, tall, bias=bias), torch.randn(batch, length, wide)
     with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
-        patched.setattr(kernels, "available", lambda: False)
+        patched.setattr(loader, "available", lambda: False)
         patched.setattr(few_rows_module, "LARGE", 0)
         patched.setattr(few_rows_module, "HUGE", huge)
         layer = few_rows(plain)
-        assert isinstance(layer, Transposed)
+        assert isinstance(layer, TransposedLinear)
         torch.testing.assert_close(layer(x), plain(x))
 
 
@@ -210,10 +212,10 @@ def test_where_gradients_are_wanted_the_layer_is_torchs_own():
 
 def test_the_twin_shares_every_tensor_and_leaves_the_model_alone():
     model = dynamo_of("llama")
-    twin = model.for_decoding(3)
+    twin = model.optimize_for_inference(3)
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
-    assert {FewRows, Transposed} & {type(m) for m in twin.modules()}
-    assert not any(isinstance(m, WideLayer) for m in model.modules())
+    assert {SkinnyLinear, TransposedLinear} & {type(m) for m in twin.modules()}
+    assert not any(isinstance(m, StackedHeads) for m in model.modules())
     assert {id(p) for p in twin.parameters()} == {id(p) for p in model.parameters()}
 
 
@@ -222,11 +224,11 @@ def test_the_twin_shares_every_tensor_and_leaves_the_model_alone():
 
 def steps(model, num_heads: int):
     """Final states of three forwards over rows that keep different numbers of tokens, and lose a row on the way."""
-    cache, states = RowCache(model.cache_entries, 3), []
+    cache, states = RaggedKVCache(model.cache_entries, 3), []
     for seed, (keep, stay) in enumerate([([5, 7, 6], [0, 1, 2]), ([1, 2, 2], [0, 2]), ([2, 1], [0, 1])]):
         tokens = random_tokens(len(cache.lengths), max(keep), seed=seed)
         positions = cache.begin(tokens.shape[1])
-        mask = MaskForm.of(model.base.config, model.dtype).mask(positions, torch.arange(cache.end)[None])
+        mask = AttentionMaskBuilder.of(model.base.config, model.dtype).mask(positions, torch.arange(cache.end)[None])
         kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         hidden = model.hidden(tokens, num_heads=num_heads, **kwargs)
         states += [hidden[:, row, :count] for row, count in enumerate(keep)]
@@ -239,8 +241,8 @@ def steps(model, num_heads: int):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_arranged_for_decoding_has_the_states_of_the_model(name, num_heads):
     model = dynamo_of(name, 3)
-    fast = model.for_decoding(num_heads)
-    assert isinstance(fast.last_layer, WideLayer) == (num_heads > 1)
+    fast = model.optimize_for_inference(num_heads)
+    assert isinstance(fast.last_layer, StackedHeads) == (num_heads > 1)
     with torch.inference_mode():
         for mine, theirs in zip(steps(fast, num_heads), steps(model, num_heads), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
@@ -249,8 +251,8 @@ def test_a_model_arranged_for_decoding_has_the_states_of_the_model(name, num_hea
 @pytest.mark.parametrize("options", [{"layers_per_head": 2}, {"feed": "last"}])
 def test_heads_that_are_no_layer_beside_the_last_stay_apart(options):
     model = dynamo_of("gpt_neox", 3, **options)
-    fast = model.for_decoding(3)
-    assert not isinstance(fast.last_layer, WideLayer)
+    fast = model.optimize_for_inference(3)
+    assert not isinstance(fast.last_layer, StackedHeads)
     with torch.inference_mode():
         for mine, theirs in zip(steps(fast, 3), steps(model, 3), strict=True):
             torch.testing.assert_close(mine, theirs)
@@ -261,7 +263,7 @@ def test_a_layer_that_computes_with_its_number_is_not_made_wide():
     for module in model.modules():
         if hasattr(module, "config"):
             module.config.scale_attn_by_inverse_layer_idx = True
-    assert not isinstance(model.for_decoding(3).last_layer, WideLayer)
+    assert not isinstance(model.optimize_for_inference(3).last_layer, StackedHeads)
 
 
 @needs_kernel
@@ -296,14 +298,14 @@ def test_reading_all_heads_together_changes_no_token(changes, dtype, monkeypatch
 # ---------------------------------------------------------------- the budget
 
 
-def accept_slowly(logits, drafts, allowance):
+def accept_slowly(logits, drafts, regret_budgets):
     """`accept_greedy` in words: go on while a draft is the first choice or all losses so far are allowed."""
     spent, costs = 0.0, []
     for position, draft in enumerate(drafts):
         line = logits[position].tolist()
         loss = max(line) - line[draft]
         first = line.index(max(line)) == draft
-        if not first and (not allowance or spent + loss > allowance[position]):
+        if not first and (not regret_budgets or spent + loss > regret_budgets[position]):
             break
         spent += 0.0 if first else loss
         costs.append(0.0 if first else loss)
@@ -313,11 +315,11 @@ def accept_slowly(logits, drafts, allowance):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32), st.integers(0, 3), st.lists(st.floats(0, 4), min_size=3, max_size=3) | st.just([]))
-def test_a_greedy_budget_is_spent_as_the_slow_rule_spends_it(seed, count, allowance):
+def test_a_greedy_budget_is_spent_as_the_slow_rule_spends_it(seed, count, regret_budgets):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(0, 4, (4, 5), generator=generator).float()
     drafts = torch.randint(0, 5, (count,), generator=generator).tolist()
-    assert tuple(accept_greedy(logits, drafts, allowance))[:3] == accept_slowly(logits, drafts, allowance)
+    assert tuple(accept_greedy(logits, drafts, regret_budgets))[:3] == accept_slowly(logits, drafts, regret_budgets)
 
 
 @pytest.mark.parametrize("sample", [False, True])

@@ -14,11 +14,11 @@ from architectures import NAMES, VOCABULARY, base_of, dynamo_of, markov_dynamo, 
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-import dynamo_lm.files
+import dynamo_lm.model.checkpoint
 from dynamo_lm import DynaMoForCausalLM, InputError
-from dynamo_lm.config import MEDUSA
-from dynamo_lm.counting import count
-from dynamo_lm.model import decoder_layers
+from dynamo_lm.backbone.base_model import decoder_layers
+from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.model.configuration import MEDUSA
 
 TOKENS = random_tokens(2, 12)
 WEIGHTS = {"full": "model.safetensors", "heads": "heads.safetensors"}
@@ -342,7 +342,7 @@ def test_a_full_disk_leaves_the_old_folder_as_it_was(tmp_path, monkeypatch, weig
 
     def full_disk(*args, **kwargs):
         if failure == "SafetensorError":
-            raise dynamo_lm.files.SafetensorError("Error while serializing: I/O error: No space left on device")
+            raise dynamo_lm.model.checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     changed = DynaMoForCausalLM.from_base(str(tmp_path / "base"), num_heads=3)
@@ -350,7 +350,7 @@ def test_a_full_disk_leaves_the_old_folder_as_it_was(tmp_path, monkeypatch, weig
         changed.cooccurrence = table()
         monkeypatch.setattr(type(changed.cooccurrence), "save", full_disk)
     else:
-        monkeypatch.setattr(dynamo_lm.files, "save_file", full_disk)
+        monkeypatch.setattr(dynamo_lm.model.checkpoint, "save_file", full_disk)
         monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full_disk)
     with pytest.raises(InputError, match=r"disk .*full") as caught:
         changed.save_pretrained(folder, weights=weights)

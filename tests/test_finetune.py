@@ -10,12 +10,13 @@ import torch
 from commandline import END, Run, byte_tokenizer, neox, texts
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
-from dynamo_lm import DynaMoForCausalLM, training
-from dynamo_lm.cli import main
-from dynamo_lm.cooccurrence import Cooccurrence
-from dynamo_lm.data import TokenStore
-from dynamo_lm.instruct.template import DEFAULT, encode_chat
-from dynamo_lm.packing import WholeBlocks
+from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm.cli.main import main
+from dynamo_lm.cooccurrence.table import Cooccurrence
+from dynamo_lm.data.chat_template import DEFAULT, encode_chat
+from dynamo_lm.data.packing import WholeBlocks
+from dynamo_lm.data.token_store import TokenStore
+from dynamo_lm.training import log as training_log
 
 SMALL = ("--block-size", "128", "--batch-size", "4", "--validation-fraction", "0.1", "--steps", "3")
 
@@ -91,7 +92,7 @@ def test_the_loss_is_that_of_the_answers_alone(run, made, tmp_path):
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(run, made, tmp_path, monkeypatch):
     arguments = ("finetune", made / "model", "--data", made / "said.json", *SMALL, "--checkpoint-every", 1, "--no-count")
     run(*arguments, "--out", tmp_path / "whole")
-    write = training._Log.write
+    write = training_log._Log.write
 
     def interrupted(self, progress, factor):
         write(self, progress, factor)
@@ -101,7 +102,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(run, made, tmp_path, mo
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Log, "write", interrupted)
+        patch.setattr(training_log._Log, "write", interrupted)
         run(*arguments, "--out", tmp_path / "stopped", status=130)
         assert "goes on" in run.err
     run(*arguments, "--out", tmp_path / "stopped")

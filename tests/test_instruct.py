@@ -19,19 +19,19 @@ from hypothesis import strategies as st
 from test_training import FROZEN, PLAIN, tiny
 
 from dynamo_lm import DynaMoForCausalLM
-from dynamo_lm.cooccurrence import Cooccurrence
-from dynamo_lm.counting import count
-from dynamo_lm.data import TokenStore
+from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.cooccurrence.table import Cooccurrence
+from dynamo_lm.data.chat_template import chat_template, encode_chat, end_of_turn, render
+from dynamo_lm.data.conversations import conversations, messages
+from dynamo_lm.data.packing import Blocks, WholeBlocks, targets
+from dynamo_lm.data.token_store import TokenStore
+from dynamo_lm.data.tokenize_chat import encode, tokenize_conversations
 from dynamo_lm.errors import InputError
-from dynamo_lm.instruct.distill import distill
-from dynamo_lm.instruct.filter import best, scores, turns
-from dynamo_lm.instruct.formats import conversations, messages
-from dynamo_lm.instruct.lora import TrunkLora
-from dynamo_lm.instruct.table import add_answers, answers
-from dynamo_lm.instruct.template import chat_template, encode_chat, end_of_turn, render
-from dynamo_lm.instruct.tokens import encode, tokenize_conversations
-from dynamo_lm.packing import Blocks, WholeBlocks, targets
-from dynamo_lm.training import heads_loss, perplexities, scored_positions, target_counts
+from dynamo_lm.evaluation.judges.filter import best, scores, turns
+from dynamo_lm.training.answer_table import add_answers, answers
+from dynamo_lm.training.lora import TrunkLora
+from dynamo_lm.training.loss import heads_loss, perplexities, scored_positions, target_counts
+from dynamo_lm.training.self_distill import distill
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"

@@ -19,10 +19,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
 
 from dynamo_lm.errors import InputError
-from dynamo_lm.evaluation.endpoint import SCORE, VERDICT, EndpointJudge, _parse
-from dynamo_lm.evaluation.judges import Pair, ReferenceJudge, sanity, shuffle_words, wilson
-from dynamo_lm.evaluation.likelihoods import Reader, Text
-from dynamo_lm.evaluation.verdicts import Verdicts
+from dynamo_lm.evaluation.judges.endpoint import SCORE, VERDICT, EndpointJudge, _parse
+from dynamo_lm.evaluation.judges.judges import Pair, ReferenceJudge, sanity, shuffle_words, wilson
+from dynamo_lm.evaluation.judges.likelihoods import Reader, Text
+from dynamo_lm.jsonl_cache import Verdicts
 
 LETTERS = ["<s>", "a", "b", "é"]
 # Behind a comes b with 3/4, behind b comes a with 1/2; é is anybody's with 1/8 and 1/4, as after itself.

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from dynamo_lm import PRESETS, DynaMoConfig, DynaMoForCausalLM, InputError
-from dynamo_lm.config import MEDUSA
-from dynamo_lm.masks import MaskForm
-from dynamo_lm.model import check_base, decoder_layers, fingerprint
+from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
+from dynamo_lm.backbone.base_model import check_base, decoder_layers, fingerprint
+from dynamo_lm.model.configuration import MEDUSA
 
 TOKENS = random_tokens(2, 20)  # longer than the sliding windows
 
@@ -221,7 +221,7 @@ def test_fewer_heads_can_be_asked_for_but_not_more():
 def test_ready_made_masks_say_what_transformers_own_masks_say(name):
     model = dynamo_of(name)
     positions = torch.arange(20)[None]
-    mask = MaskForm.of(model.base.config, torch.float32).mask(positions, positions)
+    mask = AttentionMaskBuilder.of(model.base.config, torch.float32).mask(positions, positions)
     masked = model.hidden(TOKENS, attention_mask=mask, position_ids=positions.expand(2, -1))
     torch.testing.assert_close(masked, model.hidden(TOKENS), rtol=1e-5, atol=1e-5)
 

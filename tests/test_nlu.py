@@ -18,8 +18,8 @@ from lm_eval.api.instance import Instance
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.assets import bundled
 from dynamo_lm.errors import InputError
-from dynamo_lm.evaluation import generation_tasks, harness
-from dynamo_lm.evaluation.tasks import FOLDER, bench_folder, code, read
+from dynamo_lm.evaluation.nlu import generation_tasks, harness
+from dynamo_lm.evaluation.nlu.tasks import FOLDER, bench_folder, code, read
 
 CHOICES = [
     {"query": "Question: who ran?", "choices": ["the red fox", "a house", "night"], "gold": 0},

@@ -5,11 +5,13 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import reference
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dynamo_lm import kernels, otsu, reference
-from dynamo_lm.otsu import above_threshold, blurred_entries, blurred_grid, foreground
+from dynamo_lm.kernels import loader
+from dynamo_lm.sampling import otsu
+from dynamo_lm.sampling.otsu import above_threshold, blurred_entries, blurred_grid, foreground
 
 
 @pytest.mark.parametrize(
@@ -90,13 +92,13 @@ def test_the_threshold_is_the_reference_threshold(values, zeros) -> None:
 
 @pytest.fixture(scope="module")
 def compiled() -> Any:
-    if not kernels.available():
+    if not loader.available():
         pytest.skip("needs a C++ compiler")
-    return kernels.sampler()
+    return loader.sampler()
 
 
 def assert_foreground_is_numpys(compiled: Any, cells: np.ndarray, values: np.ndarray, k: int, m: int) -> None:
-    with patch.object(otsu, "SPARSE_COST", 0), patch.object(kernels, "_sampler", None):  # 0: never the dense grid
+    with patch.object(otsu, "SPARSE_COST", 0), patch.object(loader, "_sampler", None):  # 0: never the dense grid
         expected = foreground(cells, values, k, m, blur=True)
     assert otsu._compiled(compiled, cells, values, k, m).tolist() == expected.tolist()
 
@@ -142,5 +144,5 @@ def test_the_compiled_foreground_of_a_whole_joint_is_numpys(compiled: Any) -> No
 
 
 def test_few_entries_go_to_the_kernels_where_these_were_built(compiled: Any) -> None:
-    with patch.object(kernels, "_sampler", compiled), patch.object(otsu, "blurred_entries", side_effect=AssertionError):
+    with patch.object(loader, "_sampler", compiled), patch.object(otsu, "blurred_entries", side_effect=AssertionError):
         assert foreground(np.array([0, 1]), np.array([0.5, 2**-20]), 50, 4, blur=True).tolist() == [True, True]

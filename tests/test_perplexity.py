@@ -15,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_lm import DynaMoForCausalLM
-from dynamo_lm.counting import count
-from dynamo_lm.data import tokenizer_fingerprint
+from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.data.token_store import tokenizer_fingerprint
 from dynamo_lm.errors import InputError
-from dynamo_lm.evaluation.masked import Mask, coverage
-from dynamo_lm.evaluation.perplexity import Options, Sums, Text, algorithm_of, measure, read_text, windows
-from dynamo_lm.evaluation.walk import StepSize
-from dynamo_lm.joint import Heads
-from dynamo_lm.sampling import Algorithm1, draft, draw
+from dynamo_lm.evaluation.perplexity.dynamic import StepSize
+from dynamo_lm.evaluation.perplexity.masked import Mask, coverage
+from dynamo_lm.evaluation.perplexity.scoring import Options, Sums, Text, algorithm_of, measure, read_text, windows
+from dynamo_lm.sampling.algorithm1 import draw
+from dynamo_lm.sampling.drafting import draft
+from dynamo_lm.sampling.options import Algorithm1
+from dynamo_lm.sampling.top_k import HeadCandidates
 
 
 def text_of(*documents) -> Text:
@@ -223,7 +225,7 @@ def test_a_step_is_as_long_as_the_generator_makes_it(seed, n, eps_b, penalty, ot
     table = table_of(random.integers(0, 8, (4, 12)).tolist(), vocab_size=8, order=4) if masked else None
     options = Algorithm1(eps_b=eps_b, top_k=5, otsu=otsu, repetition_penalty=penalty)
     drawn = draw(logits, torch.from_numpy(context), table, options, torch.Generator().manual_seed(0))
-    heads = Heads.top(logits, options.top_k, options.temperature)
+    heads = HeadCandidates.top(logits, options.top_k, options.temperature)
     assert StepSize(heads, context, table, replace(options, eps_b=0.5))(eps_b) == len(drawn.tokens)
 
 

@@ -18,10 +18,10 @@ from browser import Browser, program
 from commandline import byte_tokenizer
 
 from dynamo_lm import DynaMoForCausalLM
-from dynamo_lm.evaluation.heatmap import heatmap
+from dynamo_lm.decoding.joint_heatmap import heatmap
 from dynamo_lm.serving.app import Settings, create_app
-from dynamo_lm.serving.choices import Dials, Limits
 from dynamo_lm.serving.playground import policy, render
+from dynamo_lm.serving.requests import GenerationSettings, Limits
 
 KEY = "secret"
 LETTERS = "abcdefghijklmnop"
@@ -43,7 +43,7 @@ def teller(context: int = 256):
 @contextlib.contextmanager
 def served(model, tokenizer, key: str | None = None):
     """The address of a server of this model."""
-    app = create_app(model, tokenizer, Settings("teller", Dials(model.num_heads), Limits(), key=key))
+    app = create_app(model, tokenizer, Settings("teller", GenerationSettings(model.num_heads), Limits(), key=key))
     bound = socket.socket()
     bound.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app.state.gate, log_config=None, ws="none", lifespan="on"))

@@ -13,22 +13,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from dynamo_lm import DynaMoForCausalLM, reference
+from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.assets import bundled
-from dynamo_lm.cli import main
-from dynamo_lm.counting import count
+from dynamo_lm.cli.main import main
+from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.decoding.joint_heatmap import grids, heatmap
 from dynamo_lm.errors import InputError
-from dynamo_lm.evaluation import record, report, report_samples
-from dynamo_lm.evaluation.completion import BASELINE
-from dynamo_lm.evaluation.heatmap import grids, heatmap
-from dynamo_lm.evaluation.report_document import Table
-from dynamo_lm.evaluation.report_sections import visible
-from dynamo_lm.sampling import Algorithm1
+from dynamo_lm.evaluation import results
+from dynamo_lm.evaluation.completion.generate import BASELINE
+from dynamo_lm.report import assemble, samples
+from dynamo_lm.report.document import Table
+from dynamo_lm.report.sections import visible
+from dynamo_lm.sampling.options import Algorithm1
 
 METHODS = {"mask+Otsu+blur": 2.6, "mask+Otsu": 2.4, "mask": 2.2, "mask^0.5+Otsu+blur": 1.9, "Otsu+blur": 1.2, "strict": None}
 PROMPTS = ["Once upon a time, there was", "He wanted to play, but", "Wow! I can't believe that"]
@@ -56,7 +58,7 @@ def full(measured, tmp_path):
 
 @cache
 def head(model) -> dict:
-    return record.begin("any", [], model, "story", seed=7, settings={})
+    return results.begin("any", [], model, "story", seed=7, settings={})
 
 
 def write_results(
@@ -74,7 +76,7 @@ def write_results(
         if kinds is not None and kind not in kinds:
             continue
         command = ["calibrate" if kind == "calibration" else f"eval {kind}", "story", "--out", "runs/eval-story"]
-        record.save(folder, head(model) | {"kind": kind, "command": f"dynamo-lm {' '.join(command)}"} | own)
+        results.save(folder, head(model) | {"kind": kind, "command": f"dynamo-lm {' '.join(command)}"} | own)
     if texts and kinds is None:
         write_texts(folder / "completion.texts.jsonl", model, tokenizer)
 
@@ -85,7 +87,7 @@ def write_texts(file: Path, model, tokenizer) -> None:
     for dial in (0.0, 0.4, 0.7):
         arms.append({"name": f"mask+Otsu+blur, eps_b {dial:g}", "role": "candidate", "method": "mask+Otsu+blur"})
         arms[-1] |= {"eps_b": dial, "temperature": None, "arguments": {}}
-    lines = [{"identity": record.identity(model), "prompts": PROMPTS, "max_new_tokens": 30, "seed": 7, "arms": arms}]
+    lines = [{"identity": results.identity(model), "prompts": PROMPTS, "max_new_tokens": 30, "seed": 7, "arms": arms}]
     for number, prompt in enumerate(PROMPTS):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         for arm in arms:
@@ -272,8 +274,8 @@ def explained(story, measured, tmp_path_factory):
     """The page of a full folder with what needs the model."""
     folder = tmp_path_factory.mktemp("explained") / "results"
     shutil.copytree(measured, folder)
-    report.look_closer(folder, *story, "story", command=["report"], prompt=None)
-    return report.assemble(folder)
+    assemble.look_closer(folder, *story, "story", command=["report"], prompt=None)
+    return assemble.assemble(folder)
 
 
 class Parser(html.parser.HTMLParser):
@@ -294,7 +296,7 @@ class Parser(html.parser.HTMLParser):
 
 
 def test_a_full_folder_gives_every_section_and_only_names_what_needs_the_model(full):
-    page = report.assemble(full)
+    page = assemble.assemble(full)
     assert [section.id for section in page.sections] == [
         "quality", "decoding", "steps", "diversity", "calibration", "perplexity", "nlu", "ablation", "texts"
     ]  # fmt: skip
@@ -305,7 +307,7 @@ def test_a_full_folder_gives_every_section_and_only_names_what_needs_the_model(f
 
 
 def test_the_page_begins_with_the_matched_speed_up_and_the_plain_one_is_smaller(full):
-    first, second, *rest = report.assemble(full).headlines
+    first, second, *rest = assemble.assemble(full).headlines
     assert (first.value, first.unit, first.small) == (
         "2.60",
         "tokens per step, against the base at matched diversity",
@@ -319,11 +321,11 @@ def test_the_page_begins_with_the_matched_speed_up_and_the_plain_one_is_smaller(
 
 def test_a_useless_judge_leaves_a_banner_and_no_win_rate_anywhere(story, tmp_path):
     write_results(tmp_path, *story, useful=False, texts=False)
-    page = report.assemble(tmp_path)
-    text = report.html(replace(page, sections=page.sections[:1]))
+    page = assemble.assemble(tmp_path)
+    text = assemble.html(replace(page, sections=page.sections[:1]))
     assert "This judge is useless here" in text and "it prefers shuffled words." in text
     assert not any(figure.name.startswith("win") for figure in page.figures())
-    assert "win rate, matched" not in report.markdown(page) and "Same-quality speed-up" not in text
+    assert "win rate, matched" not in assemble.markdown(page) and "Same-quality speed-up" not in text
     assert "2.60" not in [headline.value for headline in page.headlines]
 
 
@@ -334,29 +336,29 @@ def test_where_too_few_prompts_gave_an_interval_there_is_none(full):
         for each in method["points"]:
             each |= {"tokens_per_step_interval": None, "speed_up": {"median": 1.234, "low": None, "high": None}}
     file.write_text(json.dumps(found))
-    assert "| 1.23x |" in report.markdown(report.assemble(full))
+    assert "| 1.23x |" in assemble.markdown(assemble.assemble(full))
 
 
 @pytest.mark.parametrize("kind", ["completion", "perplexity", "calibration", "nlu", "ablation"])
 def test_every_part_is_optional_and_a_missing_one_is_named_with_its_command(story, tmp_path, kind):
     write_results(tmp_path, *story, kinds={kind})
-    page = report.assemble(tmp_path)
+    page = assemble.assemble(tmp_path)
     measured = {"completion", "perplexity", "calibration", "nlu", "ablation"} - {kind}
     commands = " ".join(command for _, command in page.missing)
     assert all(f" {kind.replace('calibration', 'calibrate')} story" in commands for kind in measured)
-    assert "# story, measured" in report.markdown(page)
+    assert "# story, measured" in assemble.markdown(page)
 
 
 def test_the_page_is_one_file_without_scripts_whose_ids_are_unique_and_whose_links_stay_inside(explained):
-    parsed = Parser(report.html(explained))
+    parsed = Parser(assemble.html(explained))
     assert not {"script", "link", "img", "iframe", "object"} & set(parsed.tags)
     assert len(parsed.ids) == len(set(parsed.ids))
     assert all(link[0] == "#" and link[1:] in parsed.ids for link in parsed.links)
 
 
 def test_the_same_results_give_the_same_bytes(measured):
-    first, second = report.assemble(measured), report.assemble(measured)
-    assert report.markdown(first) == report.markdown(second)
+    first, second = assemble.assemble(measured), assemble.assemble(measured)
+    assert assemble.markdown(first) == assemble.markdown(second)
     assert first.figures()[0].svg == second.figures()[0].svg and "<dc:date>" not in first.figures()[0].svg
 
 
@@ -364,17 +366,17 @@ def test_what_a_model_wrote_never_becomes_markup(story, full):
     lines = (full / "completion.texts.jsonl").read_text().splitlines()
     entry = json.loads(lines[1]) | {"text": EVIL}
     (full / "completion.texts.jsonl").write_text("\n".join([lines[0], json.dumps(entry)]) + "\n")
-    page = report.assemble(full, title="<b>bold</b>")
+    page = assemble.assemble(full, title="<b>bold</b>")
     page = replace(page, sections=page.sections[-1:])  # without figures
-    text = report.html(page)
+    text = assemble.html(page)
     assert "<script" not in text and "&lt;script&gt;" in text and "<b>bold" not in text
-    plain = report.markdown(page)
+    plain = assemble.markdown(page)
     assert "<script" not in plain and r"\*b\* &#124; \_c\_ \`d\` \[e\](f) &amp; more" in plain
 
 
 def test_markdown_links_to_the_figures_that_were_written_beside_it(explained, tmp_path):
     page = explained
-    report.write(page, html_file=tmp_path / "a" / "page.html", markdown_file=tmp_path / "b" / "page.md")
+    assemble.write(page, html_file=tmp_path / "a" / "page.html", markdown_file=tmp_path / "b" / "page.md")
     links = re.findall(r"\]\((figures/[^)]*)\)", (tmp_path / "b" / "page.md").read_text())
     assert len(links) == len(page.figures()) > 8
     assert all((tmp_path / "b" / link).read_text().startswith("<?xml") for link in links)
@@ -398,17 +400,17 @@ def test_what_needs_the_model_is_kept_for_later_runs(story, tmp_path, capsys):
 
 
 def test_steps_are_shown_only_where_their_pieces_spell_the_text(story, full):
-    report.look_closer(full, *story, "story", command=["report"], prompt="The fox")
-    page = report.assemble(full)
+    assemble.look_closer(full, *story, "story", command=["report"], prompt="The fox")
+    page = assemble.assemble(full)
     texts = [text for block in page.sections[-1].blocks for text in block.texts]
     assert len(texts) == 3 * 5 and all(text.steps for text in texts) and not page.missing
     for text in texts:
         assert "".join(step.text for step in text.steps) == text.text
-    samples = record.load(full, "samples")
+    samples = results.load(full, "samples")
     key = next(iter(samples["pieces"]))
     samples["pieces"][key][0][0] += "!"
-    record.save(full, samples)
-    again = [text.steps is None for block in report.assemble(full).sections[-1].blocks for text in block.texts]
+    results.save(full, samples)
+    again = [text.steps is None for block in assemble.assemble(full).sections[-1].blocks for text in block.texts]
     assert again.count(True) == 1
 
 
@@ -416,7 +418,7 @@ def test_a_step_that_ends_within_a_character_is_joined_with_the_next(story):
     _, tokenizer = story
     tokens = tokenizer("a 🦊 b")["input_ids"]
     text = tokenizer.decode(tokens)
-    pieces = report_samples.split(text, tokens, [1] * len(tokens), tokenizer)
+    pieces = samples.split(text, tokens, [1] * len(tokens), tokenizer)
     assert "".join(piece for piece, _ in pieces) == text and sum(size for _, size in pieces) == len(tokens)
     assert not any("\ufffd" in piece for piece, _ in pieces)
 
@@ -454,7 +456,7 @@ def test_the_joint_of_a_prompt_shows_its_likeliest_pair(story):
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=30))
 def test_escaped_text_has_no_markup_and_stays_on_one_line(text):
-    escaped = report.escape(text)
+    escaped = assemble.escape(text)
     assert not re.search(r"[<>\n\r]", escaped)
     assert not re.search(r"(?<!\\)(?:\\\\)*[*_`\[\]|~$]", re.sub(r"\\[^\w\s]", "", escaped))
     assert len(visible(text)) <= 12 and "\n" not in visible(text)
@@ -462,7 +464,7 @@ def test_escaped_text_has_no_markup_and_stays_on_one_line(text):
 
 def test_only_what_begins_a_list_or_heading_is_escaped_at_the_start_of_a_line():
     starts = {"1. one": r"1\. one", "- a": r"\- a", "---": r"\---", "2.60": "2.60", "-0.5": "-0.5", "# a": r"\# a"}
-    assert {text: report.escape(text) for text in starts} == starts
+    assert {text: assemble.escape(text) for text in starts} == starts
 
 
 def test_every_row_of_every_table_has_a_cell_for_every_column(explained):
@@ -518,7 +520,7 @@ def test_the_results_of_another_model_are_not_explained_with_this_one(story, ful
     for file in full.glob("*.json"):
         corrupt(full, file.stem, lambda entry: entry["model"].update(identity="0" * 16))
     with pytest.raises(InputError, match="is not the model that was measured"):
-        report.look_closer(full, *story, "story", command=["report"], prompt=None)
+        assemble.look_closer(full, *story, "story", command=["report"], prompt=None)
     assert not (full / "heatmap.json").exists()
 
 
@@ -532,5 +534,5 @@ def test_a_run_without_a_judge_is_shown_without_win_rates(story, tmp_path):
         for point in method["points"]:
             point["plain"] = point["matched"] = None
     file.write_text(json.dumps(entry))
-    page = report.markdown(report.assemble(tmp_path))
+    page = assemble.markdown(assemble.assemble(tmp_path))
     assert "No judge was asked" in page and "useless" not in page and "win rate, matched" not in page

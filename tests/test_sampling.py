@@ -8,19 +8,24 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dynamo_lm import joint, kernels, otsu, reference, sampling
-from dynamo_lm.cooccurrence import Cooccurrence
-from dynamo_lm.counting import count
+from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.cooccurrence.table import Cooccurrence
+from dynamo_lm.decoding.logprobs import normalisers
 from dynamo_lm.errors import InputError
-from dynamo_lm.joint import Heads, Joint, Joints, highest
-from dynamo_lm.otsu import foreground
-from dynamo_lm.sampling import Algorithm1, check, draft, draft_from, draw, survivors
-from dynamo_lm.scores import normalisers
+from dynamo_lm.kernels import loader
+from dynamo_lm.sampling import algorithm1, joint, otsu
+from dynamo_lm.sampling.algorithm1 import draw, survivors
+from dynamo_lm.sampling.drafting import draft, draft_from
+from dynamo_lm.sampling.joint import Joint, Joints
+from dynamo_lm.sampling.options import Algorithm1, check
+from dynamo_lm.sampling.otsu import foreground
+from dynamo_lm.sampling.top_k import HeadCandidates, highest
 
 NOTHING = torch.tensor([], dtype=torch.long)
 PLAIN = Algorithm1(otsu=False, top_k=2, temperature=1, repetition_penalty=1)  # thresholds and penalty only as stated
@@ -40,7 +45,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def left_over(logits: Tensor, context: list[int], table, options: Algorithm1, m: int) -> dict[tuple[int, ...], float]:
     """What the fast code may emit at length m: {ranks: value}."""
-    heads = Heads.top(logits, options.top_k, options.temperature)
+    heads = HeadCandidates.top(logits, options.top_k, options.temperature)
     present = np.isin(np.arange(logits.shape[1]), context)
     least = options.eps_b ** (len(logits) - 1) * (1 - 1e-9)
     left = survivors(Joints(heads, table, options.alpha_c, least)[m], heads, present, options, m)
@@ -107,7 +112,7 @@ def test_a_lone_peak_survives_that_the_blur_levels() -> None:
     cells = np.array([0, 36, 37, 38, 44, 45, 46, 52, 53, 54])  # of 8 x 8
     values = np.array([0.12] + [0.88 / 9] * 9)
     assert foreground(cells, values, 8, 2, blur=True).tolist() == [False] + [True] * 9
-    heads = Heads(np.array([range(8)] * 2), np.full((2, 8), 1 / 8))
+    heads = HeadCandidates(np.array([range(8)] * 2), np.full((2, 8), 1 / 8))
     options = replace(PLAIN, eps_b=0, otsu=True, top_k=8)
     assert survivors(Joint(cells, values), heads, np.zeros(8, bool), options, 2).cells.tolist() == cells.tolist()
 
@@ -141,7 +146,7 @@ def test_eps_b_of_one_always_emits_one_token_even_when_sure(options: Algorithm1)
 
 
 def test_equal_candidates_are_ordered_by_token_id_also_where_top_k_cuts() -> None:
-    heads = Heads.top(torch.tensor([[1.0, 2, 1, 2, 1, 1], [0, 0, 0, 0, 0, 0]]), 3, 1.0)
+    heads = HeadCandidates.top(torch.tensor([[1.0, 2, 1, 2, 1, 1], [0, 0, 0, 0, 0, 0]]), 3, 1.0)
     assert heads.ids.tolist() == [[1, 3, 0], [0, 1, 2]]
     assert draw(torch.zeros(2, 6), NOTHING, None, replace(PLAIN, eps_b=0), None, greedy=True).tokens == [0, 0]
 
@@ -272,7 +277,7 @@ def test_the_ends_of_the_dial_hold_exactly(case) -> None:
 def test_scanning_children_finds_what_searching_finds(case) -> None:
     logits, _, table, options, _ = case
     assume(table is not None)
-    ids = Heads.top(logits, options.top_k, 1.0).ids
+    ids = HeadCandidates.top(logits, options.top_k, 1.0).ids
     rows = ids[0]
     for order in range(2, table.order + 1):
         found = table.lookup.seen(rows, ids[order - 1], order)
@@ -334,7 +339,7 @@ def test_a_draft_is_the_references(case, greedy: bool, shorter: int, coupled: bo
 # ---------------------------------------------------------------- kernels against NumPy and torch
 
 
-needs_kernel = pytest.mark.skipif(not kernels.available(), reason="needs a C++ compiler")
+needs_kernel = pytest.mark.skipif(not loader.available(), reason="needs a C++ compiler")
 
 
 @st.composite
@@ -353,14 +358,14 @@ def chains(draw):
     table = count(documents, vocab_size=vocab_size, order=order) if draw(st.integers(0, 9)) else None
     if table is not None and draw(st.booleans()):
         table = table.prune(2)
-    heads = Heads(ids, probs / probs.sum(-1, keepdims=True))
+    heads = HeadCandidates(ids, probs / probs.sum(-1, keepdims=True))
     return heads, int(rng.integers(16)), table, draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])), draw(st.integers(0, 99))
 
 
-def assert_same_chain(heads: Heads, first: int, table, alpha_c: float, seed: int, greedy: bool) -> None:
+def assert_same_chain(heads: HeadCandidates, first: int, table, alpha_c: float, seed: int, greedy: bool) -> None:
     generator, twin = seeded(seed), seeded(seed)
-    mine = sampling._compiled_chain(kernels.sampler(), heads, first, table, alpha_c, generator, greedy)
-    with patch.object(kernels, "_sampler", None):
+    mine = algorithm1._compiled_chain(loader.sampler(), heads, first, table, alpha_c, generator, greedy)
+    with patch.object(loader, "_sampler", None):
         theirs = draft_from(heads, first, table, alpha_c=alpha_c, temperature=1.0, generator=twin, greedy=greedy)
     assert mine.tokens == theirs.tokens
     assert torch.equal(mine.ids, theirs.ids)
@@ -380,8 +385,8 @@ def test_the_kernels_chain_of_drafts_is_numpys(case, greedy: bool) -> None:
 def test_the_kernels_forget_as_many_tokens_as_numpy(seen: int) -> None:
     # behind three nines: `seen` of them were seen followed by 2 alone, fewer by 1 and 2
     table = table_of([9], [9] * seen + [2], [0] + [9] * (seen - 1) + [1], vocab_size=10, order=4)
-    heads = Heads(np.array([[9, 0], [9, 0], [1, 2]]), np.array([[1, 0], [1, 0], [0.5, 0.5]]))
-    chain = sampling._compiled_chain(kernels.sampler(), heads, 9, table, 1.0, None, True)
+    heads = HeadCandidates(np.array([[9, 0], [9, 0], [1, 2]]), np.array([[1, 0], [1, 0], [0.5, 0.5]]))
+    chain = algorithm1._compiled_chain(loader.sampler(), heads, 9, table, 1.0, None, True)
     assert chain.tokens[:2] == [9, 9]
     assert chain.q[2].tolist() == ([0, 1] if seen else [0.5, 0.5])
     assert_same_chain(heads, 9, table, 1.0, 0, True)
@@ -389,7 +394,7 @@ def test_the_kernels_forget_as_many_tokens_as_numpy(seen: int) -> None:
 
 @needs_kernel
 def test_the_kernels_take_candidates_as_they_lie() -> None:
-    heads = Heads(np.arange(12).reshape(2, 6)[:, ::2], np.full((2, 6), 1 / 3)[:, ::2])
+    heads = HeadCandidates(np.arange(12).reshape(2, 6)[:, ::2], np.full((2, 6), 1 / 3)[:, ::2])
     assert_same_chain(heads, 0, THREE_TO_ONE, 1.0, 0, False)
 
 
@@ -399,7 +404,7 @@ def test_a_copied_table_leads_the_kernels_to_its_own_arrays() -> None:
     table.lookup.pointers(2)
     twin = deepcopy(table)
     del table
-    assert_same_chain(Heads(np.array([[0, 1]]), np.array([[0.5, 0.5]])), 0, twin, 1.0, 0, True)
+    assert_same_chain(HeadCandidates(np.array([[0, 1]]), np.array([[0.5, 0.5]])), 0, twin, 1.0, 0, True)
 
 
 LOGITS = st.one_of(st.sampled_from([0.0, -0.0, 1.5, 2.0, -math.inf, -70.0]), st.floats(-90, 90, width=32))
@@ -434,7 +439,7 @@ def test_what_is_not_a_number_is_left_to_torch():
     ids, values = highest(logits, 2)
     assert ids[0, 0] == 3 and values[0, 0].isnan()
     with pytest.raises(InputError, match="not a finite number"):
-        Heads.top(logits, 2, 1.0)
+        HeadCandidates.top(logits, 2, 1.0)
     assert normalisers(logits).isnan().all()
 
 
@@ -458,10 +463,10 @@ def test_normalisers_of_large_vocabularies_and_infinities():
 @needs_kernel
 def test_the_kernels_get_only_logits_that_they_take(monkeypatch):
     logits = torch.zeros(2, 4)
-    assert kernels.sampler_of(logits) is not None
-    assert kernels.sampler_of(logits.double()) is None
-    assert kernels.sampler_of(logits[:, ::2]) is None
-    assert kernels.sampler_of(logits[:0]) is None
-    monkeypatch.setattr(kernels, "MOST_LOGITS", 7)
-    assert kernels.sampler_of(logits) is None
+    assert loader.sampler_of(logits) is not None
+    assert loader.sampler_of(logits.double()) is None
+    assert loader.sampler_of(logits[:, ::2]) is None
+    assert loader.sampler_of(logits[:0]) is None
+    monkeypatch.setattr(loader, "MOST_LOGITS", 7)
+    assert loader.sampler_of(logits) is None
     assert torch.equal(normalisers(logits), logits.logsumexp(-1))

@@ -22,7 +22,7 @@ import structlog
 import torch
 from served import CONTEXT, PROMPTS, Served, offline, openai_client, serving, small, text_of
 
-from dynamo_lm.serving.choices import Dials, Limits
+from dynamo_lm.serving.requests import GenerationSettings, Limits
 
 GREEDY = {"model": "small", "temperature": 0}
 
@@ -164,7 +164,7 @@ def test_logprobs_are_the_bases_own(served, extra, stream):
 
 
 def vocabulary_text(token: int) -> str:
-    from dynamo_lm.serving.vocabulary import Vocabulary
+    from dynamo_lm.serving.token_text import Vocabulary
 
     return Vocabulary(small()[1]).text(token)
 
@@ -296,7 +296,7 @@ def test_the_openai_package_knows_the_errors(served):
 
 
 def test_a_strict_server_refuses_lossy_decoding():
-    with serving(dials=Dials(3, strict_only=True)) as served:
+    with serving(dials=GenerationSettings(3, strict_only=True)) as served:
         for verify in ("off", 0.1):
             with pytest.raises(openai.BadRequestError, match="strict-only"):
                 served.client().completions.create(prompt="a", extra_body={"verify": verify}, **GREEDY)
@@ -305,7 +305,7 @@ def test_a_strict_server_refuses_lossy_decoding():
 
 
 def test_a_servers_own_dials_hold_where_a_request_says_nothing():
-    with serving(dials=Dials(2, verify="off", eps_b=0.0)) as served:
+    with serving(dials=GenerationSettings(2, verify="off", eps_b=0.0)) as served:
         answer = served.client().completions.create(model="small", prompt="a", max_tokens=8, extra_body={"top_k": 10})
         assert answer.dynamo["verify"] == "off" and answer.dynamo["step_sizes"] == [2, 2, 2, 2]
 
@@ -441,7 +441,7 @@ def folder(tmp_path_factory):
 
 
 def test_sigterm_under_load_loses_nothing_that_was_accepted(folder):
-    command = [sys.executable, "-m", "dynamo_lm.cli", "serve", str(folder), "--port", "0", "--max-batch", "3"]
+    command = [sys.executable, "-m", "dynamo_lm.cli.main", "serve", str(folder), "--port", "0", "--max-batch", "3"]
     environment = {**os.environ, "DYNAMO_API_KEY": "k"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -483,7 +483,7 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(folder):
 
 
 def test_what_cannot_be_served_is_said_before_the_wait(folder, capfd, monkeypatch):
-    from dynamo_lm.cli import main
+    from dynamo_lm.cli.main import main
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -513,7 +513,7 @@ def test_lm_eval_finds_the_offline_likelihoods_and_texts(served, folder):
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    from dynamo_lm.evaluation.harness import DynaMoLM
+    from dynamo_lm.evaluation.nlu.harness import DynaMoLM
 
     online = LocalCompletionsAPI(
         base_url=f"{served.url}/v1/completions", model="small", tokenizer=str(folder), batch_size=4, max_length=CONTEXT

@@ -9,19 +9,21 @@ import pytest
 import torch
 from served import PROMPTS, offline, small
 
+from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.errors import InputError
-from dynamo_lm.rows import DecodingOptions
-from dynamo_lm.sampling import Algorithm1
-from dynamo_lm.serving.choices import Ask, Limits
+from dynamo_lm.sampling.options import Algorithm1
 from dynamo_lm.serving.engine import ABSORBED, Engine, Observer
 from dynamo_lm.serving.metrics import Metrics
-from dynamo_lm.serving.protocol import Refusal
+from dynamo_lm.serving.protocol import APIError
+from dynamo_lm.serving.requests import GenerationRequest, Limits
 
 
-def ask(prompt: str = PROMPTS[0], tokens: int = 24, seed: int = 0, **options) -> Ask:
+def ask(prompt: str = PROMPTS[0], tokens: int = 24, seed: int = 0, **options) -> GenerationRequest:
     ids = small()[1](prompt)["input_ids"]
     algorithm = Algorithm1(alpha_c=0.0, eps_b=0.1)
-    return Ask(ids, DecodingOptions(tokens, **{"num_heads": 3, "algorithm": algorithm, "tree": 0} | options), seed)
+    return GenerationRequest(
+        ids, DecodingOptions(tokens, **{"num_heads": 3, "algorithm": algorithm, "tree": 0} | options), seed
+    )
 
 
 async def tokens_of(ticket) -> list[list[int]]:
@@ -138,11 +140,11 @@ def test_a_cancelled_text_leaves_within_a_step_and_its_place_is_taken():
 
 def test_no_more_is_accepted_than_batch_and_queue_hold():
     async def scenario(engine):
-        with pytest.raises(Refusal, match="holds 3") as refusal:
+        with pytest.raises(APIError, match="holds 3") as refusal:
             engine.accept([ask()] * 4)
         assert refusal.value.status == 400
         tickets = [engine.accept([ask()]) for _ in range(3)]
-        with pytest.raises(Refusal, match="queue is full") as refusal:
+        with pytest.raises(APIError, match="queue is full") as refusal:
             engine.accept([ask()])
         assert refusal.value.status == 429 and refusal.value.retry_after >= 1
         await asyncio.gather(*(tokens_of(ticket) for ticket in tickets))
@@ -159,7 +161,7 @@ def test_time_is_limited_with_the_text_so_far_and_without_any_refused():
             events.append(event)
         # Their time ends a moment after that of the first, so one of them may still be seated for a step.
         ends = await asyncio.gather(*(tokens_of(ticket) for ticket in waiting), return_exceptions=True)
-        refused = [end for end in ends if isinstance(end, Refusal)]
+        refused = [end for end in ends if isinstance(end, APIError)]
         assert refused and all(refusal.status == 503 and "max-seconds" in refusal.message for refusal in refused)
         return events
 

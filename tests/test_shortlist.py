@@ -7,12 +7,12 @@ import pytest
 import torch
 from architectures import VOCABULARY, dynamo_of, random_tokens
 
-from dynamo_lm import shortlist
-from dynamo_lm.counting import count
-from dynamo_lm.decoding import Batch, decode
-from dynamo_lm.rows import DecodingOptions
-from dynamo_lm.sampling import Algorithm1
-from dynamo_lm.shortlist import shortlist_of
+from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.decoding import draft_vocabulary
+from dynamo_lm.decoding.batch import Batch, decode
+from dynamo_lm.decoding.draft_vocabulary import draft_vocabulary_of
+from dynamo_lm.decoding.options import DecodingOptions
+from dynamo_lm.sampling.options import Algorithm1
 
 K = 3  # candidates
 
@@ -20,15 +20,15 @@ K = 3  # candidates
 @pytest.fixture
 def model(monkeypatch):
     """Counted text in which the lower third of the vocabulary is most of all tokens; lists of 4 tokens and up."""
-    monkeypatch.setattr(shortlist, "LEAST", 4)
-    monkeypatch.setattr(shortlist, "COVERED", 0.9)
+    monkeypatch.setattr(draft_vocabulary, "LEAST", 4)
+    monkeypatch.setattr(draft_vocabulary, "COVERED", 0.9)
     made = dynamo_of("llama", 3)
     draw = np.random.default_rng(0)
     text = np.where(draw.random(4000) < 0.95, draw.integers(0, VOCABULARY // 3, 4000), draw.integers(0, VOCABULARY, 4000))
     made.cooccurrence = count([text], vocab_size=VOCABULARY, order=3, description="skewed")
     yield made
     made.cooccurrence = None
-    made.shortlists.clear()
+    made.runtime.draft_vocabulary = None
 
 
 def options(**changes) -> DecodingOptions:
@@ -36,8 +36,8 @@ def options(**changes) -> DecodingOptions:
 
 
 def test_a_list_covers_what_it_should_and_reads_what_the_model_reads(model):
-    twin = model.for_decoding(3)
-    listed = shortlist_of(twin)
+    twin = model.optimize_for_inference(3)
+    listed = draft_vocabulary_of(twin)
     counts = model.cooccurrence.counts[0].numpy()
     assert (np.diff(listed.ids) > 0).all()
     others = np.setdiff1d(np.arange(VOCABULARY), listed.ids)
@@ -49,24 +49,24 @@ def test_a_list_covers_what_it_should_and_reads_what_the_model_reads(model):
 
 
 def test_it_is_made_once_and_again_when_weights_or_table_change(model):
-    first = shortlist_of(model.for_decoding(3))
-    assert shortlist_of(model.for_decoding(2)) is first
+    first = draft_vocabulary_of(model.optimize_for_inference(3))
+    assert draft_vocabulary_of(model.optimize_for_inference(2)) is first
     weight = model.base.get_output_embeddings().weight
     with torch.no_grad():
         weight.mul_(1.0)
-    second = shortlist_of(model.for_decoding(3))
+    second = draft_vocabulary_of(model.optimize_for_inference(3))
     assert second is not first and torch.equal(second.output.weight, weight[second.ids])
     model.cooccurrence = count([np.arange(VOCABULARY)], vocab_size=VOCABULARY, order=2)
-    assert shortlist_of(model.for_decoding(3)) is None  # half of the vocabulary would not cover it
+    assert draft_vocabulary_of(model.optimize_for_inference(3)) is None  # half of the vocabulary would not cover it
 
 
 @pytest.mark.parametrize("how", [{"tree": 0}, {"tree": 7}, {}])
 def test_greedy_text_is_the_bases(model, how):
     prompts = random_tokens(4, 6, seed=3).tolist()
     alone = [decode(model, [prompt], DecodingOptions(20, 1), seeds=[0])[0].tokens for prompt in prompts]
-    model.shortlists.clear()
+    model.runtime.draft_vocabulary = None
     assert [row.tokens for row in decode(model, prompts, options(**how), seeds=range(4))] == alone
-    assert model.shortlists["last"][-1] is not None
+    assert model.runtime.draft_vocabulary[-1] is not None
 
 
 def test_a_sampled_row_is_the_same_alone_and_beside_rows_that_need_all_tokens(model):
@@ -83,7 +83,7 @@ def test_a_sampled_row_is_the_same_alone_and_beside_rows_that_need_all_tokens(mo
 def test_more_candidates_than_the_list_has_are_taken_from_all_tokens(model):
     prompt = random_tokens(1, 6).tolist()
     wide = DecodingOptions(10, 3, algorithm=Algorithm1(top_k=60, alpha_c=0.5))
-    assert len(shortlist_of(model.for_decoding(3)).ids) < 60
+    assert len(draft_vocabulary_of(model.optimize_for_inference(3)).ids) < 60
     assert (
         decode(model, prompt, wide, seeds=[0])[0].tokens
         == decode(model, prompt, DecodingOptions(10, 1), seeds=[0])[0].tokens

@@ -12,7 +12,7 @@ import torch
 from llama2c import BOS, Pieces, load_model
 
 from dynamo_lm import DynaMoForCausalLM
-from dynamo_lm.counting import count
+from dynamo_lm.cooccurrence.counting import count
 
 DATA = Path(os.environ.get("DYNAMO_DATA", Path(__file__).parent.parent / "../shared/data"))
 FOLDER, STORIES = DATA / "models/stories260K", DATA / "stories/tinystories.jsonl"

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.assets import bundled
-from dynamo_lm.race import Way, log_likelihood, race
+from dynamo_lm.bench.prompt_race import Method, log_likelihood, race
 
 OPENINGS = (Path(__file__).parent.parent / "benchmarks" / "openings.txt").read_text().splitlines()
 
@@ -41,8 +41,8 @@ def test_strict_greedy_is_transformers_own_greedy_in_less_than_half_the_passes(s
 def test_a_race_counts_what_the_statistics_count_and_scores_by_the_base_alone(story):
     model, tokenizer = story
     prompts = [tokenizer(opening, return_tensors="pt").input_ids for opening in OPENINGS[:2]]
-    one = Way("one", {"verify": "strict", "num_heads": 1}, "one")
-    strict = Way("strict", {"verify": "strict"}, "one", same_text_as="one")
+    one = Method("one", {"verify": "strict", "num_heads": 1}, "one")
+    strict = Method("strict", {"verify": "strict"}, "one", same_text_as="one")
     plain, fast = race(model, prompts, [one, strict], max_new_tokens=20, repetitions=1)
     assert plain.tokens == fast.tokens == [40] and plain.forwards == [40] and fast.forwards[0] < 40
     assert fast.identical and plain.speed_ups == [1.0]

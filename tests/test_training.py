@@ -25,20 +25,15 @@ from transformers import (
     OPTConfig,
 )
 
-from dynamo_lm import DynaMoForCausalLM, training
-from dynamo_lm.checkpoints import latest_checkpoint, load_checkpoint
-from dynamo_lm.config import MEDUSA
+from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm.data.packing import Blocks
 from dynamo_lm.errors import InputError
-from dynamo_lm.packing import Blocks
-from dynamo_lm.training import (
-    TrainingOptions,
-    heads_loss,
-    learning_rate_factor,
-    parameter_groups,
-    perplexities,
-    target_counts,
-    train,
-)
+from dynamo_lm.model.configuration import MEDUSA
+from dynamo_lm.training import loss, trainer
+from dynamo_lm.training.checkpoints import latest_checkpoint, load_checkpoint
+from dynamo_lm.training.loss import heads_loss, perplexities, target_counts
+from dynamo_lm.training.options import TrainingOptions
+from dynamo_lm.training.trainer import learning_rate_factor, parameter_groups, train
 
 VOCABULARY = 11
 PLAIN = TrainingOptions(steps=4, lr_b=1e-3, lr_m=1e-2, lr_mb=2.5e-4, batch_size=4, bf16=False)  # LR_MB / LR_B = 1/4
@@ -264,7 +259,7 @@ def test_gradients_and_losses_do_not_depend_on_the_chunk(chunk, monkeypatch):
     model = tiny(own_output_embedding=True)
     expected = naive_gradients(model, ROWS, ratio=0.25)
     losses = [loss.item() for loss in naive_losses(model, ROWS)]
-    monkeypatch.setattr(training, "CHUNK", chunk)
+    monkeypatch.setattr(loss, "CHUNK", chunk)
     assert heads_loss(model, **pack(*ROWS), options=PLAIN).tolist() == pytest.approx(losses, rel=1e-5)
     assert_same(gradients(model), expected)
 
@@ -279,7 +274,7 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(parts, kwargs):
     whole = heads_loss(model, **batch, options=PLAIN, counts=counts)
     expected = gradients(model)
     model.zero_grad(set_to_none=True)
-    sums = sum(heads_loss(model, **part, options=PLAIN, counts=counts) for part in training._split(batch, parts))
+    sums = sum(heads_loss(model, **part, options=PLAIN, counts=counts) for part in trainer._split(batch, parts))
     assert sums.tolist() == pytest.approx(whole.tolist(), rel=1e-5)
     assert_same(gradients(model), expected)
 
@@ -293,7 +288,7 @@ def test_a_batch_without_a_target_for_the_last_head_is_no_error():
 
 @pytest.mark.parametrize("learn", [True, False])
 def test_logits_exist_for_one_chunk_of_one_head_at_a_time(learn, monkeypatch):
-    monkeypatch.setattr(training, "CHUNK", 5)
+    monkeypatch.setattr(loss, "CHUNK", 5)
     model = tiny()
     shapes, alive, most = [], weakref.WeakSet(), 0
     embedding = model.get_output_embeddings()
@@ -511,7 +506,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_moves_nothing(where, tmp_pa
             next(model.heads.parameters()).grad.view(-1)[0] = math.inf
         return sums
 
-    monkeypatch.setattr(training, "heads_loss", poisoned)
+    monkeypatch.setattr(trainer, "heads_loss", poisoned)
     model, options = tiny(), replace(PLAIN, checkpoint_every=1)
     with pytest.raises(InputError, match=r"step 3 .*blocks 8 to 11 .*step-00000002"):
         train(model, random_blocks(), None, options, tmp_path)
@@ -564,7 +559,7 @@ def test_a_run_that_would_train_nothing_is_refused(num_heads, lr_m, tmp_path):
 
 def test_a_second_interrupt_stops_at_once_and_the_handler_is_put_back():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), training._stop_between_steps() as stopped:
+    with pytest.raises(KeyboardInterrupt), trainer._stop_between_steps() as stopped:
         signal.raise_signal(signal.SIGINT)
         assert len(stopped) == 1
         signal.raise_signal(signal.SIGINT)

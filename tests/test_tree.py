@@ -11,20 +11,22 @@ from architectures import EOS, NAMES, cycle, dynamo_of, markov_dynamo, random_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_lm.cache import RowCache
-from dynamo_lm.counting import count
-from dynamo_lm.decoding import decode
+from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.decoding.batch import decode
+from dynamo_lm.decoding.draft_length import PATIENCE, REMEMBERED, TRIES, AdaptiveDraftLength
+from dynamo_lm.decoding.draft_tree import ancestry, depths, grow
+from dynamo_lm.decoding.kv_cache import RaggedKVCache
+from dynamo_lm.decoding.options import DecodingOptions
+from dynamo_lm.decoding.verification import accept_greedy, accept_tree
 from dynamo_lm.errors import InputError
-from dynamo_lm.joint import Heads
-from dynamo_lm.rows import DecodingOptions
-from dynamo_lm.sampling import Algorithm1, conditional
-from dynamo_lm.tree import PATIENCE, REMEMBERED, TRIES, Pace, ancestry, depths, grow
-from dynamo_lm.verification import accept_greedy, accept_tree
+from dynamo_lm.sampling.drafting import conditional
+from dynamo_lm.sampling.options import Algorithm1
+from dynamo_lm.sampling.top_k import HeadCandidates
 
 
 def heads_and_table(seed: int, n: int, k: int):
     rng = np.random.default_rng(seed)
-    heads = Heads.top(torch.from_numpy(rng.normal(0, 2, (n - 1, 12))).float(), k, 1.0)
+    heads = HeadCandidates.top(torch.from_numpy(rng.normal(0, 2, (n - 1, 12))).float(), k, 1.0)
     return heads, count([rng.integers(0, 12, 80)], vocab_size=12, order=3)
 
 
@@ -64,8 +66,8 @@ def test_a_tree_that_is_a_chain_is_judged_as_a_chain(seed, length, budget):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(0, 3, (length + 1, 4), generator=generator).float()
     drafts = torch.randint(0, 4, (length,), generator=generator).tolist()
-    allowance = [1.5 * place for place in range(1, length + 1)] if budget else []
-    assert accept_tree(logits, drafts, list(range(length)), allowance) == accept_greedy(logits, drafts, allowance)
+    regret_budgets = [1.5 * place for place in range(1, length + 1)] if budget else []
+    assert accept_tree(logits, drafts, list(range(length)), regret_budgets) == accept_greedy(logits, drafts, regret_budgets)
 
 
 def test_the_bases_choices_are_followed_down_the_tree():
@@ -76,7 +78,7 @@ def test_the_bases_choices_are_followed_down_the_tree():
     verdict = accept_tree(logits, [3, 4, 1, 5], [0, 0, 2, 2])
     assert (verdict.kept, verdict.token, verdict.path) == (2, 2, [2, 4])
     assert accept_tree(logits, [3, 1, 5], [0, 0, 1]).path == []
-    spent = accept_tree(logits, [3, 1, 5], [0, 0, 1], allowance=[1.0, 1.0])  # costs 1 nat; then 5 where 0 is best
+    spent = accept_tree(logits, [3, 1, 5], [0, 0, 1], regret_budgets=[1.0, 1.0])  # costs 1 nat; then 5 where 0 is best
     assert (spent.path, spent.costs, spent.token) == ([1], [1.0], 0)
 
 
@@ -103,7 +105,7 @@ def test_a_tree_finds_the_second_best_draft():
 
 
 def test_sizes_are_tried_and_then_the_fastest_is_taken():
-    pace = Pace((4, 8, 16))
+    pace = AdaptiveDraftLength((4, 8, 16))
     for size, seconds in ((4, 1.0), (8, 1.1), (16, 3.0)):
         for _ in range(TRIES):
             assert pace.choose([0.5] * 15) == size
@@ -113,7 +115,7 @@ def test_sizes_are_tried_and_then_the_fastest_is_taken():
 
 
 def test_where_hardly_any_draft_is_kept_none_is_tried_and_taken_if_faster():
-    pace, promising, hopeless = Pace((4, 8)), [0.9] * 7, [0.05] * 7
+    pace, promising, hopeless = AdaptiveDraftLength((4, 8)), [0.9] * 7, [0.05] * 7
     for step in range(PATIENCE):
         assert pace.choose(hopeless) in (4, 8)
         pace.record(pace.choose(hopeless), 1.5, expected=0.3, kept=step % 4 == 0)
@@ -126,7 +128,7 @@ def test_where_hardly_any_draft_is_kept_none_is_tried_and_taken_if_faster():
 
 
 def test_kept_slots_move_up_for_every_copy_of_a_row():
-    cache = RowCache(2, 2)
+    cache = RaggedKVCache(2, 2)
     cache.begin(2)
     for layer, copies in enumerate((1, 3)):  # the second layer is wide: three copies of every row
         cache.layers[layer].update(*[torch.zeros(2 * copies, 1, 2, 1)] * 2)

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import dynamo_lm.decoding
-from dynamo_lm import kernels, verification
-from dynamo_lm.counting import count
-from dynamo_lm.verification import accept_greedy, accept_sampled
+import dynamo_lm.decoding.batch
+from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.decoding import verification
+from dynamo_lm.decoding.verification import accept_greedy, accept_sampled
+from dynamo_lm.kernels import loader
 
 TOO_UNLIKELY = 1e-4  # p-value below which a sample is held to come from another distribution
 RUNS, ROWS = 4000, 1500  # of a rule and of the loop: right ones are asked as often as wrong ones, which are found out
@@ -104,7 +105,7 @@ def draw_and_accept(rule, runs: int) -> list[tuple[int, ...]]:
     return outcomes
 
 
-def always_accept(logits, drafts, proposals, generator, allowance=()):
+def always_accept(logits, drafts, proposals, generator, regret_budgets=()):
     token = int(torch.multinomial(logits[len(drafts)].softmax(-1), 1, generator=generator))
     return len(drafts), token, [0.0] * len(drafts), list(range(1, len(drafts) + 1))
 
@@ -166,7 +167,7 @@ def test_a_token_the_base_cannot_say_never_stays():
 # ---------------------------------------------------------------- sampled, by the kernels
 
 
-needs_kernel = pytest.mark.skipif(not kernels.available(), reason="needs a C++ compiler")
+needs_kernel = pytest.mark.skipif(not loader.available(), reason="needs a C++ compiler")
 
 
 @st.composite
@@ -188,13 +189,13 @@ def steps(draw):
     return torch.from_numpy(logits), drafts, proposals, (nats * 4)[: count if nats else 0], draw(st.integers(0, 99))
 
 
-def assert_same_verdict(logits, drafts, proposals, allowance, seed) -> int:
+def assert_same_verdict(logits, drafts, proposals, regret_budgets, seed) -> int:
     """By the kernels and by torch, from the same random numbers. Returns how many drafts stay."""
     generator, twin = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
     with patch.object(verification, "_Dense", side_effect=AssertionError):
-        mine = accept_sampled(logits, drafts, proposals, generator, allowance)
-    with patch.object(kernels, "_sampler", None):
-        theirs = accept_sampled(logits, drafts, proposals, twin, allowance)
+        mine = accept_sampled(logits, drafts, proposals, generator, regret_budgets)
+    with patch.object(loader, "_sampler", None):
+        theirs = accept_sampled(logits, drafts, proposals, twin, regret_budgets)
     assert (mine.kept, mine.token, mine.path) == (theirs.kept, theirs.token, theirs.path)
     assert mine.costs == pytest.approx(theirs.costs, rel=1e-9, abs=1e-6)
     assert torch.equal(generator.get_state(), twin.get_state())
@@ -310,7 +311,7 @@ def test_strict_sampling_has_the_bases_distribution(chain, options):
 
 def test_the_loops_test_rejects_a_loop_that_accepts_everything(chain, monkeypatch):
     model, transition = chain
-    monkeypatch.setattr(dynamo_lm.decoding, "accept_sampled", always_accept)
+    monkeypatch.setattr(dynamo_lm.decoding.batch, "accept_sampled", always_accept)
     result = sample(model, ROWS, top_k=0)
     assert p_value(tally(paths(result)), path_probabilities(transition, 2, 3)) < TOO_UNLIKELY
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_lm.evaluation.winrates import (
+from dynamo_lm.evaluation.completion.winrates import (
     LEAST_PROMPTS,
     Points,
     analyse,

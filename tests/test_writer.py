@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from dynamo_lm.writer import Writer
+from dynamo_lm.decoding.detokenizer import IncrementalDetokenizer
 
 BYTES = byte_tokenizer(258)  # a token a byte
 PIECES = byte_tokenizer(300)  # merges: tokens of several characters
@@ -50,31 +50,31 @@ def slowly(tokenizer, prompt, new, stops, keep_stop) -> tuple[str, bool]:
 
 def test_characters_of_several_tokens_appear_when_they_are_whole():
     ids = BYTES("fox é!")["input_ids"]
-    writer = Writer(BYTES, ids[:3])
+    writer = IncrementalDetokenizer(BYTES, ids[:3])
     assert [writer.add([token]) for token in ids[3:]] == [" ", "", "é", "!"]
     assert (writer.end(), writer.said, writer.ended) == ("", " é!", False)
 
 
 def test_what_stands_before_half_a_character_is_not_held_back():
     ids = BYTES("go é")["input_ids"]
-    writer = Writer(BYTES, ids[:1])
+    writer = IncrementalDetokenizer(BYTES, ids[:1])
     assert (writer.add(ids[1:4]), writer.add(ids[4:])) == ("o ", "é")
 
 
 def test_half_a_character_at_the_end_is_said_as_the_tokenizer_says_it():
     ids = BYTES("a é")["input_ids"]
-    writer = Writer(BYTES, ids[:1])
+    writer = IncrementalDetokenizer(BYTES, ids[:1])
     assert (writer.add(ids[1:3]), writer.end(), writer.said) == (" ", "\ufffd", " \ufffd")
 
 
 def test_a_character_that_the_prompt_began_belongs_to_the_text():
     ids = BYTES("é!")["input_ids"]
-    writer = Writer(BYTES, ids[:1])
+    writer = IncrementalDetokenizer(BYTES, ids[:1])
     assert (writer.add(ids[1:2]), writer.add(ids[2:])) == ("é", "!")
 
 
 def test_special_tokens_are_not_text():
-    writer = Writer(BYTES, BYTES("fox")["input_ids"])
+    writer = IncrementalDetokenizer(BYTES, BYTES("fox")["input_ids"])
     assert writer.add([*BYTES("es")["input_ids"], BYTES.convert_tokens_to_ids(END)]) == "es"
 
 
@@ -92,14 +92,14 @@ def test_special_tokens_are_not_text():
 )
 def test_a_stop_string_ends_the_text(steps, stops, kept, cut):
     for keep_stop, expected in ((True, kept), (False, cut)):
-        writer = Writer(BYTES, BYTES("go ")["input_ids"], stops, keep_stop=keep_stop)
+        writer = IncrementalDetokenizer(BYTES, BYTES("go ")["input_ids"], stops, keep_stop=keep_stop)
         assert [writer.add(BYTES(step)["input_ids"]) for step in steps] == expected
         assert writer.ended and writer.end() == "" and writer.add(BYTES("more")["input_ids"]) == ""
         assert writer.said == "".join(expected)
 
 
 def test_the_beginning_of_a_stop_string_is_given_out_when_nothing_follows():
-    writer = Writer(BYTES, [], ["<end>"], keep_stop=False)
+    writer = IncrementalDetokenizer(BYTES, [], ["<end>"], keep_stop=False)
     assert (writer.add(BYTES("so <en")["input_ids"]), writer.end(), writer.ended) == ("so ", "<en", False)
 
 
@@ -118,7 +118,7 @@ texts = st.text(st.sampled_from("ab .fox thé🦊€<>\n"), max_size=30)
 def test_the_text_is_the_one_that_decoding_it_whole_gives(tokenizer, prompt, text, stops, cuts, keep_stop):
     ids = tokenizer(prompt)["input_ids"]
     new = tokenizer(text)["input_ids"] if isinstance(text, str) else text
-    writer = Writer(tokenizer, ids, stops, keep_stop=keep_stop)
+    writer = IncrementalDetokenizer(tokenizer, ids, stops, keep_stop=keep_stop)
     said = ""
     for step in steps_of(new, cuts):
         more = writer.add(step)
@@ -139,7 +139,7 @@ def test_spaces_that_a_tokenizer_strips_at_the_beginning_are_not_lost_inside(wor
     ids = [[f"<0x{byte:02X}>" for byte in word.encode()] if word in "é🦊" else [word] for word in words]
     tokens = [LLAMA.convert_tokens_to_ids(piece) for group in ids for piece in group]
     prompt = [LLAMA.convert_tokens_to_ids(piece) for group in ids[:prompted] for piece in group]
-    writer = Writer(LLAMA, prompt)
+    writer = IncrementalDetokenizer(LLAMA, prompt)
     for step in steps_of(tokens[len(prompt) :], cuts):
         writer.add(step)
     writer.end()

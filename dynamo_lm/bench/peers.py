@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from dynamo_lm.bench import gguf_file
-from dynamo_lm.bench.contenders import Contender, Field, Written, padded, until_end
-from dynamo_lm.bench.ways import Way
+from dynamo_lm.bench.context import BenchmarkContext, Output, Runner, padded, until_end
+from dynamo_lm.bench.methods import Method
 from dynamo_lm.errors import InputError
 
 FLASHSPEC_LOOKUP = 6  # tokens proposed by its lookup, as in its own default strategy
 
 
-def flashspec(way: Way, among: Field) -> Contender:
+def flashspec(way: Method, among: BenchmarkContext) -> Runner:
     """flashspec's engine (0.3.1) around the base: prompt lookup alone, or its default, lookup else a draft model.
 
     It compiles only on CUDA; on a CPU it runs its eager loop, which its authors say is slower than plain decoding.
@@ -50,18 +50,18 @@ def flashspec(way: Way, among: Field) -> Contender:
         settings["sampling"] = SamplingConfig(temperature=0.0, gamma=FLASHSPEC_LOOKUP)
     engine = SpeculativeEngine(FlashSpecConfig(**settings), drafters, target)
 
-    def write(prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> Written:
+    def write(prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> Output:
         ids, _ = padded(prompts, among)
         began = time.perf_counter()
         result = engine.generate(ids, max_new_tokens=max_new_tokens)
         text = [token for token in result.output_ids[0].tolist() if token >= 0]
         seconds = time.perf_counter() - began
-        return Written([text], seconds, len(result.arm_steps))
+        return Output([text], seconds, len(result.arm_steps))
 
     return write
 
 
-def llama_cpp(way: Way, among: Field) -> Contender:
+def llama_cpp(way: Method, among: BenchmarkContext) -> Runner:
     """llama.cpp through `xllamacpp`, on the base converted to GGUF in its own precision, cache included; greedy.
 
     Its time is what it reports itself, prompt and decoding, so its JSON is not held against it. The CPU wheels on PyPI are
@@ -88,7 +88,7 @@ def llama_cpp(way: Way, among: Field) -> Contender:
     parameters.verbosity = -1
     server = xllamacpp.Server(parameters)
 
-    def write(prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> Written:
+    def write(prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> Output:
         asked = {
             "prompt": list(prompts[0]),
             "max_tokens": max_new_tokens,
@@ -106,7 +106,7 @@ def llama_cpp(way: Way, among: Field) -> Contender:
         if choice["finish_reason"] == "stop" and among.end_tokens:
             text.append(among.end_tokens[0])
         text = until_end(text, among.end_tokens)
-        return Written([text], (timings["prompt_ms"] + timings["predicted_ms"]) / 1000, len(text))
+        return Output([text], (timings["prompt_ms"] + timings["predicted_ms"]) / 1000, len(text))
 
     return write
 

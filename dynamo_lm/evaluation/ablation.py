@@ -27,15 +27,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dynamo_lm.decoding import decode
+from dynamo_lm.data.packing import Blocks, targets
+from dynamo_lm.decoding.batch import decode
+from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.errors import InputError
-from dynamo_lm.evaluation import record
-from dynamo_lm.model import DynaMoForCausalLM
-from dynamo_lm.packing import Blocks, targets
-from dynamo_lm.plan import parameters
-from dynamo_lm.rows import DecodingOptions
-from dynamo_lm.sampling import Algorithm1
-from dynamo_lm.training import CHUNK, Progress, TrainingOptions, packed_hidden, train
+from dynamo_lm.evaluation import results
+from dynamo_lm.model.modeling import DynaMoForCausalLM
+from dynamo_lm.sampling.options import Algorithm1
+from dynamo_lm.training.log import Progress
+from dynamo_lm.training.loss import CHUNK, packed_hidden
+from dynamo_lm.training.memory_estimate import parameters
+from dynamo_lm.training.options import TrainingOptions
+from dynamo_lm.training.trainer import train
 
 KIND = "ablation"
 AHEAD = 4  # targets that a scored position must have: the most heads of any variant
@@ -275,8 +278,8 @@ def begin_or_continue(folder: Path, new: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: the folder has results of another model, on other data or with other settings.
     """
-    record.check_folder(folder, new["model"])
-    before = record.load(folder, KIND)
+    results.check_folder(folder, new["model"])
+    before = results.load(folder, KIND)
     if before is None:
         if any((folder / KIND).glob("*/checkpoints")):
             raise InputError(
@@ -353,7 +356,7 @@ def run(
         order = [BASE.key, *(known.key for known in VARIANTS)]
         results["rows"] = sorted([*results["rows"], row | measured], key=lambda row: order.index(row["key"]))
         _compare(results["rows"], folder)
-        record.save(folder, results)
+        results.save(folder, results)
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
     return results
 

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 
 from dynamo_lm.errors import InputError
-from dynamo_lm.evaluation.perplexity import Measured, standard_error
-from dynamo_lm.model import DynaMoForCausalLM
+from dynamo_lm.evaluation.perplexity.scoring import Measured, standard_error
+from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 CRITERIA = {"ppl": 1.1, "regret": 0.0, "win-rate": 0.2}  # and their default limits: ratio, nats, margin
 FILE = "generation_config.json"

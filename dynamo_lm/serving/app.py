@@ -22,15 +22,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from dynamo_lm.errors import InputError
-from dynamo_lm.model import DynaMoForCausalLM
-from dynamo_lm.serving.answers import Answer, ChatAnswer, CompletionAnswer
-from dynamo_lm.serving.choices import Ask, Choices, Dials, Limits
-from dynamo_lm.serving.engine import Engine, Ticket
-from dynamo_lm.serving.gate import Gate, refuse
+from dynamo_lm.model.modeling import DynaMoForCausalLM
+from dynamo_lm.serving.engine import Engine, RequestHandle
 from dynamo_lm.serving.logs import log
 from dynamo_lm.serving.metrics import Metrics
+from dynamo_lm.serving.middleware import LimitsMiddleware, refuse
 from dynamo_lm.serving.playground import playground
 from dynamo_lm.serving.protocol import (
+    APIError,
     ChatCompletion,
     ChatRequest,
     Completion,
@@ -39,8 +38,9 @@ from dynamo_lm.serving.protocol import (
     Health,
     Model,
     ModelList,
-    Refusal,
 )
+from dynamo_lm.serving.requests import GenerationRequest, GenerationSettings, Limits, RequestParser
+from dynamo_lm.serving.responses import Answer, ChatAnswer, CompletionAnswer
 
 PROMPT = "it must be a text, a list of texts, a list of token ids, or a list of such lists"
 REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -64,7 +64,7 @@ class Settings:
     """What one server is told."""
 
     name: str  # of the model, as clients say it
-    dials: Dials
+    dials: GenerationSettings
     limits: Limits
     key: str | None = None
     hosts: tuple[str, ...] | None = None  # that requests may be addressed to; None: any
@@ -75,7 +75,7 @@ def create_app(model: DynaMoForCausalLM, tokenizer: Any, settings: Settings) -> 
     """The application of one server; `app.state.gate` and `app.state.engine` are its parts."""
     metrics = Metrics(settings.dials.num_heads)
     engine = Engine(model, settings.dials.num_heads, settings.limits, metrics)
-    choices = Choices(model, tokenizer, settings.dials, settings.limits)
+    choices = RequestParser(model, tokenizer, settings.dials, settings.limits)
     created = int(time.time())
 
     @contextlib.asynccontextmanager
@@ -85,7 +85,7 @@ def create_app(model: DynaMoForCausalLM, tokenizer: Any, settings: Settings) -> 
         await engine.stop()
 
     app = FastAPI(title="dynamo-lm", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
-    gate = Gate(
+    gate = LimitsMiddleware(
         app,
         key=settings.key,
         hosts=settings.hosts,
@@ -97,9 +97,11 @@ def create_app(model: DynaMoForCausalLM, tokenizer: Any, settings: Settings) -> 
     def check_model(name: str) -> None:
         if name != settings.name:
             message = f'There is no model "{name}" here; this server has "{settings.name}".'
-            raise Refusal(404, message, param="model", code="model_not_found")
+            raise APIError(404, message, param="model", code="model_not_found")
 
-    async def answer(request: Request, kind: type[Answer], asks: list[Ask], stream: bool, usage: bool) -> Response:
+    async def answer(
+        request: Request, kind: type[Answer], asks: list[GenerationRequest], stream: bool, usage: bool
+    ) -> Response:
         """Has the texts written, and watches the client meanwhile."""
         ticket = engine.accept(asks)
         found = kind(settings.name, ticket, choices.vocabulary)
@@ -163,13 +165,13 @@ def create_app(model: DynaMoForCausalLM, tokenizer: Any, settings: Settings) -> 
     async def numbers() -> Response:
         return Response(metrics.text, media_type="text/plain; version=0.0.4")
 
-    @app.exception_handler(Refusal)
-    async def refused(request: Request, error: Refusal) -> Response:
+    @app.exception_handler(APIError)
+    async def refused(request: Request, error: APIError) -> Response:
         return _Refused(error)
 
     @app.exception_handler(InputError)
     async def unusable(request: Request, error: InputError) -> Response:
-        return _Refused(Refusal(400, str(error)))
+        return _Refused(APIError(400, str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -177,7 +179,7 @@ def create_app(model: DynaMoForCausalLM, tokenizer: Any, settings: Settings) -> 
 
     @app.exception_handler(HTTPException)
     async def unknown(request: Request, error: HTTPException) -> Response:
-        return _Refused(Refusal(error.status_code, f"{error.detail}."), error.headers)
+        return _Refused(APIError(error.status_code, f"{error.detail}."), error.headers)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
@@ -188,7 +190,7 @@ def create_app(model: DynaMoForCausalLM, tokenizer: Any, settings: Settings) -> 
     return app
 
 
-FAILED = Refusal(500, "The server failed on this request; its log says more.", kind="server_error")
+FAILED = APIError(500, "The server failed on this request; its log says more.", kind="server_error")
 
 
 class Events(StreamingResponse):
@@ -205,7 +207,7 @@ class Events(StreamingResponse):
             async for chunk in chunks:
                 yield _line(chunk.model_dump_json())
         except Exception as error:  # the status has been sent; the stream is all that is left to say it in
-            refusal = error if isinstance(error, Refusal) else FAILED
+            refusal = error if isinstance(error, APIError) else FAILED
             yield _line(json.dumps(refusal.body))
             return
         yield _line("[DONE]")
@@ -220,7 +222,7 @@ class Events(StreamingResponse):
 class _Refused(Response):
     """A refusal as a response."""
 
-    def __init__(self, refusal: Refusal, headers: Any = None):
+    def __init__(self, refusal: APIError, headers: Any = None):
         super().__init__(status_code=refusal.status, headers=headers)
         self.refusal = refusal
 
@@ -240,7 +242,7 @@ def _wants_usage(asked: CompletionRequest | ChatRequest) -> bool:
     return asked.stream_options is not None and bool(asked.stream_options.include_usage)
 
 
-async def _gone(request: Request, ticket: Ticket) -> None:
+async def _gone(request: Request, ticket: RequestHandle) -> None:
     """Cancels the ticket when the client hangs up."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -248,15 +250,15 @@ async def _gone(request: Request, ticket: Ticket) -> None:
     ticket.cancel()
 
 
-def _explained(error: RequestValidationError) -> Refusal:
+def _explained(error: RequestValidationError) -> APIError:
     """One sentence about the first thing that is wrong with a body."""
     first = error.errors()[0]
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
-        return Refusal(400, f"The body is not valid JSON: {first['ctx']['error']}.")
+        return APIError(400, f"The body is not valid JSON: {first['ctx']['error']}.")
     if not place:
-        return Refusal(400, "The body must be a JSON object, sent with Content-Type: application/json.")
+        return APIError(400, "The body must be a JSON object, sent with Content-Type: application/json.")
     what = first["msg"].removeprefix("Value error, ")
     if place[0] == "prompt" and first["type"] not in ("missing", "value_error"):
         what = PROMPT  # in place of what is wrong with it as the first of its four forms
-    return Refusal(400, f"{place[0]}: {what}.", param=place[0])
+    return APIError(400, f"{place[0]}: {what}.", param=place[0])

@@ -1,6 +1,7 @@
 """One thread that decodes for everybody: rows join and leave its batches between steps.
 
-In: `Ask`s, from the event loop that started it. Out: `Event`s, back on that loop, once a step for all rows. The thread
+In: `GenerationRequest`s, from the event loop that started it. Out: `Event`s, back on that loop, once a step for all rows.
+The thread
 owns the model: whoever else needs it lends a function to `call`, which runs between two steps. One row's options cannot
 stop the others: its rules are guarded, and a step that fails as a whole ends the rows of that batch and no more. Knows no
 text and no network.
@@ -21,13 +22,15 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from dynamo_lm.decoding import Batch
+from dynamo_lm.decoding.batch import Batch
+from dynamo_lm.decoding.options import LogitsProcessor, StoppingCriterion
+from dynamo_lm.decoding.sequence import SequenceState
+from dynamo_lm.decoding.statistics import Statistics, TokenLogProb
 from dynamo_lm.errors import InputError
-from dynamo_lm.model import DynaMoForCausalLM
-from dynamo_lm.rows import Row, Statistics, Stop, TokenScore, Warp
-from dynamo_lm.serving.choices import Ask, Limits
+from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.serving.logs import log
-from dynamo_lm.serving.protocol import Refusal
+from dynamo_lm.serving.protocol import APIError
+from dynamo_lm.serving.requests import GenerationRequest, Limits
 
 Found = TypeVar("Found")
 
@@ -38,7 +41,7 @@ LONGEST_RETRY = 60  # seconds
 class Observer(Protocol):
     """Who counts what the engine does; called in its thread."""
 
-    def stepped(self, rows: Sequence[Row], seconds: float) -> None: ...
+    def stepped(self, rows: Sequence[SequenceState], seconds: float) -> None: ...
 
     def occupied(self, running: int, waiting: int) -> None: ...
 
@@ -49,8 +52,8 @@ class Event:
 
     seat: Seat
     tokens: list[int]
-    scores: list[TokenScore] = field(default_factory=list)  # that became known; they may lag behind the tokens
-    prompt_scores: list[TokenScore | None] = field(default_factory=list)  # with the first event, if asked for
+    scores: list[TokenLogProb] = field(default_factory=list)  # that became known; they may lag behind the tokens
+    prompt_scores: list[TokenLogProb | None] = field(default_factory=list)  # with the first event, if asked for
     finished: str | None = None  # "stop" or "length"
     timed_out: bool = False
     statistics: Statistics | None = None  # with the last event; nobody changes them any more
@@ -61,20 +64,20 @@ class Event:
 class Seat:
     """One text in the engine. The thread alone touches what is below the line."""
 
-    ask: Ask
-    ticket: Ticket
+    ask: GenerationRequest
+    ticket: RequestHandle
     # ---
-    row: Row | None = None
+    row: SequenceState | None = None
     batch: Batch | None = None
     told: int = 0  # scores that were handed out
     began: float = 0.0  # the clock when it joined
     broken: Exception | None = None  # what a rule of its own raised
 
 
-class Ticket:
+class RequestHandle:
     """One request in the engine: its texts' events, in order, until all are finished or somebody cancels."""
 
-    def __init__(self, engine: Engine, asks: Sequence[Ask], deadline: float):
+    def __init__(self, engine: Engine, asks: Sequence[GenerationRequest], deadline: float):
         self.engine, self.deadline = engine, deadline
         self.seats = [Seat(ask, self) for ask in asks]
         self.events: asyncio.Queue[Event | None] = asyncio.Queue()
@@ -149,7 +152,7 @@ class Engine:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def accept(self, asks: Sequence[Ask]) -> Ticket:
+    def accept(self, asks: Sequence[GenerationRequest]) -> RequestHandle:
         """Takes in the texts of one request, all or none.
 
         Raises:
@@ -157,18 +160,18 @@ class Engine:
         """
         capacity = self.limits.batch + self.limits.queue
         if len(asks) > capacity:
-            raise Refusal(
+            raise APIError(
                 400, f"The request asks for {len(asks)} texts; this server holds {capacity} (--max-batch and --max-queue)."
             )
         if self._held + len(asks) > capacity:
-            raise Refusal(
+            raise APIError(
                 429,
                 f"The queue is full: {self.limits.queue} texts may wait (--max-queue); try again later.",
                 kind="requests",
                 code="rate_limit_exceeded",
                 retry_after=self._wait(),
             )
-        ticket = Ticket(self, asks, time.monotonic() + self.limits.seconds)
+        ticket = RequestHandle(self, asks, time.monotonic() + self.limits.seconds)
         self._held += len(asks)
         with self._condition:
             self._waiting.extend(ticket.seats)
@@ -210,7 +213,7 @@ class Engine:
 
         with self._condition:
             if len(self._calls) > self.limits.queue:
-                raise Refusal(429, "Too many wait for the model; try again later.", kind="requests", retry_after=1)
+                raise APIError(429, "Too many wait for the model; try again later.", kind="requests", retry_after=1)
             self._calls.append(carry_out)
             self._condition.notify()
         return await answer
@@ -314,7 +317,7 @@ class Engine:
                 self._waiting.remove(seat)
         for seat in late:
             message = f"No place became free within {self.limits.seconds:g} seconds (--max-seconds); try again later."
-            refusal = Refusal(503, message, kind="server_error", code="timeout", retry_after=LONGEST_RETRY)
+            refusal = APIError(503, message, kind="server_error", code="timeout", retry_after=LONGEST_RETRY)
             events.append(Event(seat, [], error=refusal))
         for seat in list(self._seated.values()):
             if seat.ticket.deadline < now:
@@ -368,7 +371,7 @@ class Engine:
             events.append(Event(seat, [], error=error))
 
 
-def _guarded_stop(rule: Stop, seat: Seat) -> Stop:
+def _guarded_stop(rule: StoppingCriterion, seat: Seat) -> StoppingCriterion:
     """The rule; should it raise, its own text ends and nobody else's."""
 
     def guarded(tokens: Tensor) -> bool:
@@ -381,7 +384,7 @@ def _guarded_stop(rule: Stop, seat: Seat) -> Stop:
     return guarded
 
 
-def _guarded_warp(warp: Warp, seat: Seat) -> Warp:
+def _guarded_warp(warp: LogitsProcessor, seat: Seat) -> LogitsProcessor:
     """The warp; should it raise or leave nothing to choose from, its own text ends and nobody else's."""
 
     def guarded(row: int, tokens: Tensor, logits: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from dynamo_lm.rows import Row
+from dynamo_lm.decoding.sequence import SequenceState
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -53,7 +53,7 @@ class Metrics:
         self.running = Gauge("dynamo_running_texts", "Texts in the batch", registry=registry)
         self.waiting = Gauge("dynamo_waiting_texts", "Texts in the queue", registry=registry)
 
-    def stepped(self, rows: Sequence[Row], seconds: float) -> None:
+    def stepped(self, rows: Sequence[SequenceState], seconds: float) -> None:
         """Counts one step of a batch."""
         tokens = prompts = backed_off = steps = 0
         for row in rows:

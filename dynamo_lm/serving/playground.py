@@ -16,10 +16,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
+from dynamo_lm.decoding.joint_heatmap import HeatMap, heatmap
 from dynamo_lm.errors import InputError
-from dynamo_lm.evaluation.heatmap import HeatMap, heatmap
-from dynamo_lm.model import DynaMoForCausalLM
-from dynamo_lm.sampling import Algorithm1
+from dynamo_lm.model.modeling import DynaMoForCausalLM
+from dynamo_lm.sampling.options import Algorithm1
 from dynamo_lm.serving.engine import Engine
 
 

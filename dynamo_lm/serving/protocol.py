@@ -2,7 +2,7 @@
 
 Knows no model and no network. Numbers that JSON cannot hold (NaN, infinities) are refused; fields that are not listed
 here are ignored, as clients expect. What a field may be is checked here, what the model makes of it in
-`dynamo_lm.serving.choices`.
+`dynamo_lm.serving.requests`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _encodable(text: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 
 
-class Refusal(Exception):
+class APIError(Exception):
     """A request that is not carried out: one sentence, in OpenAI's error form."""
 
     def __init__(

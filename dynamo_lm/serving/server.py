@@ -17,8 +17,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from dynamo_lm.errors import InputError
-from dynamo_lm.serving.gate import Gate
 from dynamo_lm.serving.logs import log
+from dynamo_lm.serving.middleware import LimitsMiddleware
 
 GRACE = 5.0  # seconds that answers may take to be read by their clients, behind the last token
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
@@ -62,7 +62,7 @@ def serve(app: FastAPI, bound: socket.socket, seconds: float) -> None:
 class Server(uvicorn.Server):
     """uvicorn, with a shutdown that goes on listening, to refuse, until what was accepted is finished."""
 
-    def __init__(self, gate: Gate, seconds: float):
+    def __init__(self, gate: LimitsMiddleware, seconds: float):
         config = uvicorn.Config(
             gate,
             log_config=None,

@@ -1,0 +1,96 @@
+"""Attention masks as a base's body takes them, ready-made; the only file that knows transformers' conventions for them.
+
+In: positions of queries and keys. Out: who sees whom, in the form and for the layer types that the base's configuration
+asks for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from dynamo_lm.devices import sent
+from dynamo_lm.errors import InputError
+
+
+@dataclass(frozen=True)
+class AttentionMaskBuilder:
+    """What a base wants of its masks, read off its configuration once, because that is slow."""
+
+    windows: dict[str | None, int | None]  # by layer type: how far back it sees, None: over all; one type None: no types
+    additive: torch.dtype | None  # of implementations that add the mask, else None
+
+    @classmethod
+    def of(cls, base_config: PreTrainedConfig, dtype: torch.dtype) -> AttentionMaskBuilder:
+        """Its layer types, window and attention implementation decide; dtype: of the model.
+
+        Raises InputError for a layer type that is not attention over all or a window of the past.
+        """
+        config = base_config.get_text_config()
+        additive = None if config._attn_implementation in ("sdpa", "flex_attention") else dtype
+        window = getattr(config, "sliding_window", None)
+        types = getattr(config, "layer_types", None)
+        if types is None:
+            return cls({None: window}, additive)
+        for kind in set(types):
+            if kind != "full_attention" and (kind != "sliding_attention" or window is None):
+                raise InputError(f'Layers of type "{kind}" are not supported; full and sliding attention are.')
+        return cls({kind: None if kind == "full_attention" else window for kind in set(types)}, additive)
+
+    def mask(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        *,
+        query_segments: Tensor | None = None,
+        key_segments: Tensor | None = None,
+        visible: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """The mask (or masks, by layer type).
+
+        Args:
+            queries: positions of the queries, (batch, q).
+            keys: positions of the keys, (batch or 1, k).
+            query_segments, key_segments: documents that queries and keys belong to, (batch, q) and (batch, k); nothing is
+                seen across documents.
+            visible: what each query may see at all, (batch, q, k) bool; everything by default.
+            device: where the mask is wanted; the positions' own by default.
+
+        Returns:
+            (batch, 1, q, k): booleans, or 0 and the lowest number for implementations that add the mask. One such tensor, or
+            a dictionary of them by layer type where the configuration lists layer types.
+        """
+        distance = queries[:, :, None] - keys[:, None, :]  # (batch, q, k)
+        seen = distance >= 0
+        if query_segments is not None and key_segments is not None:
+            seen = seen & (query_segments[:, :, None] == key_segments[:, None, :])
+        if visible is not None:
+            seen = seen & visible
+        masks = {
+            kind: self._form(seen if window is None else seen & (distance < window), device)
+            for kind, window in self.windows.items()
+        }
+        return masks.get(None, masks)  # type: ignore[return-value, arg-type]
+
+    def next(self, start: int, width: int, slots: int, *, device: torch.device) -> Tensor | dict[str, Tensor]:
+        """`mask` of one sequence's tokens start .. start + width - 1 over slots that hold positions 0, 1, ..: the same in
+        less time, because decoding wants one in every step."""
+        queries, keys = np.arange(start, start + width)[:, None], np.arange(slots)
+        seen = keys <= queries  # (width, slots)
+        masks = {
+            kind: self._form(torch.from_numpy(seen if window is None else seen & (keys > queries - window))[None], device)
+            for kind, window in self.windows.items()
+        }
+        return masks.get(None, masks)  # type: ignore[return-value, arg-type]
+
+    def _form(self, mask: Tensor, device: torch.device | None) -> Tensor:
+        mask = mask[:, None] if device is None else sent(mask[:, None], device)
+        if self.additive is None:
+            return mask
+        lowest = torch.finfo(self.additive).min
+        return torch.zeros(mask.shape, dtype=self.additive, device=mask.device).masked_fill_(~mask, lowest)

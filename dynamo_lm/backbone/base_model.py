@@ -1,0 +1,99 @@
+"""What is known of a base model from the outside: its decoder layers, whether it can carry heads, its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from dynamo_lm.errors import InputError
+
+
+class PassThrough(nn.Module):
+    """Stands in for the base's body, and for any part of it that the base calls: hands its embeddings through."""
+
+    def forward(self, input_ids: None = None, *, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
+        return _OnlyHidden(last_hidden_state=inputs_embeds)
+
+    def __getattr__(self, name: str) -> Any:
+        return self  # OPT calls model.decoder
+
+
+class _OnlyHidden(BaseModelOutputWithPast):
+    """A body's output of which everything but the hidden state is None (router logits, cross attentions, ...)."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _layer_input(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
+    """The base's decoder layers: the ModuleList as long as `num_hidden_layers` says.
+
+    Raises:
+        InputError: there is none.
+    """
+    count = base.config.get_text_config().num_hidden_layers
+    for module in getattr(base, base.base_model_prefix).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and all(len(list(m.children())) for m in module):
+            return module
+    raise InputError(f"{type(base).__name__} has no list of {count} decoder layers to put heads beside.")
+
+
+def check_base(base: PreTrainedModel) -> None:
+    """Refuses what cannot carry heads: encoders, encoder-decoders, models without an output embedding.
+
+    Raises:
+        InputError: with the reason.
+    """
+    config, name = base.config, type(base).__name__
+    if config.model_type == "dynamo":
+        raise InputError("The base already is a DynaMo model; pass its `.base`, or open it with from_pretrained.")
+    if config.is_encoder_decoder:
+        raise InputError(f"{name} is an encoder-decoder; DynaMo needs a decoder-only language model.")
+    if base.get_output_embeddings() is None or not base.can_generate():
+        raise InputError(f"{name} is no causal language model; DynaMo needs a decoder with an output embedding.")
+    if getattr(config, "is_decoder", None) is False and "bert" in config.model_type:
+        raise InputError(f"{name} is an encoder; DynaMo needs a decoder-only language model.")
+    if getattr(config.get_text_config(), "alibi", False):
+        raise InputError(f"{name} uses ALiBi position biases, which DynaMo's attention masks cannot carry.")
+    if config.get_text_config().num_hidden_layers < 2:
+        raise InputError(f"{name} has a single decoder layer, so there is no stem to feed heads from; use a deeper base.")
+    decoder_layers(base)
+
+
+def load_base(name: str, **kwargs: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained` (safetensors only) with one-sentence errors.
+
+    Raises:
+        InputError: nothing loadable there.
+    """
+    kwargs.setdefault("use_safetensors", None if "gguf_file" in kwargs else True)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f'"{name}" could not be opened as a causal language model: {reason}') from error
+
+
+def fingerprint(base: PreTrainedModel) -> str:
+    """Identity of a base: a hash of its shape and of its last layer's weights rounded to bfloat16, so that the same
+    checkpoint opened in another precision is still the same base. 16 hexadecimal digits; "meta" without weights."""
+    config = base.config.get_text_config()
+    digest = hashlib.sha256(
+        f"{config.model_type} {config.num_hidden_layers} {config.hidden_size} {config.vocab_size}".encode()
+    )
+    for name, tensor in sorted(decoder_layers(base)[-1].state_dict().items()):
+        if tensor.is_meta:
+            return "meta"
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

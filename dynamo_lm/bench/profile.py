@@ -1,0 +1,133 @@
+"""Where a step's time goes: stem, heads, output embedding, sampler, statistics, cache and mask, and Python around them.
+
+Functions of the engine are wrapped for the duration of one run and put back afterwards, whatever happens. Time is exclusive:
+what a wrapped function spends in another one counts there. On a GPU every boundary waits for the device, so shares are right
+and the total is not. `PARTS` is the list to adapt when the engine's functions change; names that are gone are left out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from dynamo_lm.bench.runners import Runner
+
+REST = "Python and the rest"
+PARTS: tuple[tuple[str, str, str], ...] = (  # part, module, name in it; Class.method for a method
+    ("stem", "dynamo_lm.model.modeling", "DynaMoForCausalLM.hidden"),  # and the last layer, where it is not a wide one
+    ("last layer and heads", "dynamo_lm.backbone.stacked_heads", "WideLayer.forward"),
+    ("last layer and heads", "dynamo_lm.model.modeling", "TokenHead.forward"),
+    ("output embedding", "dynamo_lm.model.modeling", "DynaMoForCausalLM.readout"),
+    ("output embedding", "dynamo_lm.decoding.candidates", "_read_heads"),  # or its part that reads the commonest tokens
+    ("sampler", "dynamo_lm.decoding.candidates", "highest"),
+    ("sampler", "dynamo_lm.sampling.joint", "Heads.ranked"),
+    ("sampler", "dynamo_lm.decoding.batch", "draft_from"),
+    ("sampler", "dynamo_lm.decoding.batch", "draw_from"),
+    ("sampler", "dynamo_lm.decoding.batch", "grow"),
+    ("sampler", "dynamo_lm.decoding.batch", "accept_greedy"),
+    ("sampler", "dynamo_lm.decoding.batch", "accept_tree"),
+    ("sampler", "dynamo_lm.decoding.batch", "accept_sampled"),
+    ("statistics", "dynamo_lm.decoding.logprobs", "Scores.__init__"),
+    ("statistics", "dynamo_lm.decoding.logprobs", "Scores.add"),
+    ("cache and mask", "dynamo_lm.backbone.attention_mask", "MaskForm.mask"),
+    ("cache and mask", "dynamo_lm.backbone.attention_mask", "MaskForm.next"),
+    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RowCache.as_trees"),
+    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RowCache.gather"),
+    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RowCache.begin"),
+    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RowCache.keep"),
+    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RowCache.select"),
+    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RowCache.update"),
+    ("arranging the model", "dynamo_lm.model.modeling", "DynaMoForCausalLM.optimize_for_inference"),
+)
+
+
+class Clock:
+    """Exclusive seconds by part."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.stack: list[str] = []
+        self.last = 0.0
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def enter(self, part: str) -> None:
+        now = self.now()
+        if self.stack:
+            self.seconds[self.stack[-1]] += now - self.last
+        self.stack.append(part)
+        self.last = now
+
+    def leave(self) -> None:
+        now = self.now()
+        self.seconds[self.stack.pop()] += now - self.last
+        self.last = now
+
+    def timed(self, part: str, function: Callable) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.enter(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.leave()
+
+        return run
+
+
+def profile(
+    contender: Runner, prompts: Sequence[Sequence[Sequence[int]]], *, max_new_tokens: int, seed: int, device: torch.device
+) -> dict[str, Any]:
+    """Runs a way of DynaMo's own once over all prompts, a batch at a time.
+
+    Returns:
+        seconds and steps in all, and the share of every part that the engine has; shares sum to 1.
+    """
+    clock, steps = Clock(device), 0
+    with _wrapped(clock):
+        clock.enter(REST)
+        for batch in prompts:
+            steps += contender(batch, max_new_tokens, seed).steps
+        clock.leave()
+    total = sum(clock.seconds.values())
+    parts = [part for part in dict.fromkeys([part for part, _, _ in PARTS] + [REST]) if part in clock.seconds]
+    return {
+        "seconds": total,
+        "steps": steps,
+        "step_seconds": total / steps,
+        "shares": {part: clock.seconds[part] / total for part in parts},
+    }
+
+
+@contextmanager
+def _wrapped(clock: Clock) -> Iterator[None]:
+    """The engine's functions, timed until the block ends."""
+    with ExitStack() as stack:
+        for part, module, name in PARTS:
+            holder: Any = importlib.import_module(module)
+            *outer, last = name.split(".")
+            for step in outer:
+                holder = getattr(holder, step, None)
+            if not callable(getattr(holder, last, None)):
+                continue
+            before = vars(holder).get(last)  # as it was written: a function, a class method, or None where it is inherited
+            stack.callback(_put_back, holder, last, before)
+            timed = clock.timed(part, getattr(holder, last))
+            setattr(holder, last, staticmethod(timed) if isinstance(before, (classmethod, staticmethod)) else timed)
+        yield
+
+
+def _put_back(holder: Any, name: str, before: Any) -> None:
+    if before is None:
+        delattr(holder, name)
+    else:
+        setattr(holder, name, before)

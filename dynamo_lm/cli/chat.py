@@ -1,0 +1,331 @@
+"""`dynamo-lm chat`: a conversation in a terminal, or one line a turn through a pipe."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from dynamo_lm.cli.options import Device, Dtype, Model, Tokenizer, verification
+from dynamo_lm.errors import InputError
+
+if TYPE_CHECKING:
+    from dynamo_lm.serving.conversation import Conversation
+
+HELP = """\
+/verify strict|off|NATS  exactly what the model would write one token at a time; the paper's dynamic sampling; a budget
+/eps 0.3                 how sure dynamic sampling must be, from 0 (fastest) to 1 (one token a step); turns /verify off
+/stats                   what the last answer and all of them cost
+/reset                   forget the conversation
+/save FILE               write it as a line of JSON
+/quit                    leave, as Ctrl-D does
+A message of several lines: end all but the last with \\, or put \"\"\" before and after it. // begins one with a slash.
+Ctrl-C stops an answer. Each colour is one forward pass."""
+BLOCK = '"""'
+SPEED = "How answers are written"
+
+
+def chat(
+    model: Model,
+    system: Annotated[
+        str | None, typer.Option(help="What the model is told before the conversation begins.", rich_help_panel=SPEED)
+    ] = None,
+    verify: Annotated[
+        str | None,
+        typer.Option(
+            metavar="strict|off|NATS",
+            help="strict: exactly what the model would write one token at a time. off: the paper's dynamic sampling. "
+            "A number: less likely than the model's own choices by at most that many nats a token. "
+            "Default: strict, or off if --eps-b is given.",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
+    eps_b: Annotated[
+        float | None,
+        typer.Option(
+            "--eps-b",
+            help="Quality dial of --verify off, 0 (fastest) to 1 (one token a step). Default: the model's own, else 0.5.",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            help="Above 0, tokens are drawn at random, more adventurously above 1. Default: 0.7 with off, else 0.",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="The longest answer, in tokens.", rich_help_panel=SPEED)
+    ] = 512,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the random numbers: the same seed and messages give the same answers. Default: another each time.",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    tokenizer: Tokenizer = None,
+) -> None:
+    """Talk with a model and see how many tokens each step gives.
+
+    Uses the chat template of the model's tokenizer, or a plain one. When the conversation outgrows the model's context,
+    its oldest turns are left out. Through a pipe, every line is a turn and stdout has the answers alone:
+
+    `printf 'Tell a story.\\nAnother!\\n' | dynamo-lm chat story`
+    """
+    from dynamo_lm.model.loading import open_for_evaluation
+    from dynamo_lm.serving.conversation import Conversation, GenerationSettings
+
+    dial = verification(verify) if verify is not None else "off" if eps_b is not None else "strict"
+    if eps_b is not None and dial != "off":
+        raise InputError("--eps-b belongs to --verify off; verified decoding has no use for it.")
+    seed = random.SystemRandom().randrange(2**31) if seed is None else seed
+    dials = GenerationSettings(dial, eps_b, temperature, max_new_tokens, seed)
+    network, tokens = open_for_evaluation(model, tokenizer=tokenizer, dtype=dtype, device=device)
+    conversation = Conversation(network, tokens, dials, system=system)
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401  (history, editing, and several pasted lines as one message)
+        context = f"context {network.config.max_context}, " if network.config.max_context else ""
+        Session(conversation, Terminal(), f"{model}: {network.num_heads} heads, {context}{_dials(conversation)}").run()
+    else:
+        Session(conversation, Pipe()).run()
+
+
+class Terminal:
+    """A person at a screen."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+
+    def ask(self, more: bool) -> str:
+        """The next line; `more` if it continues a message. Raises EOFError, KeyboardInterrupt and InputError."""
+        try:
+            line = input("\001\033[2m\002..\001\033[0m\002 " if more else "\001\033[1m\002>\001\033[0m\002 ")
+            line.encode()  # where the locale is no UTF-8, strange bytes arrive as halves of characters
+        except UnicodeError as error:
+            raise InputError("That is no UTF-8 text.") from error
+        return line
+
+    def write(self, text: str, step: int) -> None:
+        """A step's characters, in the step's colour; nothing in them can steer the terminal."""
+        from dynamo_lm.cli.demo_view import COLOURS
+
+        harmless = "".join(mark for mark in text if mark in "\n\t" or unicodedata.category(mark) != "Cc")
+        self.console.print(Text(harmless, style=COLOURS[step % len(COLOURS)]), end="", soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False, soft_wrap=True)
+
+    def refuse(self, error: InputError) -> None:
+        """Says what was wrong; the conversation goes on."""
+        self.console.print(str(error), style="red", markup=False, soft_wrap=True)
+
+
+class Pipe:
+    """A program at the other end: answers go to stdout, all else to stderr, and the first mistake ends it."""
+
+    def ask(self, more: bool) -> str:
+        line = sys.stdin.buffer.readline()
+        if not line:
+            raise EOFError
+        try:
+            return line.decode().removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise InputError(f"stdin is not UTF-8 text: it has the byte 0x{line[error.start]:02x}.") from error
+
+    def write(self, text: str, step: int) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+    def refuse(self, error: InputError) -> None:
+        raise error
+
+
+class Session:
+    """One conversation at a `Terminal` or through a `Pipe`."""
+
+    def __init__(self, conversation: Conversation, ends: Terminal | Pipe, greeting: str = "") -> None:
+        self.conversation, self.ends, self.greeting = conversation, ends, greeting
+        self.saved: Path | None = None  # the one file that may be written again
+
+    def run(self) -> None:
+        """Turn by turn until the person leaves."""
+        if self.greeting:
+            self.ends.note(f"{self.greeting}. /help lists commands, Ctrl-D leaves.")
+        interrupted = False
+        while True:
+            try:
+                if not self.once():
+                    return
+                interrupted = False
+            except KeyboardInterrupt:
+                if interrupted or isinstance(self.ends, Pipe):
+                    raise
+                interrupted = True
+                self.ends.note("\nCtrl-C again or Ctrl-D leaves.")
+
+    def once(self) -> bool:
+        """One message and what it asks for; False once the person leaves."""
+        try:
+            message = read_message(self.ends.ask)
+            if message.startswith("/") and not message.startswith("//"):
+                return self.command(message)
+            if message.strip():
+                self.turn(message.removeprefix("/"))
+        except InputError as error:
+            self.ends.refuse(error)
+        except EOFError:
+            if isinstance(self.ends, Terminal):
+                self.ends.note("")
+            return False
+        return True
+
+    def turn(self, message: str) -> None:
+        """One answer, in colours; Ctrl-C ends it, a second one even before its step is over."""
+        step = -1
+
+        def show(text: str) -> None:
+            nonlocal step
+            step += 1
+            self.ends.write(text, step)
+
+        with _interruptible(isinstance(self.ends, Terminal)) as stopped:
+            answer = self.conversation.answer(message, on_text=show, stopped=stopped)
+        self.ends.write("\n", step)
+        if answer.left_out:
+            turns = "turn does" if answer.left_out == 1 else f"{answer.left_out} turns do"
+            self.ends.note(f"The oldest {turns} not fit into the context any more; this answer was written without.")
+        if isinstance(self.ends, Terminal):
+            statistics = answer.statistics
+            rate = statistics.new_tokens / statistics.seconds if statistics.seconds else 0.0
+            said = f"{statistics.tokens_per_step:.2f} tokens per step of at most {statistics.ceiling}, {rate:.0f} tokens/s"
+            self.ends.note(f"stopped; {said}" if stopped() else said)
+        if not answer.text:
+            self.ends.note("There was no answer; the message is forgotten.")
+
+    def command(self, line: str) -> bool:
+        """Carries out one command; False: to leave. Raises InputError."""
+        name, _, rest = line.partition(" ")
+        rest, talk = rest.strip(), self.conversation
+        if name == "/quit" and not rest:
+            return False
+        if name == "/verify":
+            if rest:
+                talk.dials = replace(talk.dials, verify=verification(rest))
+            self.ends.note(_dials(talk))
+        elif name == "/eps":
+            if rest:
+                talk.dials = replace(talk.dials, eps_b=_number(rest), verify="off")
+            self.ends.note(_dials(talk))
+        elif name == "/save":
+            self.save(rest)
+        elif name in ("/stats", "/reset", "/help") and not rest:
+            {"/stats": self.stats, "/reset": self.reset, "/help": lambda: self.ends.note(HELP)}[name]()
+        else:
+            raise InputError(f"There is no command {line!r}; /help lists what there is.")
+        return True
+
+    def stats(self) -> None:
+        from dynamo_lm.cli.generate import sentence
+
+        every = self.conversation.statistics
+        if not every:
+            raise InputError("There is no answer yet.")
+        self.ends.note(f"last answer: {sentence(every[-1])}")
+        tokens, forwards = sum(one.new_tokens for one in every), sum(one.forwards for one in every)
+        seconds = sum(one.seconds for one in every)
+        rate = f"{tokens / seconds:.0f} tokens/s" if seconds else "no time"
+        count = f"{len(every)} answer{'s' * (len(every) > 1)}"
+        self.ends.note(f"{count}: {tokens} tokens in {forwards} forward passes: {tokens / forwards:.2f} per pass; {rate}")
+
+    def reset(self) -> None:
+        self.conversation.reset()
+        self.ends.note("The conversation is forgotten.")
+
+    def save(self, name: str) -> None:
+        """Never over a file that was there before."""
+        file = Path(name).expanduser()
+        if not name:
+            raise InputError("/save needs the name of a file.")
+        if file.exists() and file != self.saved:
+            raise InputError(f'"{name}" is there already; give another name.')
+        self.conversation.save(file)
+        self.saved = file
+        self.ends.note(f"{name}: {len(self.conversation.messages)} messages")
+
+
+def read_message(ask: Callable[[bool], str]) -> str:
+    """One message: a line, lines that end in a backslash and the one behind them, or what stands between triple quotes.
+
+    Args:
+        ask: gives the next line; told whether it continues a message. Its EOFError ends a message that has begun.
+    """
+    lines = [ask(False)]
+    try:
+        if lines[0].lstrip().startswith(BLOCK):
+            lines[0] = lines[0].lstrip().removeprefix(BLOCK)
+            while not lines[-1].rstrip().endswith(BLOCK):
+                lines.append(ask(True))
+            lines[-1] = lines[-1].rstrip().removesuffix(BLOCK)
+            return "\n".join(lines).strip("\n")
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1].removesuffix("\\")
+            lines.append(ask(True))
+    except EOFError:
+        pass
+    return "\n".join(lines)
+
+
+@contextmanager
+def _interruptible(catch: bool) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C sets what the yielded function returns; a second one raises KeyboardInterrupt, as does each without `catch`."""
+    pressed = False
+    if not catch:
+        yield lambda: False
+        return
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _dials(conversation: Conversation) -> str:
+    """The dials in a few words."""
+    verify, own = conversation.dials.verify, getattr(conversation.model.generation_config, "eps_b", None)
+    if verify == "strict":
+        return "verify strict: exactly what one token a step would give"
+    if verify != "off":
+        return f"verify {verify}: at most {verify} nats a token less likely than strict"
+    eps_b = conversation.dials.eps_b if conversation.dials.eps_b is not None else own if own is not None else "0.5"
+    return f"verify off, eps_b {eps_b}: dynamic sampling"
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f'"{text}" is no number; eps_b is a probability, from 0 to 1.') from None

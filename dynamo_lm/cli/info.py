@@ -1,0 +1,185 @@
+"""`dynamo-lm info`: what is in a folder, read from its small files; weights are not loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def info(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help='A model folder, a hub id, or "story" for the bundled model.')
+    ],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines for people.")] = False,
+) -> None:
+    """Say what a model folder holds: base, heads, tables, what it was trained on.
+
+    Reads configuration and tables but no weights, so it is quick for models of any size.
+    """
+    from dynamo_lm.model.loading import print_json, resolve
+
+    facts = describe(resolve(model))
+    if json:
+        print_json(facts)
+        return
+    for name, value in lines(facts):
+        print(f"{name:<12}{value}")
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Everything `info` knows about a folder or hub id, as plain data."""
+    from dynamo_lm import DynaMoForCausalLM
+    from dynamo_lm.model.configuration import DynaMoConfig
+    from dynamo_lm.model.loading import open_config, skeleton
+
+    config = open_config(name)
+    text = config.get_text_config()
+    facts: dict[str, Any] = {
+        "model": name,
+        "dynamo": isinstance(config, DynaMoConfig),
+        "architecture": text.model_type,
+        "layers": getattr(text, "num_hidden_layers", None),
+        "hidden_size": getattr(text, "hidden_size", None),
+        "vocab_size": getattr(text, "vocab_size", None),
+        "context": getattr(text, "max_position_embeddings", None),
+        "dtype": str(config.dtype or getattr(text, "dtype", None) or "float32").removeprefix("torch."),
+    }
+    network = skeleton(config)
+    if not isinstance(network, DynaMoForCausalLM):
+        return facts | {"parameters": sum(p.numel() for p in network.parameters())}
+    base = sum(p.numel() for p in network.base.parameters())
+    facts |= {
+        "base": config.base_name_or_path,
+        "base_fingerprint": config.base_fingerprint,
+        "num_heads": config.num_heads,
+        "layers_per_head": config.layers_per_head,
+        "feed": config.feed,
+        "init": config.init,
+        "own_output_embedding": config.own_output_embedding,
+        "adapter_rank": config.adapter_rank,
+        "residual_block": config.residual_block,
+        "coupling_rank": config.coupling_rank,
+        "coupling_parameters": sum(p.numel() for p in network.coupling.parameters()) if network.coupling is not None else 0,
+        "weights": config.weights,
+        "parameters": base,
+        "head_parameters": round(network.overhead() * base),
+        "overhead": round(network.overhead(), 5),
+        "defaults": _defaults(name),
+        "table": _table(name),
+        "training": _training(name),
+    }
+    return facts
+
+
+def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """The same for people: a name and a sentence each."""
+    from dynamo_lm.model.configuration import MEDUSA
+
+    size = f"{facts['layers']} layers x {facts['hidden_size']}, vocabulary {facts['vocab_size']:,}"
+    context = f"{facts['context']:,} tokens" if facts["context"] else "not stated"
+    if not facts["dynamo"]:
+        return [
+            ("model", facts["model"]),
+            ("type", f"{facts['architecture']}, {size}"),
+            ("parameters", f"{facts['parameters']:,}, {facts['dtype']}"),
+            ("context", context),
+            ("heads", f"no DynaMo heads; add some with `dynamo-lm train {facts['model']} --data TEXT --out FOLDER`"),
+        ]
+    extra = facts["num_heads"] - 1
+    rank, layers = facts["adapter_rank"], facts["layers_per_head"]
+    kind = f"rank-{rank} adapters" if rank else f"{layers} layer{'' if layers == 1 else 's'} each"
+    kind += ", a residual block each" if facts["residual_block"] else ""
+    kind += ", own output embeddings" if facts["own_output_embedding"] else ""
+    if all(facts[key] == value for key, value in MEDUSA.items()):
+        kind = "of the Medusa kind: a residual block and an output embedding each"
+    fed = "penultimate" if facts["feed"] == "stem" else "last"
+    begun = "at random" if facts["init"] == "random" else "as copies of the last layer"
+    more = f"{facts['head_parameters']:,} of heads ({facts['overhead']:.2%} more)"
+    coupling = f"learned, of rank {facts['coupling_rank']}: {facts['coupling_parameters']:,} of the heads' parameters"
+    where = "here" if facts["weights"] == "full" else f"not here: it is loaded from {facts['base']}"
+    found = [
+        ("model", facts["model"]),
+        ("base", f"{facts['base'] or 'a model of its own'} ({facts['architecture']}, {size}), {where}"),
+        ("heads", f"{facts['num_heads']} (T{facts['num_heads']}): the base's own and {extra} more, {kind}"),
+        ("", f"fed by the {fed} layer" + ("" if rank or not layers else f", begun {begun}")),
+        *([("coupling", coupling)] if facts["coupling_rank"] else []),
+        ("parameters", f"{facts['parameters']:,} + {more}"),
+        ("dtype", facts["dtype"]),
+        ("context", context),
+    ]
+    table = facts["table"]
+    if table is None:
+        found.append(("tables", "none; count some with `dynamo-lm count`"))
+    else:
+        rows = ", ".join(
+            f"{n:,} {name}" for n, name in zip(table["rows"][1:], ("pairs", "triples", "quadruples"), strict=False)
+        )
+        pruned = ", ".join(f"{share:.1%}" for share in table["pruned_mass"][1:])
+        found.append(("tables", f"{rows}; {table['megabytes']} MB; pruned mass {pruned}"))
+        if table["description"]:
+            found.append(("", f"counted: {table['description']}"))
+    record = facts["training"]
+    if record is None:
+        found.append(("trained on", "not recorded"))
+    else:
+        data = record.get("data", {})
+        sources = ", ".join(data.get("sources", [])) or "unknown"
+        found.append(
+            ("trained on", f"{sources} ({data.get('training_tokens', 0):,} tokens), {record.get('steps', '?')} steps")
+        )
+        if record.get("perplexities"):
+            found.append(("held out", _perplexities(record["perplexities"])))
+    found.append(("defaults", ", ".join(f"{key} {value}" for key, value in facts["defaults"].items())))
+    return found
+
+
+def _perplexities(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """What `generate` does unless told otherwise: the folder's generation_config.json over Algorithm 1's own."""
+    from transformers import GenerationConfig
+
+    from dynamo_lm.sampling.options import Algorithm1
+
+    defaults = {"verify": "strict"} | asdict(Algorithm1())
+    try:
+        own = GenerationConfig.from_pretrained(name).to_dict()
+    except (OSError, ValueError):
+        return defaults
+    return defaults | {key: own[key] for key in defaults if own.get(key) is not None}
+
+
+def _table(name: str) -> dict[str, Any] | None:
+    from dynamo_lm.cooccurrence.table import Cooccurrence
+    from dynamo_lm.model.checkpoint import TABLE_FILE, _find
+
+    file = _find(name, TABLE_FILE)
+    return None if file is None else summary(Cooccurrence.load(file), Path(file))
+
+
+def summary(table: Any, file: Path) -> dict[str, Any]:
+    """A table as plain data."""
+    return {
+        "order": table.order,
+        "vocab_size": table.vocab_size,
+        "rows": [table.num_rows(order) for order in range(1, table.order + 1)],
+        "counted": list(table.totals),
+        "min_counts": list(table.min_counts),
+        "pruned_mass": [round(share, 6) for share in table.pruned_mass],
+        "megabytes": round(file.stat().st_size / 1e6, 2),
+        "tokenizer": table.tokenizer,
+        "description": table.description,
+    }
+
+
+def _training(name: str) -> dict[str, Any] | None:
+    from dynamo_lm.model.checkpoint import _find
+    from dynamo_lm.training import provenance
+
+    file = _find(name, provenance.FILE)
+    return None if file is None else provenance.read(Path(file).parent)

@@ -1,0 +1,136 @@
+"""The command line, one verb per capability: `dynamo-lm demo | generate | train | count | info | bench | eval | ..`.
+
+Input that cannot be used is one sentence on stderr and exit status 2; Ctrl-C is 130; a reader that goes away is silent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+import typer
+
+from dynamo_lm.cli.bench import bench
+from dynamo_lm.cli.calibrate import calibrate
+from dynamo_lm.cli.chat import chat
+from dynamo_lm.cli.count import count
+from dynamo_lm.cli.demo import demo
+from dynamo_lm.cli.eval_ablation import ablation
+from dynamo_lm.cli.eval_completion import completion
+from dynamo_lm.cli.eval_nlu import nlu
+from dynamo_lm.cli.eval_perplexity import perplexity
+from dynamo_lm.cli.finetune import finetune
+from dynamo_lm.cli.generate import generate
+from dynamo_lm.cli.info import info
+from dynamo_lm.cli.report import report
+from dynamo_lm.cli.serve import serve
+from dynamo_lm.cli.train import train
+from dynamo_lm.errors import InputError
+
+WRONG, INTERRUPTED, READER_GONE = 2, 130, 141  # exit statuses, as shells know them
+EXTRAS = {  # packages that only some verbs need: which extra brings them
+    "eval": ("lm_eval", "accelerate", "datasets", "matplotlib", "openai", "mauve", "faiss", "sacrebleu"),
+    "train": ("tensorboard", "pyarrow", "peft"),
+    "bench": ("xllamacpp", "gguf", "flashspec"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client", "structlog"),
+}
+
+app = typer.Typer(
+    name="dynamo-lm",
+    help="Language models that predict several tokens per forward pass, with a dial from exact to fast.\n\n"
+    "Begin with `dynamo-lm demo`. To do the same to a model of your own: `train` adds heads to it, `finetune` teaches it "
+    "to answer, `count` makes the tables that make them agree, `generate` writes with it, `chat` talks with it, `serve` "
+    "lets other programs do so, `info` says what a folder holds. `eval` measures it, "
+    "`bench` races it, `calibrate` chooses its dial, `report` makes a page of it all.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+evaluation = typer.Typer(
+    name="eval",
+    help="Measure a model: how well each head predicts, what it knows, and how much faster it is at the same quality.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+questions: tuple[Callable[..., None], ...] = (perplexity, nlu, completion, ablation)
+for question in questions:
+    evaluation.command()(question)
+verbs: tuple[Callable[..., None], ...] = (
+    demo,
+    generate,
+    chat,
+    serve,
+    train,
+    finetune,
+    count,
+    info,
+    bench,
+    calibrate,
+    report,
+)
+for verb in verbs:
+    app.command()(verb)
+app.add_typer(evaluation)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carries out one command line and returns its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _quiet()
+    try:
+        status = app(arguments or ["--help"], prog_name="dynamo-lm", standalone_mode=False, obj=arguments)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except InputError as error:
+        return _complain(str(error))
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if missing in packages), None)
+        if extra is None:
+            raise
+        return _complain(f'This needs the package {missing}; install it with: pip install "dynamo-lm[{extra}]"')
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # so that the interpreter's last flush finds a reader
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted.")
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _complain("The disk is full; free some space and run the same command again.")
+        if error.filename is None or error.errno not in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR):
+            raise
+        return _complain(f'"{error.filename}" cannot be used: {error.strerror}.')
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer raises for wrong usage; its class moved between versions
+            raise
+        depth = 2 if arguments[:1] == ["eval"] else 1
+        typed = [word for word in arguments[:depth] if not word.startswith("-")]
+        return _complain(f"{error.format_message()} See `{' '.join(['dynamo-lm', *typed, '--help'])}`.")
+
+
+def _complain(message: str) -> int:
+    print("dynamo-lm: " + " ".join(message.split()), file=sys.stderr)
+    return WRONG
+
+
+def _quiet() -> None:
+    """Only this program speaks: libraries keep their notes, warnings and progress bars to themselves."""
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's, where TensorBoard finds one
+
+
+if __name__ == "__main__":
+    sys.exit(main())

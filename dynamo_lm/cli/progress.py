@@ -1,0 +1,96 @@
+"""What a person sees while something takes long: always on stderr, and only where that is a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from dynamo_lm.training.log import Progress as Step
+
+PAUSE = 15.0  # seconds between lines of a log
+
+
+def console() -> Console:
+    """Standard error."""
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def tokenizing() -> Iterator[Callable[[int, int], None]]:
+    """Documents and tokens so far; how many there will be is not known."""
+    with console().status("reading text") as status:
+        yield lambda documents, tokens: status.update(f"reading text: {documents:,} documents, {tokens:,} tokens")
+
+
+@contextmanager
+def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar that is told how much is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} of {task.total:,} tokens"))
+    with Progress(*columns, TimeRemainingColumn(), console=console(), transient=True) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda done: progress.update(task, completed=min(done, total))
+
+
+@contextmanager
+def counting() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar that is told what is being done, how much of it is done and of how much. In a file: a line now and then."""
+    screen = console()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} of {task.total:,}"))
+    last = time.monotonic() - PAUSE
+    with Progress(
+        *columns, TimeRemainingColumn(), console=screen, transient=True, disable=not screen.is_terminal
+    ) as progress:
+        task = progress.add_task("", total=None)
+        name = ""
+
+        def report(what: str, done: int, total: int) -> None:
+            nonlocal last, name
+            if what != name:
+                progress.reset(task, description=what, total=total)
+                name = what
+            progress.update(task, completed=done, total=total)
+            if not screen.is_terminal and time.monotonic() - last >= PAUSE:
+                screen.print(f"{what}: {done:,} of {total:,}", soft_wrap=True)
+                last = time.monotonic()
+
+        yield report
+
+
+@contextmanager
+def training(steps: int) -> Iterator[Callable[[Step], None]]:
+    """Losses by head, speed, time left; every validation stays as a line. In a file: a line now and then."""
+    screen = console()
+    columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=20), TextColumn("{task.description}"))
+    last = time.monotonic() - PAUSE
+
+    with Progress(
+        *columns, TimeRemainingColumn(), console=screen, transient=True, disable=not screen.is_terminal
+    ) as progress:
+        task = progress.add_task("", total=steps)
+
+        def report(step: Step) -> None:
+            nonlocal last
+            said = f"{_losses(step)}  {step.tokens_per_second:,.0f} tok/s"
+            progress.update(task, completed=step.step, description=said)
+            due = not screen.is_terminal and time.monotonic() - last >= PAUSE
+            if step.validation is not None:
+                screen.print(f"step {step.step}/{steps}  {said}  {step.validation}", soft_wrap=True)
+            elif due or (step.step == steps and not screen.is_terminal):
+                screen.print(f"step {step.step}/{steps}  {said}", soft_wrap=True)
+            if due:
+                last = time.monotonic()
+
+        yield report
+
+
+def _losses(step: Step) -> str:
+    """By head, and of coupled heads 2.. given the token before; of a coupling that learns alone only those get better."""
+    plain = " ".join(f"{loss:.3f}" if loss else "-" for loss in step.losses)  # a frozen base has none
+    coupled = " ".join(f"{loss:.3f}" for loss in step.coupled)
+    return f"loss {plain}  coupled {coupled}" if coupled else f"loss {plain}"

@@ -1,0 +1,1 @@
+"""Counted n-grams: tables, their storage, look-ups and counting."""

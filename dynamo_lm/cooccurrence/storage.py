@@ -1,0 +1,117 @@
+"""TODO cooccurrence.storage."""
+
+import os
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor
+
+from dynamo_lm.errors import InputError
+
+MAX_ORDER = 4
+
+
+MAX_VOCAB = 2**20  # leaves 2^43 rows per level before `parent * vocab_size + token` outgrows 63 bits
+
+
+FORMAT = "dynamo-lm co-occurrence table"
+
+
+VERSION = 1
+
+
+def _pack(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    """Non-negative integers as bytes; 255 stands for the next entry of the overflow list."""
+    large = values[values >= 255]
+    top = int(large.max(initial=0))
+    width = np.uint16 if top < 2**16 else np.int32 if top < 2**31 else np.int64
+    return {name: np.minimum(values, 255).astype(np.uint8), f"{name}.overflow": large.astype(width)}
+
+
+def _integers(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
+    array = arrays.pop(name)
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise ValueError(f"{name} is no list of integers")
+    return array
+
+
+def _unpack(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
+    short, large = _integers(arrays, name), _integers(arrays, f"{name}.overflow").astype(np.int64)
+    values = short.astype(np.int64)
+    if short.min(initial=0) < 0 or np.count_nonzero(short == 255) != large.size or large.min(initial=255) < 255:
+        raise ValueError(f"{name} and its overflow list disagree")
+    values[short == 255] = large
+    return values
+
+
+def _unpack_levels(
+    arrays: dict[str, np.ndarray], vocab_size: Any, order: Any, totals: tuple[Any, ...], min_counts: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Keys and counts of every level; raises ValueError at the first thing that `save` cannot have written."""
+    if not all(isinstance(n, int) and 0 <= n < 2**62 for n in (vocab_size, order, *totals, *min_counts)):
+        raise ValueError("the numbers in its header are not counts")
+    if not (1 <= vocab_size <= MAX_VOCAB and 1 <= order <= MAX_ORDER and len(totals) == len(min_counts) == order):
+        raise ValueError("its header names an impossible vocabulary or order")
+    keys, counts = [np.arange(vocab_size)], [_unpack(arrays, "1.counts")]
+    for m in range(2, order + 1):
+        children, tokens = _unpack(arrays, f"{m}.children"), _integers(arrays, f"{m}.tokens")
+        if children.max(initial=0) > vocab_size or children.size != counts[-1].size or children.sum() != tokens.size:
+            raise ValueError(f"the offsets of order {m} do not match its rows")
+        if tokens.min(initial=0) < 0 or tokens.max(initial=0) >= vocab_size:
+            raise ValueError(f"order {m} has tokens outside the vocabulary")
+        keys.append(np.repeat(np.arange(children.size) * vocab_size, children) + tokens)
+        counts.append(_unpack(arrays, f"{m}.counts"))
+        if (np.diff(keys[-1]) <= 0).any():
+            raise ValueError(f"the rows of order {m} are not sorted")
+        if counts[-1].size != tokens.size or counts[-1].min(initial=1) < 1:
+            raise ValueError(f"order {m} does not have a count for every row")
+    if counts[0].size != vocab_size or arrays:
+        raise ValueError("it has the wrong number of entries")
+    for m, (count, total) in enumerate(zip(counts, totals, strict=True), start=1):
+        if count.sum(dtype=np.float64) > total * (1 + 1e-9):  # in floating point: an altered sum may overflow int64
+            raise ValueError(f"order {m} holds more n-grams than were counted")
+    return tuple(map(torch.from_numpy, keys)), tuple(map(torch.from_numpy, counts))
+
+
+def _checksum(arrays: dict[str, np.ndarray], facts: str) -> str:
+    crc = zlib.crc32(facts.encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        crc = zlib.crc32(array.data, zlib.crc32(f"{name} {array.dtype}".encode(), crc))
+    return f"{crc:08x}"
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray], facts: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # Not save_file: it makes a file that only its owner may read.
+        header = {"format": FORMAT, "facts": facts, "crc32": _checksum(arrays, facts)}
+        temporary.write_bytes(save(arrays, header))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"The table cannot be written to {path} ({error}); choose another place.") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
+    try:
+        with safe_open(path, framework="np") as file:
+            header = file.metadata() or {}
+            mine = header.get("format") == FORMAT  # anything else may be large: do not read its tensors
+            arrays = {name: file.get_tensor(name) for name in file.keys()} if mine else {}  # noqa: SIM118
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a co-occurrence table ({error}); check the path.") from error
+    if not mine:
+        raise InputError(f"{path} is a safetensors file but no co-occurrence table; check the path.")
+    facts = header.get("facts", "")
+    if header.get("crc32") != _checksum(arrays, facts):
+        raise InputError(f"The table {path} is damaged (its checksum does not match); count or download it again.")
+    return facts, arrays

@@ -1,0 +1,1 @@
+"""Text and conversations in, packed blocks of tokens out."""

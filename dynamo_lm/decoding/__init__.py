@@ -1,0 +1,1 @@
+"""The decoding loop, from exact to fast."""

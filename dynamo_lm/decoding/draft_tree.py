@@ -1,0 +1,89 @@
+"""Drafts as a small tree: several continuations verified in one forward, where the machine does that nearly for free.
+
+A chain of drafts ends at its first mistake; a tree that holds the next best tokens too often goes on. In: candidates of
+heads 2..n and the certain token. Out: tokens with their parents, the likeliest paths first. How many of them are worth a
+forward depends on what a wider forward costs, which `AdaptiveDraftLength` learns from the steps themselves. Knows no model.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynamo_lm.cooccurrence.table import Cooccurrence
+from dynamo_lm.sampling.drafting import conditional
+from dynamo_lm.sampling.top_k import HeadCandidates, PairwiseCorrection
+
+BRANCHES = 8  # children looked at behind each token
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Drafted tokens; every parent comes before its children."""
+
+    tokens: list[int]
+    parents: list[int]  # index of the token before, counted with the certain token as 0
+    probabilities: list[float]  # of the whole path, by the draft distribution; falling
+
+    def first(self, count: int) -> Tree:
+        """The `count` likeliest paths' ends, which are a tree again."""
+        return Tree(self.tokens[:count], self.parents[:count], self.probabilities[:count])
+
+
+def grow(
+    heads: HeadCandidates,
+    first: int,
+    table: Cooccurrence | None,
+    *,
+    alpha_c: float,
+    temperature: float,
+    link: PairwiseCorrection | None,
+    most: int,
+) -> Tree:
+    """The `most` likeliest paths behind the certain token `first`, by the distribution that drafts are drawn from.
+
+    Args:
+        heads: candidates of heads 2..n; paths have at most as many tokens.
+        table, alpha_c, temperature, link: as in `dynamo_lm.sampling.drafting.draft`.
+    """
+    tree = Tree([], [], [])
+    waiting: list[tuple[float, int, int, int]] = []  # (-probability of the path, tie-break, parent, token)
+    paths: list[list[int]] = [[first]]
+
+    def look_behind(index: int, probability: float) -> None:
+        depth = len(paths[index]) - 1
+        if depth < len(heads.ids):
+            q = conditional(heads, depth, paths[index], table, alpha_c, temperature, link)
+            for rank in np.argsort(-q, kind="stable")[:BRANCHES].tolist():
+                if q[rank] > 0:
+                    heapq.heappush(waiting, (-probability * q[rank], len(waiting), index, int(heads.ids[depth, rank])))
+
+    look_behind(0, 1.0)
+    while waiting and len(tree.tokens) < most:
+        negative, _, parent, token = heapq.heappop(waiting)
+        tree.tokens.append(token)
+        tree.parents.append(parent)
+        tree.probabilities.append(-negative)
+        paths.append([*paths[parent], token])
+        if len(tree.tokens) < most:
+            look_behind(len(paths) - 1, -negative)
+    return tree
+
+
+def depths(parents: Sequence[int]) -> list[int]:
+    """Steps from the certain token, which comes first, (1 + tokens,)."""
+    found = [0]
+    for parent in parents:
+        found.append(found[parent] + 1)
+    return found
+
+
+def ancestry(parents: Sequence[int], width: int) -> np.ndarray:
+    """Which token sees which: itself and those before it on its path, (width, width) bool. Padding sees itself."""
+    seen = np.eye(width, dtype=bool)
+    for index, parent in enumerate(parents, start=1):
+        seen[index] |= seen[parent]
+    return seen

@@ -1,0 +1,245 @@
+"""`model.generate(...)` with transformers' signature and objects, carried out by `dynamo_lm.decoding.batch`.
+
+transformers prepares what it always does (configuration, defaults, processors, stopping criteria); this file translates
+those into `DecodingOptions`, refuses in one sentence what a mode cannot honour, and puts the rows back into a tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
+from transformers.utils import ModelOutput
+
+from dynamo_lm.decoding.batch import decode
+from dynamo_lm.decoding.options import DecodingOptions, LogitsProcessor, StoppingCriterion
+from dynamo_lm.decoding.protocol import MultiHeadLM
+from dynamo_lm.decoding.statistics import Statistics
+from dynamo_lm.errors import InputError
+from dynamo_lm.sampling.options import Algorithm1
+
+OF_ALGORITHM_1 = (TemperatureLogitsWarper, TopKLogitsWarper, RepetitionPenaltyLogitsProcessor)
+POSITIONS = (  # attributes of transformers' processors that count from the padded prompt's start
+    "prompt_length_to_skip",
+    "min_length",
+    "max_length",
+    "begin_index",
+    "regulation_start",
+)
+# Power of the mask in drafts that are verified, without and with a learned coupling: where the most of them are kept, as
+# measured (LOG.md). The paper's 1 is for what nobody verifies.
+VERIFIED_ALPHA_C = (0.5, 0.25)
+REFUSED = {  # what no mode of this loop does, and the value that asks for it
+    "num_beams": lambda value: value not in (None, 1),
+    "output_scores": bool,
+    "output_logits": bool,
+    "output_attentions": bool,
+    "output_hidden_states": bool,
+    "guidance_scale": lambda value: value not in (None, 1.0),
+    "prompt_lookup_num_tokens": lambda value: value is not None,
+    "penalty_alpha": lambda value: value is not None,
+    "dola_layers": lambda value: value is not None,
+}
+
+
+@dataclass
+class DynaMoOutput(ModelOutput):
+    """What `generate(..., return_dict_in_generate=True)` returns."""
+
+    sequences: Tensor | None = None  # (rows, length): prompts as given, new tokens, padding on the right
+    statistics: list[Statistics] | None = None  # one a row
+
+
+def generate(
+    model: MultiHeadLM,
+    inputs: Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    *,
+    streamer: Any = None,
+    tokenizer: Any = None,
+    verify: str | float | None = None,
+    num_heads: int | None = None,
+    eps_b: float | None = None,
+    alpha_c: float | None = None,
+    otsu: bool | None = None,
+    blur: bool | None = None,
+    tree: int | None = None,
+    compile: bool = False,
+    seed: int | Sequence[int] | None = None,
+    on_step: Callable[[int, list[int]], None] | None = None,
+    **kwargs: Any,
+) -> Tensor | DynaMoOutput:
+    """Continues prompts, several tokens per forward pass; see `dynamo_lm.DynaMoForCausalLM.generate`."""
+    given = [generation_config, model.generation_config]
+
+    def setting(name: str, argument: Any, default: Any) -> Any:
+        """The first that says something: the argument, the call's GenerationConfig, the model's own, the default."""
+        values = [argument, *(getattr(config, name, None) for config in given if config is not None)]
+        return next((value for value in values if value is not None), default)
+
+    verify = setting("verify", verify, "strict")
+    off, paper = verify == "off", Algorithm1()
+    algorithm = Algorithm1(
+        eps_b=setting("eps_b", eps_b, paper.eps_b),
+        alpha_c=setting("alpha_c", alpha_c, paper.alpha_c if off else VERIFIED_ALPHA_C[model.coupling is not None]),
+        otsu=setting("otsu", otsu, paper.otsu),
+        blur=setting("blur", blur, paper.blur),
+        top_k=setting("top_k", kwargs.get("top_k"), None) or paper.top_k
+        if off
+        else min(paper.top_k, model.config.vocab_size),
+        temperature=setting("temperature", kwargs.get("temperature"), paper.temperature) if off else 1.0,
+        repetition_penalty=setting("repetition_penalty", kwargs.get("repetition_penalty"), paper.repetition_penalty),
+    )
+    for name, asks in REFUSED.items():
+        if asks(setting(name, kwargs.get(name), None)):
+            raise InputError(f"{name} is not supported by DynaMo decoding; leave it out, or call model.base.generate.")
+    for name in ("assistant_model", "past_key_values", "inputs_embeds", "negative_prompt_ids"):
+        if kwargs.get(name) is not None:
+            raise InputError(f"{name} is not supported by DynaMo decoding; give token ids as inputs.")
+    stop_strings = setting("stop_strings", kwargs.pop("stop_strings", None), None)
+    criteria = StoppingCriteriaList(stopping_criteria or [])
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise InputError("stop_strings need the tokenizer: pass tokenizer=... to generate.")
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    ids = inputs if inputs is not None else kwargs.get("input_ids")
+    if ids is not None and ids.shape[-1] == 0:
+        raise InputError("The prompt is empty; give at least one token.")
+    context = model.config.max_context
+    if ids is not None and context and kwargs.get("attention_mask") is None and ids.shape[-1] >= context:
+        raise InputError(f"The prompt has {ids.shape[-1]} tokens and the model's context is {context}; shorten it.")
+
+    def carry_out(
+        self: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor | DynaMoOutput:
+        ends = generation_config.eos_token_id
+        prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
+        warps = _warps(logits_processor, off, [input_ids.shape[1] - len(prompt) for prompt in prompts])
+        options = DecodingOptions(
+            max_new_tokens=generation_config.max_length - input_ids.shape[1],
+            num_heads=model.num_heads if num_heads is None else num_heads,
+            verify=verify,
+            sample=bool(generation_config.do_sample),
+            tree=tree,
+            compile=compile,
+            algorithm=algorithm,
+            draft_temperature=(generation_config.temperature or 1.0) if generation_config.do_sample else 1.0,
+            end_tokens=frozenset([ends] if isinstance(ends, int) else ends or []),
+            warps=warps,
+            stops=tuple(_stop(c) for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))),
+        )
+
+        def stepped(row: int, tokens: list[int]) -> None:
+            if streamer is not None:
+                for token in tokens:  # one at a time: transformers' streamers take one sequence's tokens
+                    streamer.put(torch.tensor([token]))
+            if on_step is not None:
+                on_step(row, tokens)
+
+        rows = decode(model, prompts, options, seeds=_seeds(seed, len(prompts)), on_step=stepped)
+        if streamer is not None:
+            streamer.end()
+        pad = generation_config.pad_token_id
+        pad = pad if pad is not None else next(iter(options.end_tokens), 0)
+        longest = max(len(row.new_tokens) for row in rows)
+        new = torch.tensor([row.new_tokens + [pad] * (longest - len(row.new_tokens)) for row in rows])
+        sequences = torch.cat([input_ids, new.to(input_ids.device)], dim=1)
+        if generation_config.return_dict_in_generate:
+            return DynaMoOutput(sequences, [row.statistics for row in rows])
+        return sequences
+
+    return GenerationMixin.generate(  # type: ignore[return-value]
+        model,  # type: ignore[arg-type]
+        inputs,
+        generation_config,
+        logits_processor,
+        criteria,
+        streamer=streamer,
+        custom_generate=carry_out,
+        **kwargs,
+    )
+
+
+def _warps(processors: LogitsProcessorList, off: bool, padding: Sequence[int]) -> tuple[LogitsProcessor, ...]:
+    """The processors as functions of one row's own tokens, without the row's padding (so many of its prompt's tokens);
+    under "off" none but Algorithm 1's own knobs may remain."""
+    if off:
+        for processor in processors:
+            if not isinstance(processor, OF_ALGORITHM_1):
+                raise InputError(
+                    f'{type(processor).__name__} does not apply to the joint that verify="off" draws from; '
+                    'use verify="strict", which honours every processor.'
+                )
+        return ()
+    here = [_on_cpu(processor) for processor in processors]
+    rows = [[_without_padding(processor, count) for processor in here] for count in padding]
+    return tuple(
+        lambda row, tokens, logits, i=i: rows[row][i](tokens[None], logits[None].clone())[0] for i in range(len(here))
+    )
+
+
+def _on_cpu(processor: Any) -> Any:
+    """A processor for logits on the CPU: transformers makes them for the model's device."""
+    elsewhere = {
+        name: value.cpu() for name, value in vars(processor).items() if isinstance(value, Tensor) and not value.is_cpu
+    }
+    if elsewhere:
+        processor = copy.copy(processor)
+        vars(processor).update(elsewhere)
+    return processor
+
+
+def _without_padding(processor: Any, padding: int) -> Any:
+    """A processor that was made for prompts padded to one length, for a row whose prompt is shorter by `padding`."""
+    ignored = getattr(processor, "prompt_ignore_length", None)  # one a row: the padding that a penalty leaves out
+    if padding == 0 and not isinstance(ignored, Tensor):
+        return processor
+    processor = copy.copy(processor)
+    if isinstance(ignored, Tensor):
+        processor.prompt_ignore_length = None
+    for name in POSITIONS:
+        if isinstance(getattr(processor, name, None), int):
+            setattr(processor, name, getattr(processor, name) - padding)
+    return processor
+
+
+def _stop(criterion: Any) -> StoppingCriterion:
+    return lambda tokens: bool(criterion(tokens[None], None).all())
+
+
+def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    """Rows without their padding, which may be on either side."""
+    if attention_mask is None:
+        return input_ids.tolist()
+    return [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
+
+
+def _seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
+    """One seed a row: consecutive from `seed`, or as listed, or drawn from torch's global generator."""
+    if seed is None:
+        return torch.randint(2**62, (rows,)).tolist()
+    if isinstance(seed, int):
+        return [seed + row for row in range(rows)]
+    if len(seed) != rows:
+        raise InputError(f"{len(seed)} seeds were given for {rows} rows; give one a row, or a single number.")
+    return list(seed)

@@ -1,0 +1,139 @@
+"""Forwards over what rows absorb: their pending tokens in, final hidden states of all heads out (method.md section 4).
+
+Puts together what a base's body takes: padded tokens, positions, masks, and a cache with a place for every row. Tokens of a
+step may be chains or trees of drafts. Steps of one fixed shape may be compiled (`compiled.py`). Knows nothing of how
+tokens are chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
+from dynamo_lm.decoding.compiled import CompiledStep, capacity, compile_steps
+from dynamo_lm.decoding.kv_cache import RaggedKVCache, StaticKVCache
+from dynamo_lm.decoding.protocol import MultiHeadLM
+from dynamo_lm.decoding.sequence import SequenceState
+from dynamo_lm.devices import sent
+
+
+class ModelRunner:
+    """A model as rows that are decoded see it.
+
+    Attributes:
+        model: arranged for decoding.
+        context: tokens that it can hold; where it states no limit, more than any.
+    """
+
+    def __init__(self, model: MultiHeadLM, num_heads: int, *, compile: bool):
+        """compile: steps of one fixed shape, compiled, for one row. Raises InputError where that is not possible."""
+        self.num_heads, self.compile = num_heads, compile
+        self.forward: Callable[..., Tensor]
+        if compile:
+            self.model, self.forward = compile_steps(model, num_heads)
+        else:
+            self.model = model.optimize_for_inference(num_heads)
+            self.forward = self.model.hidden
+        self.context = context_of(model)
+        self.device = self.model.device  # here and below: what to ask the model anew in every step would be slow
+        self._mask_form = AttentionMaskBuilder.of(self.model.base.config, self.model.dtype)
+
+    def new_cache(self, rows: Sequence[SequenceState]) -> RaggedKVCache:
+        """A cache for rows that begin."""
+        if not self.compile:
+            return RaggedKVCache(self.model.cache_entries, len(rows))
+        slots = capacity(rows[0].prompt_length + rows[0].options.max_new_tokens + self._fixed(rows))
+        kept = self.model.runtime.compiled.pop((self.num_heads, self.device, slots), None)
+        if kept is not None:
+            return kept
+        cache = StaticKVCache(self.model.cache_entries, slots, self.device)
+        if isinstance(self.forward, CompiledStep):
+            cache.lay_out(self.forward.layout)
+        return cache
+
+    def give_back(self, cache: RaggedKVCache) -> None:
+        """Takes a cache that no row needs any more."""
+        if isinstance(cache, StaticKVCache) and cache.device.type == "cuda":  # for whom its steps are recorded
+            self.model.runtime.compiled[self.num_heads, cache.device, cache.capacity] = cache
+        else:
+            cache.release()
+
+    def _fixed(self, rows: Sequence[SequenceState]) -> int:
+        """Tokens of every forward behind the prompt's, if they are all to have one shape; else 0."""
+        if not self.compile:
+            return 0
+        return rows[0].pace.sizes[-1] if rows[0].pace is not None else rows[0].options.num_heads
+
+    def prompts(self, rows: Sequence[SequenceState], cache: RaggedKVCache) -> tuple[Tensor, Tensor | None]:
+        """One forward over the prompts of rows that begin.
+
+        Returns:
+            Final hidden states of the heads at the prompts' ends, (n, rows, 1, hidden), and the base's at all their tokens,
+            (rows, width, hidden), or None where no row asks for scores of its prompt and the forward was done in parts.
+        """
+        prompt, size = rows[0].pending, self._fixed(rows)
+        scored = any(row.options.prompt_logprobs for row in rows)
+        if isinstance(self.forward, CompiledStep) and self.forward.prefills_faster(len(prompt), size) and not scored:
+            empty = cache.lengths
+            for start in range(0, len(prompt), size):
+                part = prompt[start : start + size]
+                hidden = self._run(self.forward, [part], cache, [0], size)
+                cache.keep(torch.tensor([len(part)]))
+            cache.lengths = empty  # what stays is the caller's to say
+            return hidden[:, :, len(part) - 1, None], None
+        hidden = self._run(self.model.hidden, [row.pending for row in rows], cache, range(len(rows)), 0)
+        ends = sent(torch.tensor([row.prompt_length - 1 for row in rows]), hidden.device)
+        return hidden[:, torch.arange(len(rows), device=hidden.device), ends][:, :, None], hidden[0]
+
+    def step(self, rows: Sequence[SequenceState], cache: RaggedKVCache, seats: Sequence[int]) -> Tensor:
+        """One forward over what every row emitted (or drafted) last. seats: theirs in the cache.
+
+        Returns:
+            Final hidden states of the heads, (n, rows, width, hidden); shorter rows are padded behind their end.
+        """
+        pending = [row.pending for row in rows]
+        trees = [row.parents for row in rows] if any(row.branches for row in rows) else None
+        return self._run(self.forward, pending, cache, seats, self._fixed(rows), trees)
+
+    def _run(
+        self,
+        forward: Callable[..., Tensor],
+        pending: Sequence[list[int]],
+        cache: RaggedKVCache,
+        seats: Sequence[int],
+        least: int,
+        trees: Sequence[list[int]] | None = None,
+    ) -> Tensor:
+        """A forward over `pending`, by row, padded to the longest or to `least` tokens; empty seats are all padding.
+
+        trees: by row, where the token before each but the first is; None: they are all chains.
+        """
+        width = max(least, *map(len, pending))
+        positions = cache.begin(width)  # (rows, width)
+        padded = [tokens + [0] * (width - len(tokens)) for tokens in pending]
+        tokens = torch.tensor(cache.by_seat(seats, padded, [0] * width))
+        if cache.rows == 1 and trees is None:
+            mask = self._mask_form.next(int(positions[0, 0]), width, cache.end, device=self.device)
+        else:
+            keys, visible = torch.arange(cache.end)[None], None
+            if trees is not None:
+                positions, keys, visible = cache.as_trees(positions, cache.by_seat(seats, trees, []))
+            mask = self._mask_form.mask(positions, keys, visible=visible, device=self.device)
+        hidden = forward(
+            sent(tokens, self.device),
+            num_heads=self.num_heads,
+            attention_mask=mask,
+            position_ids=sent(positions.clamp(max=self.context - 1), self.device),
+            past_key_values=cache,
+        )
+        if list(seats) != list(range(cache.rows)):
+            hidden = hidden.index_select(1, sent(torch.tensor(seats), hidden.device))
+        return hidden
+
+
+def context_of(model: MultiHeadLM) -> int:
+    """Tokens that the model can hold; where it states no limit, more than any."""
+    return model.config.max_context or 2**31

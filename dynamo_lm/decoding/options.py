@@ -1,0 +1,71 @@
+"""TODO decoding.options."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from dynamo_lm.errors import InputError
+from dynamo_lm.sampling.options import Algorithm1
+
+LogitsProcessor = Callable[
+    [int, Tensor, Tensor], Tensor
+]  # row, tokens so far (t,), logits (vocabulary,) -> logits to sample from
+
+
+StoppingCriterion = Callable[[Tensor], bool]  # tokens so far (t,), prompt included -> whether the row ends here
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How to choose tokens."""
+
+    max_new_tokens: int
+    num_heads: int  # heads used, 1..n: the ceiling on tokens per step
+    verify: str | float = "strict"  # or "off", or a budget in nats per token, of which 0 is "strict"
+    sample: bool = False  # else the most likely: of the base under "strict", of the joint under "off"
+    algorithm: Algorithm1 = field(default_factory=Algorithm1)  # under "off"; its alpha_c and top_k shape drafts, too
+    compile: bool = False  # steps of one fixed shape, compiled: one row, a C++ compiler on CPUs, a minute the first time
+    tree: int | None = None  # greedy, verified: drafts a forward carries as a tree; 0: a chain; None: measured, if exact
+    draft_temperature: float = 1.0  # under "strict" with sampling: near the temperature that the base samples at
+    end_tokens: frozenset[int] = frozenset()
+    warps: tuple[LogitsProcessor, ...] = ()  # under "strict": what turns the base's logits into those it samples from
+    stops: tuple[StoppingCriterion, ...] = ()
+    logprobs: int | None = None  # score every new token, with so many alternatives beside it; None: no scores
+    prompt_logprobs: bool = False  # with logprobs: score the prompt's tokens, too
+
+    def __post_init__(self) -> None:
+        check_verify(self.verify)
+        least = 0 if self.prompt_logprobs else 1
+        if self.max_new_tokens < least:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}; give {least} or more.")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise InputError(f"logprobs is {self.logprobs}; give the number of alternatives, 0 or more.")
+        if self.prompt_logprobs and self.logprobs is None:
+            raise InputError("prompt_logprobs scores the prompt as well; it goes with logprobs.")
+        if self.tree is not None and not 0 <= self.tree < 64:
+            raise InputError(f"tree is {self.tree}; give the number of drafts, up to 63, 0 for a chain.")
+
+    @property
+    def off(self) -> bool:
+        """Whether Algorithm 1 decides, and nobody verifies."""
+        return self.verify == "off"
+
+    @property
+    def budget(self) -> float:
+        """Nats per token that drafts may cost."""
+        return 0.0 if isinstance(self.verify, str) else float(self.verify)
+
+
+def check_verify(verify: str | float) -> None:
+    """Refuses what is no place on the dial. Raises InputError."""
+    if verify in ("strict", "off"):
+        return
+    if isinstance(verify, (str, bool)) or not 0 <= verify < math.inf:
+        raise InputError(
+            f'verify is "{verify}"; give "strict" (exact), "off" (the paper\'s Algorithm 1) or a budget in nats per token, '
+            "such as 0.1 (0 = exact)."
+        )

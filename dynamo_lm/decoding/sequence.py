@@ -1,0 +1,83 @@
+"""What one sequence being decoded is: how its tokens are chosen, where it stands, and what it cost (method.md section 4).
+
+In: options. Out: rows for `dynamo_lm.decoding.batch`, which moves them on. Knows no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from dynamo_lm.decoding.draft_length import AdaptiveDraftLength
+from dynamo_lm.decoding.options import DecodingOptions
+from dynamo_lm.decoding.statistics import Statistics, TokenLogProb
+from dynamo_lm.decoding.verification import Proposal
+
+
+@dataclass(eq=False)
+class SequenceState:
+    """One sequence being decoded."""
+
+    number: int  # in the batch that was asked for
+    tokens: list[int]  # prompt and everything emitted
+    prompt_length: int
+    options: DecodingOptions
+    generator: torch.Generator
+    statistics: Statistics
+    pending: list[int]  # what the next forward absorbs: the prompt, then last step's tokens
+    parents: list[int] = field(default_factory=list)  # where in pending the token before each of pending[1:] is
+    pace: AdaptiveDraftLength | None = None  # how large its trees of drafts are; None: chains
+    size: int = 0  # tokens of the step, if a tree of drafts was to fill it
+    expected_accepted: float = 0.0  # how many of that tree's drafts should be kept
+    proposals: list[Proposal] = field(default_factory=list)  # the distributions pending[1:] were drafted from
+    present: np.ndarray | None = None  # under "off", (vocabulary,) bool: the tokens that are there already
+    emitted: list[int] = field(default_factory=list)  # by the last step; empty where it only scored
+    scores: list[TokenLogProb] = field(default_factory=list)  # of the new tokens, if asked for
+    prompt_scores: list[TokenLogProb | None] = field(default_factory=list)  # of the prompt's; nothing precedes the first
+    began: float = 0.0  # the clock at its first forward
+    ending: str | None = None  # "stop" or "length" once its last token is emitted ..
+    finished: str | None = None  # .. and the same once every score that was asked for is there
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def branches(self) -> bool:
+        """Whether the pending tokens are a tree and no chain."""
+        return self.parents != list(range(len(self.parents)))
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still emit, the context aside."""
+        return self.options.max_new_tokens - (len(self.tokens) - self.prompt_length)
+
+    @property
+    def regret_budgets(self) -> list[float]:
+        """By draft, the nats that all up to it may cost: the budget of the tokens so far less what is spent; or empty."""
+        budget = self.options.budget
+        if budget == 0:
+            return []
+        emitted, spent = self.statistics.new_tokens, self.statistics.regret
+        return [budget * (emitted + place) - spent for place in range(1, len(self.pending))]
+
+    def emit(self, new: list[int], context: int) -> int:
+        """Appends tokens until one ends the row; returns how many. context: tokens that the model can hold."""
+        self.emitted = []
+        for token in new:
+            self.tokens.append(token)
+            self.emitted.append(token)
+            if self.present is not None:
+                self.present[token] = True
+            stopped = token in self.options.end_tokens
+            if stopped or (self.options.stops and any(stop(torch.tensor(self.tokens)) for stop in self.options.stops)):
+                self.ending = "stop"
+            elif self.left <= 0 or len(self.tokens) >= context:
+                self.ending = "length"
+            if self.ending:
+                break
+        self.statistics.step_sizes.append(len(self.emitted))
+        self.statistics.new_tokens += len(self.emitted)
+        return len(self.emitted)

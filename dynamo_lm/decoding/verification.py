@@ -1,0 +1,185 @@
+"""Verification of drafts: which of them the base model would have produced itself, or nearly.
+
+Pure functions of the base's logits behind each absorbed token; no model, no tokenizer. Under greedy decoding a draft stays
+if it is the base's first choice; under sampling by the rejection rule of speculative sampling (Leviathan et al. 2023,
+Chen et al. 2023), after which the emitted tokens have the base's own distribution, whatever the draft was.
+
+With an allowance (architecture.md, the budget dial) a draft that fails stays all the same while the log-likelihood that
+the base loses by it, summed over the tokens so far, is within what is allowed at its place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynamo_lm.kernels import loader
+
+Proposal = tuple[Tensor, Tensor]  # distinct candidate ids (k,) int64 and their probabilities (k,); contiguous, on the CPU
+
+
+class Verification(NamedTuple):
+    """What one step keeps."""
+
+    kept: int  # drafts that stay, from the first
+    token: int  # the base's own, behind them
+    costs: list[float]  # of each kept draft: 0 if the exact rule kept it, else the regret in nats
+    path: list[int]  # where the kept drafts are, counted with the certain token as 0: 1, 2, .. unless they are a tree
+
+
+def accept_greedy(logits: Tensor, drafts: Sequence[int], regret_budgets: Sequence[float] = ()) -> Verification:
+    """How many drafts are the base's first choices, and its first choice behind them.
+
+    Args:
+        logits: the base's, behind the certain token and behind each draft, (at least drafts + 1, vocabulary).
+        drafts: the drafted tokens, in order.
+        allowance: by draft, how many nats all drafts up to it may cost together; empty: none, the exact rule alone.
+
+    Returns:
+        Ties go to the lowest id, as `torch.argmax` does for the base. A draft that is not the first choice x costs
+        log p(x) - log p(draft).
+    """
+    best = logits[: len(drafts) + 1].numpy().argmax(-1).tolist()
+    costs: list[float] = []
+    for position, draft in enumerate(drafts):
+        cost = 0.0
+        if draft != best[position]:
+            cost = (logits[position, best[position]].double() - logits[position, draft].double()).item()
+            if not _allowed(cost, costs, regret_budgets):
+                break
+        costs.append(cost)
+    return Verification(len(costs), best[len(costs)], costs, _chain(costs))
+
+
+def accept_tree(
+    logits: Tensor, drafts: Sequence[int], parents: Sequence[int], regret_budgets: Sequence[float] = ()
+) -> Verification:
+    """`accept_greedy` for drafts that are a tree: the base's first choices, as far down as the tree has them.
+
+    Args:
+        logits: the base's, behind the certain token and behind each draft, (at least drafts + 1, vocabulary).
+        parents: of each draft, where the token before it is: 0 the certain one, i the i-th draft.
+        allowance: by depth. Where no draft is the first choice, the likeliest one may stay.
+    """
+    best = logits[: len(drafts) + 1].numpy().argmax(-1).tolist()
+    children: dict[int, list[int]] = {}
+    for index, parent in enumerate(parents, start=1):
+        children.setdefault(parent, []).append(index)
+    path: list[int] = []
+    costs: list[float] = []
+    at = 0
+    while at in children:
+        cost, tokens = 0.0, {drafts[index - 1]: index for index in children[at]}
+        found = tokens.get(best[at])
+        if found is None:
+            line = logits[at].double()
+            likely = max(tokens, key=line.__getitem__)
+            cost = (line[best[at]] - line[likely]).item()
+            if not _allowed(cost, costs, regret_budgets):
+                break
+            found = tokens[likely]
+        path.append(found)
+        costs.append(cost)
+        at = found
+    return Verification(len(path), best[at], costs, path)
+
+
+def accept_sampled(
+    logits: Tensor,
+    drafts: Sequence[int],
+    proposals: Sequence[Proposal],
+    generator: torch.Generator,
+    regret_budgets: Sequence[float] = (),
+) -> Verification:
+    """The exact rejection rule: how many drafts stay, and the token behind them.
+
+    Args:
+        logits: what the base samples from behind the certain token and behind each draft, (at least drafts + 1, vocabulary).
+        drafts: the drafted tokens.
+        proposals: the distribution that each was drawn from, given the ones before it.
+        generator: one uniform number a draft looked at, and one for the token behind or in place of a refused draft.
+        allowance: as in `accept_greedy`.
+
+    Returns:
+        Without an allowance drafts[:kept] and token are distributed as the base's own samples. A draft that the rule refuses
+        in favour of a token x costs log p(x) - log p(draft), at least 0.
+    """
+    fast = loader.sampler_of(logits)
+    costs: list[float] = []
+    for position, (token, proposal) in enumerate(zip(drafts, proposals, strict=True)):
+        line, cost = _Dense(logits[position]) if fast is None else _Compiled(logits[position], fast), 0.0
+        if line.is_rejected(token, proposal, _uniform(generator)):
+            own, cost = line.sample_residual(token, proposal, _uniform(generator))
+            if not _allowed(cost, costs, regret_budgets):
+                return Verification(position, own, costs, _chain(costs))
+        costs.append(cost)
+    line = _Dense(logits[len(drafts)]) if fast is None else _Compiled(logits[len(drafts)], fast)
+    return Verification(len(drafts), line.choice(_uniform(generator)), costs, _chain(costs))
+
+
+class _Dense:
+    """What the base samples from behind one token, and the rejection rule: by torch, with p and q over all tokens."""
+
+    def __init__(self, line: Tensor):
+        """line: logits, (vocabulary,)."""
+        self.p = line.double().softmax(-1)
+
+    def _q(self, proposal: Proposal) -> Tensor:
+        ids, probs = proposal
+        return torch.zeros_like(self.p).index_put_((ids,), probs.double())
+
+    def is_rejected(self, token: int, proposal: Proposal, uniform: float) -> bool:
+        """Never where q <= p, else with probability 1 - p / q."""
+        return bool(uniform * self._q(proposal)[token] >= self.p[token])
+
+    def sample_residual(self, token: int, proposal: Proposal, uniform: float) -> tuple[int, float]:
+        """The base's own token in place of a refused one, and how much likelier it is, in nats."""
+        own = _pick((self.p - self._q(proposal)).clamp(min=0), uniform)
+        return own, max(0.0, (self.p[own].log() - self.p[token].log()).item())
+
+    def choice(self, uniform: float) -> int:
+        """A token of the base's."""
+        return _pick(self.p, uniform)
+
+
+class _Compiled:
+    """`_Dense` by the kernels, which look at q where it is not 0."""
+
+    def __init__(self, line: Tensor, fast: Any):
+        self.line, self.fast = (line.data_ptr(), len(line)), fast
+
+    def is_rejected(self, token: int, proposal: Proposal, uniform: float) -> bool:
+        ids, probs = proposal[0], proposal[1].double()
+        return bool(self.fast.dynamo_lm_refuses(*self.line, ids.data_ptr(), probs.data_ptr(), len(ids), token, uniform))
+
+    def sample_residual(self, token: int, proposal: Proposal, uniform: float) -> tuple[int, float]:
+        ids, probs, cost = proposal[0], proposal[1].double(), ctypes.c_double()
+        q = ids.data_ptr(), probs.data_ptr(), len(ids)
+        return self.fast.dynamo_lm_pick(*self.line, *q, uniform, token, ctypes.addressof(cost)), cost.value
+
+    def choice(self, uniform: float) -> int:
+        return self.fast.dynamo_lm_pick(*self.line, None, None, 0, uniform, 0, None)
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return torch.rand((), generator=generator, dtype=torch.float64).item()
+
+
+def _chain(costs: list[float]) -> list[int]:
+    return list(range(1, len(costs) + 1))
+
+
+def _allowed(cost: float, costs: list[float], regret_budgets: Sequence[float]) -> bool:
+    """Whether a draft may stay at this cost; one that the base cannot say at all (an infinite cost) never may."""
+    return bool(regret_budgets) and cost < math.inf and sum(costs) + cost <= regret_budgets[len(costs)]
+
+
+def _pick(weights: Tensor, uniform: float) -> int:
+    """Inverse CDF of unnormalised weights, (vocabulary,)."""
+    total = weights.cumsum(0)
+    return min(int(torch.searchsorted(total, uniform * total[-1], right=True)), len(weights) - 1)

@@ -1,0 +1,223 @@
+"""The sentence-completion protocol, first half: every prompt continued by every arm (method.md section 5).
+
+An arm is one way of decoding. The arms of one prompt and seed run one after another in random order, so that their seconds
+can be compared, and every text is a line of a file at once, so that a run that was stopped goes on. Knows no judge.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynamo_lm.data.chat_template import encode_chat
+from dynamo_lm.errors import InputError
+from dynamo_lm.evaluation import results
+from dynamo_lm.model.modeling import DynaMoForCausalLM
+
+PAPER = "mask+Otsu+blur"
+METHODS: dict[str, dict[str, Any]] = {  # Algorithm 1 and the paper's Table 9
+    PAPER: {},
+    "mask+Otsu": {"blur": False},
+    "mask": {"otsu": False, "blur": False},
+    "mask^0.5+Otsu+blur": {"alpha_c": 0.5},
+    "Otsu+blur": {"alpha_c": 0.0},
+}
+STRICT = "strict"
+TEMPERATURE, TOP_K, PENALTY = 0.7, 50, 1.1  # the paper's sampling, of the baseline, too
+LADDER = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)  # temperatures of the base that are tried for matched diversity
+BASELINE = "one token per step, sampled as Algorithm 1 does at m = 1 (top-k 50, temperature 0.7, repetition penalty 1.1)"
+COMPARED_WITH = ("base", "again", "ladder")  # roles of the arms that candidates meet
+APART = 500_000  # added to the seed of the second, independent samples of the base
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of decoding."""
+
+    name: str
+    role: str  # "base", "again" (independent samples of the base), "ladder", "candidate", "own base" (of strict decoding)
+    method: str  # of METHODS, or STRICT, or "base"
+    arguments: dict[str, Any]  # of `generate`
+    eps_b: float | None = None
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """One completion and what it cost."""
+
+    arm: str
+    prompt: int  # index
+    seed: int  # 0 .. seeds - 1
+    text: str  # what is new
+    tokens: list[int]
+    step_sizes: list[int]
+    forwards: int
+    seconds: float
+    regret: float  # nats, summed over `unverified` tokens
+    unverified: int
+
+
+def arms(
+    num_heads: int, methods: Sequence[str], grid: Sequence[float], *, strict: bool, ladder: Sequence[float] = LADDER
+) -> list[Arm]:
+    """The base, its second sample, its ladder of temperatures, every method at every eps_b, and strict decoding."""
+    one = {"verify": "off", "do_sample": True, "num_heads": 1}
+    found = [
+        Arm("base", "base", "base", one, temperature=TEMPERATURE),
+        Arm("base again", "again", "base", one, temperature=TEMPERATURE),
+    ]
+    for temperature in ladder:
+        if temperature != TEMPERATURE:
+            name = f"base, temperature {temperature:g}"
+            found.append(Arm(name, "ladder", "base", one | {"temperature": temperature}, temperature=temperature))
+    for method in methods:
+        for eps_b in grid:
+            arguments = {"verify": "off", "do_sample": True, "num_heads": num_heads, "eps_b": eps_b} | METHODS[method]
+            found.append(Arm(f"{method}, eps_b {eps_b:g}", "candidate", method, arguments, eps_b=eps_b))
+    if strict:  # its own baseline: transformers' repetition penalty works on logits, Algorithm 1's on probabilities
+        drawn = {"verify": "strict", "do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K}
+        drawn |= {"repetition_penalty": PENALTY}
+        found.append(Arm("strict, one token", "own base", STRICT, drawn | {"num_heads": 1}, temperature=TEMPERATURE))
+        found.append(Arm("strict", "candidate", STRICT, drawn | {"num_heads": num_heads}, temperature=TEMPERATURE))
+    return found
+
+
+def write_texts(
+    model: DynaMoForCausalLM,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    chosen: Sequence[Arm],
+    file: Path,
+    *,
+    identity: str,
+    seeds: int,
+    seed: int,
+    max_new_tokens: int,
+    base: DynaMoForCausalLM | None = None,
+    chat: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Text]:
+    """Continues every prompt `seeds` times with every arm, one text at a time; what `file` already has is kept.
+
+    Args:
+        file: JSON lines: a head that says what the run is, then a text each.
+        identity: of the model (`record.identity`).
+        base: the model of the arms that candidates are compared with, if it is not `model` at one token per step.
+        chat: ask each prompt as a user's message, through the tokenizer's chat template.
+        progress: called with texts done and texts in all.
+
+    Raises:
+        InputError: the file belongs to a run with another model, prompts or options; a prompt that cannot be continued.
+    """
+    head = {
+        "identity": identity,
+        "prompts": list(prompts),
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "arms": [asdict(arm) for arm in chosen],
+    }
+    if base is not None:
+        head["base"] = results.identity(base)
+    if chat:
+        head["chat_template"] = tokenizer.chat_template
+    done = {(text.arm, text.prompt, text.seed): text for text in _resume(file, head)}
+    encoded = [_encode(tokenizer, prompt, chat).to(model.device) for prompt in prompts]
+    writers = {arm.name: base if base is not None and arm.role in COMPARED_WITH else model for arm in chosen}
+    if any(ids.shape[1] == 0 for ids in encoded):
+        raise InputError("A prompt is empty; give a few words to begin with.")
+    stops = model.generation_config.eos_token_id  # of all arms, whoever writes
+    ends = {"eos_token_id": tokenizer.eos_token_id if stops is None else stops}
+    total, fresh = len(prompts) * seeds * len(chosen), True
+    with file.open("a", encoding="utf-8") as stream:
+        for number in range(seeds):
+            for prompt, ids in enumerate(encoded):
+                order = list(chosen)
+                random.Random(f"{seed} {number} {prompt}").shuffle(order)
+                for arm in order:
+                    if (arm.name, prompt, number) in done:
+                        continue
+                    if fresh:  # first calls pay for what is set up once
+                        for other in chosen:
+                            writers[other.name].generate(ids, max_new_tokens=4, seed=0, **other.arguments, **ends)
+                        fresh = False
+                    text = _complete(writers[arm.name], tokenizer, ids, arm, prompt, number, seed, max_new_tokens, ends)
+                    done[arm.name, prompt, number] = text
+                    stream.write(json.dumps(asdict(text), ensure_ascii=False) + "\n")
+                    stream.flush()
+                    progress(len(done), total)
+    return list(done.values())
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
+    """(1, tokens)"""
+    if chat:
+        return torch.tensor([encode_chat(tokenizer, [{"role": "user", "content": prompt}])])
+    return tokenizer(prompt, return_tensors="pt").input_ids
+
+
+def _complete(
+    model: DynaMoForCausalLM,
+    tokenizer: Any,
+    ids: torch.Tensor,
+    arm: Arm,
+    prompt: int,
+    number: int,
+    seed: int,
+    max_new_tokens: int,
+    ends: dict[str, Any],
+) -> Text:
+    """One text. Arms share their random numbers, so that what differs is the arm; the base's second sample has its own."""
+    drawn = seed + 1000 * prompt + number + (APART if arm.role == "again" else 0)
+    began = time.perf_counter()
+    output = model.generate(
+        ids, max_new_tokens=max_new_tokens, seed=drawn, return_dict_in_generate=True, **arm.arguments, **ends
+    )
+    seconds = time.perf_counter() - began
+    counted, tokens = output.statistics[0], output.sequences[0, ids.shape[1] :].tolist()
+    before = tokenizer.decode(ids[0], skip_special_tokens=True)
+    whole = tokenizer.decode(output.sequences[0], skip_special_tokens=True)
+    return Text(
+        arm.name,
+        prompt,
+        number,
+        whole[len(before) :],
+        tokens,
+        counted.step_sizes,
+        counted.forwards,
+        seconds,
+        counted.regret,
+        counted.unverified,
+    )
+
+
+def _resume(file: Path, head: dict[str, Any]) -> Iterator[Text]:
+    """The texts of the run in `file`, whose torn last line is cut off; begins the file if there is none."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staging = file.with_name(f".{file.name}.{os.getpid()}")
+        staging.write_text(json.dumps(head, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(staging, file)
+        return
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(file, len(whole))
+    try:
+        lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+        before, texts = lines[0], [Text(**line) for line in lines[1:]]
+    except (ValueError, TypeError, IndexError) as error:
+        raise InputError(f'"{file}" is damaged; delete it to begin again.') from error
+    if before != head:
+        other = next((key for key in head if before.get(key) != head[key]), "settings")
+        what = "model" if other == "identity" else other.replace("_", " ")
+        raise InputError(f'"{file}" holds a run with another choice of {what}; repeat its options or use another --out.')
+    yield from texts

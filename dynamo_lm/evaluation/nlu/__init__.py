@@ -1,0 +1,1 @@
+"""Understanding benchmarks through lm-evaluation-harness."""

@@ -1,1 +1,0 @@
-"""Instruction tuning: conversations in any usual form, their chat template, filtering and self-distillation."""

@@ -1,0 +1,92 @@
+"""A model whose linear layers and attention are fast for the few rows of a decoding step, on a CPU.
+
+A step hands each layer one row per new token. With 2 to 4 rows a library's x @ weight^T takes 1.5 to 4.7 times what it
+takes with one, although the weight is read once in both (`benchmarks/rows.py`). The project's kernel takes 0.4 to 1.0
+times what the library takes with one, in float32 and bfloat16, and gives every row the same result whichever rows are beside
+it. Where it cannot be built, weight @ x^T helps in float32: it has a kernel for exactly 4 columns. In: a model. Out: a
+shallow twin that shares every tensor with it and only multiplies differently, up to rounding. The model itself is never
+touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedConfig
+
+from dynamo_lm.kernels import attention, loader
+
+MOST = 16  # rows from which on a library is as fast in float32
+LARGE = 2**14  # entries of a weight whose product outweighs what it takes to transpose it
+HUGE = 2**23  # entries from which on up to eight rows are better transposed; output embeddings, mostly
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class SkinnyLinear(nn.Linear):
+    """A linear layer that multiplies few rows with the project's kernel."""
+
+    most: int  # rows up to which it is faster than torch's product
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if not 0 < x.numel() <= self.most * self.in_features or torch.is_grad_enabled() or x.dtype != self.weight.dtype:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.dynamo_lm.few_rows(x, self.weight, self.bias)
+
+
+class TransposedLinear(nn.Linear):
+    """A linear layer that multiplies 2 to 4 rows (8, if the weight is huge) as weight @ x^T, 3 of them filled up to 4."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        size = self.weight.numel()
+        rows = x.numel() // self.in_features
+        if not 1 < rows <= (8 if size >= HUGE else 4) or size < LARGE or torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        flat, bias = x.reshape(rows, self.in_features), self.bias
+        columns = (F.pad(flat, (0, 0, 0, 1)) if rows % 4 == 3 else flat).t()  # (in, rows): filled up, then transposed
+        out = self.weight @ columns if bias is None else torch.addmm(bias[:, None], self.weight, columns)
+        return out[:, :rows].t().contiguous().unflatten(0, x.shape[:-1])
+
+
+def few_rows(model: M) -> M:
+    """A shallow copy of a tree of modules with products and attention for few rows, where those help: on a CPU."""
+    return _twin(model, {}, {})
+
+
+def _twin(module: M, made: dict[int, nn.Module], configs: dict[int, PreTrainedConfig]) -> M:
+    if id(module) in made:  # what is shared stays shared
+        return made[id(module)]  # type: ignore[return-value]
+    if parametrize.is_parametrized(module):  # an adapter: it cannot be copied, and computes its weight anew each time
+        return module
+    twin = made[id(module)] = copy.copy(module)
+    if type(twin) is nn.Linear and twin.weight.device.type == "cpu":
+        _replace_linear(cast(nn.Linear, twin))
+    attention.patch_attention(twin, configs)
+    twin._modules = {
+        name: child if child is None else _twin(child, made, configs) for name, child in module._modules.items()
+    }
+    return twin
+
+
+def _replace_linear(layer: nn.Linear) -> None:
+    """Gives a layer of a copy the class that suits its weight: same attributes, another product."""
+    weight = layer.weight
+    fits = layer.in_features % loader.STRIDE == 0 and weight.is_contiguous() and weight.dtype in loader.DTYPES
+    if fits and loader.available():
+        layer.__class__ = SkinnyLinear  # type: ignore[assignment]
+        slow = weight.dtype == torch.bfloat16 and not multiplies_bfloat16()
+        layer.most = 2**31 if slow else MOST  # type: ignore[assignment]
+    elif weight.dtype == torch.float32:
+        layer.__class__ = TransposedLinear  # type: ignore[assignment]
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has units for bfloat16; without them torch's product is slower at any number of rows."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,251 @@
+"""A DynaMo model on disk: one folder with configuration, weights and co-occurrence tables.
+
+`full` folders hold everything, `heads` folders only what the heads add, beside the name and the fingerprint of their base.
+Weights are safetensors with their checksums beside them; pickles are never read. Every file is written under a
+temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from dynamo_lm.backbone.base_model import fingerprint, load_base
+from dynamo_lm.cooccurrence.table import Cooccurrence
+from dynamo_lm.decoding.protocol import MultiHeadLM
+from dynamo_lm.errors import InputError
+from dynamo_lm.model.configuration import DynaMoConfig
+from dynamo_lm.model.model_card import model_card
+
+TABLE_FILE = "cooccurrence.safetensors"
+HEADS_FILE = "heads.safetensors"
+COUPLING = "coupling."  # names in HEADS_FILE that are not below `heads.`
+CHECKSUMS_FILE = "checksums.json"  # {weight file: CRC-32}; the tables carry one of their own
+
+
+def save(model: MultiHeadLM, folder: str | os.PathLike, weights: str = "full", **kwargs: Any) -> None:
+    """Writes `model` into `folder`: config.json, weights, generation_config.json, tables if the model has any.
+
+    Args:
+        folder: created if missing; files of the same names are replaced, each in one rename.
+        weights: "full" (base and heads) or "heads" (the base is named and fingerprinted instead).
+        **kwargs: handed to transformers' `save_pretrained` (push_to_hub, repo_id, max_shard_size, ...).
+
+    Raises:
+        InputError: the base was trained too but only heads are to be saved, or the disk is full.
+    """
+    if weights not in ("full", "heads"):
+        raise InputError(f'weights is "{weights}"; give "full" or "heads".')
+    now = fingerprint(model.base)
+    if weights == "heads":
+        if model.config.base_fingerprint not in (None, now):
+            raise InputError('The base was changed by training, so heads alone would not fit it; save with weights="full".')
+        if not model.config.base_name_or_path:
+            raise InputError('The base has no name or path to be found again by; save with weights="full".')
+    push = kwargs.pop("push_to_hub", False)
+    target = Path(folder)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as name:
+            staging = Path(name)
+            before = model.config.weights, model.config.base_fingerprint
+            model.config.weights, model.config.base_fingerprint = weights, now
+            try:
+                if weights == "full":
+                    PreTrainedModel.save_pretrained(model, name, **kwargs)
+                else:
+                    model.config.save_pretrained(name)
+                    model.generation_config.save_pretrained(name)
+                    save_file(head_weights(model), staging / HEADS_FILE, metadata={"format": "pt"})
+            finally:
+                model.config.weights, model.config.base_fingerprint = before
+            if model.cooccurrence is not None:
+                model.cooccurrence.save(staging / TABLE_FILE)
+            (staging / "README.md").write_text(model_card(model, weights))
+            files = sorted(set(staging.glob("*.safetensors")) - {staging / TABLE_FILE})
+            checksums = {file.name: _checksum(file) for file in files}
+            (staging / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2) + "\n")
+            names = sorted(file.name for file in staging.iterdir())
+            for file in names:
+                os.replace(staging / file, target / file)
+            for old in [*target.glob("model*.safetensors*"), target / HEADS_FILE]:  # of an earlier save in another form
+                if old.name not in names:
+                    old.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC or "No space left" in str(error):
+            raise InputError(f'The disk of "{target}" is full; free some space and save again.') from error
+        raise
+    except SafetensorError as error:  # safetensors reports a full disk in words of its own
+        raise InputError(f'Weights could not be written to "{target}" ({error}); is its disk full?') from error
+    if push:
+        from huggingface_hub import HfApi
+
+        repo = kwargs.get("repo_id") or target.name
+        api = HfApi(token=kwargs.get("token"))
+        repo = api.create_repo(repo, exist_ok=True, private=kwargs.get("private")).repo_id
+        api.upload_folder(repo_id=repo, folder_path=target)
+
+
+def head_weights(model: MultiHeadLM) -> dict[str, torch.Tensor]:
+    """The tensors that the heads own, by their name below `heads.`, and `coupling.*` if they are coupled; what they share
+    with the base is left out."""
+    shared = {parameter.data_ptr() for parameter in model.base.parameters()}
+    named = model.heads.state_dict()
+    if model.coupling is not None:
+        named |= model.coupling.state_dict(prefix=COUPLING)
+    return {
+        name: tensor.detach().contiguous()
+        for name, tensor in named.items()
+        if tensor.data_ptr() not in shared or tensor.numel() == 0
+    }
+
+
+def identity(model: MultiHeadLM) -> str:
+    """A hash of base, heads and whether there are tables: 16 hexadecimal digits, the same in every precision."""
+    digest = hashlib.sha256(fingerprint(model.base).encode())
+    for name, tensor in sorted(model.heads.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update(str(model.cooccurrence.order if model.cooccurrence is not None else 0).encode())
+    return digest.hexdigest()[:16]
+
+
+def load(cls: type[MultiHeadLM], name: str, *args: Any, **kwargs: Any) -> MultiHeadLM:
+    """Opens what `save` wrote; see `DynaMoForCausalLM.from_pretrained`."""
+    base = kwargs.pop("base", None)
+    config = kwargs.pop("config", None)
+    name = str(name)
+    if not isinstance(config, DynaMoConfig):
+        config = read_config(name)
+    kwargs["use_safetensors"] = True
+    _verify(name)
+    try:
+        if config.weights == "full":
+            model = _load_full(cls, name, config, *args, **kwargs)
+        else:
+            model = _load_heads(cls, name, config, base, **kwargs)
+    except (SafetensorError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f'The weights in "{name}" are missing, truncated or altered: {reason}') from error
+    table = _find(name, TABLE_FILE)
+    if table is not None:
+        model.cooccurrence = Cooccurrence.load(table)
+        if model.cooccurrence.vocab_size != config.vocab_size:
+            raise InputError(
+                f'The tables in "{name}" were counted with a vocabulary of {model.cooccurrence.vocab_size}, '
+                f"the model has {config.vocab_size}; count again with this model's tokenizer."
+            )
+    return model
+
+
+def read_config(name: str) -> DynaMoConfig:
+    """The configuration of a DynaMo folder.
+
+    Raises:
+        InputError: not a folder or repository with a DynaMo model.
+    """
+    path = _find(name, "config.json")
+    if path is None:
+        raise InputError(f'"{name}" is no model: it has no config.json.')
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise InputError(f'"{name}/config.json" is not valid JSON: {error}') from error
+    if not isinstance(content, dict):
+        raise InputError(f'"{name}/config.json" is no configuration; it should hold a JSON object.')
+    if content.get("model_type") != DynaMoConfig.model_type:
+        raise InputError(
+            f'"{name}" holds a model of type "{content.get("model_type")}" without heads; add some with `dynamo-lm train`.'
+        )
+    return DynaMoConfig.from_pretrained(name)
+
+
+def _checksum(file: Path) -> str:
+    value = 0
+    with file.open("rb") as stream:
+        while piece := stream.read(2**24):
+            value = zlib.crc32(piece, value)
+    return f"{value:08x}"
+
+
+def _verify(name: str) -> None:
+    """Refuses a local folder whose weight files are not the ones that were saved; downloads are checked by the hub."""
+    listed = Path(name) / CHECKSUMS_FILE
+    if not listed.is_file():
+        return
+    try:
+        written = dict(json.loads(listed.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f'"{listed}" is not valid JSON: {error}') from error
+    for file, checksum in written.items():
+        path = Path(name) / file
+        if not path.is_file():
+            raise InputError(f'"{name}" has no {file}, where its weights should be; copy the folder again.')
+        if _checksum(path) != checksum:
+            raise InputError(f'"{path}" is truncated or altered since it was saved; copy the folder again.')
+
+
+def _load_full(cls: type[MultiHeadLM], name: str, config: DynaMoConfig, *args: Any, **kwargs: Any) -> Any:
+    # transformers would start from random numbers where weights are missing; here that is an error.
+    kwargs |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = PreTrainedModel.from_pretrained.__func__(cls, name, *args, **kwargs)  # type: ignore[attr-defined]
+    unfit = [*sorted(report["missing_keys"]), *sorted(key for key, *_ in report["mismatched_keys"])]
+    if unfit:
+        raise InputError(f'The weights in "{name}" do not hold {unfit[0]} as its config.json describes it.')
+    return model
+
+
+def _load_heads(cls: type[MultiHeadLM], name: str, config: DynaMoConfig, base: Any, **kwargs: Any) -> Any:
+    kwargs.pop("use_safetensors")
+    base = base if base is not None else config.base_name_or_path
+    source = base if isinstance(base, str) else type(base).__name__
+    if isinstance(base, str):
+        here = Path(name) / base  # a base beside the heads may be named relative to them
+        base = load_base(str(here) if here.is_dir() else base, **kwargs)
+    found = fingerprint(base)
+    if found != config.base_fingerprint:
+        raise InputError(
+            f'The heads in "{name}" were trained for the base {config.base_fingerprint} '
+            f'("{config.base_name_or_path}"), but "{source}" is {found}; open them with that base.'
+        )
+    model = cls(config, base)
+    file = _find(name, HEADS_FILE)
+    if file is None:
+        raise InputError(f'"{name}" has no {HEADS_FILE}, so it holds no heads.')
+    weights = load_file(file)
+    wanted = head_weights(model)
+    if weights.keys() != wanted.keys() or any(weights[key].shape != wanted[key].shape for key in weights):
+        raise InputError(f'"{name}/{HEADS_FILE}" does not hold the heads that its config.json describes.')
+    coupling = {name.removeprefix(COUPLING): weights.pop(name) for name in list(weights) if name.startswith(COUPLING)}
+    model.heads.load_state_dict(weights, strict=False)
+    model.heads.to(base.device, base.dtype)
+    if model.coupling is not None:
+        model.coupling.load_state_dict(coupling)
+        model.coupling.to(base.device, base.dtype)
+    if _find(name, "generation_config.json") is not None:
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model.eval()
+
+
+def _find(name: str, file: str) -> str | None:
+    if Path(name).is_dir():
+        path = Path(name) / file
+        return str(path) if path.is_file() else None
+    if "/" not in name or name.count("/") > 1 or Path(name).exists():
+        return None
+    try:
+        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return None

@@ -1,0 +1,115 @@
+"""What a DynaMo model is made of: the base's configuration, the number of token heads and how the extra heads are built.
+
+Knows no tensors. The seven Pythia models of the paper are here as named presets.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from dynamo_lm.errors import InputError
+
+
+class DynaMoConfig(PreTrainedConfig):
+    """Configuration of `DynaMoForCausalLM` (method.md sections 1 and 7).
+
+    Args:
+        base_config: configuration of the base model, an object or its dictionary.
+        num_heads: token heads n, head 1 (the base's own last layer) included: 3 for the paper's T3.
+        layers_per_head: decoder layers of each extra head; 0 leaves only an own output embedding.
+        feed: "stem" (the penultimate layer's output, the paper's choice) or "last" (the last layer's output).
+        init: "random" (the paper's choice) or "copy" of the base's last layer.
+        own_output_embedding: whether each extra head has an output embedding of its own, copied from the base's.
+        adapter_rank: rank of a low-rank adapter on a shared last layer, in place of a new layer; 0 for none.
+        residual_block: whether each extra head passes its final state through x + SiLU(W x + b) before its own output
+            embedding; with `MEDUSA`'s other settings, the heads of Medusa (arXiv 2401.10774).
+        coupling_rank: rank of the learned coupling between heads, see `dynamo_lm.model.coupling`; 0 for none.
+        weights: what a saved folder holds, "full" or "heads".
+        base_name_or_path: where the base of a heads-only folder comes from.
+        base_fingerprint: identity of that base, see `dynamo_lm.backbone.base_model.fingerprint`.
+    """
+
+    model_type = "dynamo_lm"
+    sub_configs: ClassVar = {"base_config": AutoConfig}
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        base_config: PreTrainedConfig | dict[str, Any] | None = None,
+        num_heads: int = 3,
+        *,
+        layers_per_head: int = 1,
+        feed: str = "stem",
+        init: str = "random",
+        own_output_embedding: bool = False,
+        adapter_rank: int = 0,
+        residual_block: bool = False,
+        coupling_rank: int = 0,
+        weights: str = "full",
+        base_name_or_path: str | None = None,
+        base_fingerprint: str | None = None,
+        **kwargs: Any,
+    ):
+        if isinstance(base_config, dict):
+            base_config = AutoConfig.for_model(**base_config)
+        # A copy: transformers writes attention choices through a configuration into its parts.
+        base_config = copy.deepcopy(base_config)
+        self.base_config = base_config
+        self.num_heads = num_heads
+        self.layers_per_head = layers_per_head
+        self.feed = feed
+        self.init = init
+        self.own_output_embedding = own_output_embedding
+        self.adapter_rank = adapter_rank
+        self.residual_block = residual_block
+        self.coupling_rank = coupling_rank
+        self.weights = weights
+        self.base_name_or_path = base_name_or_path
+        self.base_fingerprint = base_fingerprint
+        kwargs.pop("tie_word_embeddings", None)  # the base ties its own
+        super().__init__(tie_word_embeddings=False, **kwargs)  # type: ignore[call-arg]
+        if base_config is not None:
+            self._check()
+
+    def _check(self) -> None:
+        if not isinstance(self.num_heads, int) or self.num_heads < 1:
+            raise InputError(f"num_heads is {self.num_heads}; it counts the base's own head too, so give 1 or more.")
+        if self.layers_per_head not in (0, 1, 2):
+            raise InputError(f"layers_per_head is {self.layers_per_head}; give 1 or 2, or 0 with own_output_embedding.")
+        if self.feed not in ("stem", "last"):
+            raise InputError(f'feed is "{self.feed}"; give "stem" (penultimate layer) or "last".')
+        if self.init not in ("random", "copy"):
+            raise InputError(f'init is "{self.init}"; give "random" or "copy".')
+        if self.adapter_rank < 0 or (self.adapter_rank and self.layers_per_head != 1):
+            raise InputError("adapter_rank must be 0 or positive, and goes with layers_per_head=1.")
+        if self.num_heads > 1 and self.layers_per_head == 0 and not self.own_output_embedding:
+            raise InputError("A head with no layer needs own_output_embedding=True, or it would repeat head 1.")
+        if self.residual_block and not self.own_output_embedding:
+            raise InputError("residual_block goes with own_output_embedding=True, whose states it prepares.")
+        if not isinstance(self.coupling_rank, int) or self.coupling_rank < 0:
+            raise InputError(f"coupling_rank is {self.coupling_rank}; give a positive number, or 0 for no coupling.")
+        if self.coupling_rank and self.num_heads == 1:
+            raise InputError("coupling_rank joins heads, so it needs num_heads of 2 or more.")
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The base's text configuration: what generation asks for vocabulary size, layers and window."""
+        if self.base_config is None:
+            return self
+        return self.base_config.get_text_config()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.base_config.get_text_config().vocab_size  # type: ignore[union-attr]
+
+    @property
+    def max_context(self) -> int | None:
+        """Longest sequence in tokens that the base has positions for, or None where it states none."""
+        return getattr(self.get_text_config(), "max_position_embeddings", None)
+
+
+# Heads of the Medusa kind: no decoder layer, no cache entry; a residual block on the last layer's normed state and an output
+# embedding copied from the base's. With a frozen base they are Medusa-1.
+MEDUSA: dict[str, Any] = {"layers_per_head": 0, "feed": "last", "own_output_embedding": True, "residual_block": True}

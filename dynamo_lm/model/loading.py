@@ -1,0 +1,192 @@
+"""Opening what the user named: configurations, tokenizers and models, with one sentence for each way that can fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from huggingface_hub import constants
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from dynamo_lm.assets import bundled
+from dynamo_lm.data.token_store import tokenizer_fingerprint
+from dynamo_lm.errors import InputError
+from dynamo_lm.model.checkpoint import TABLE_FILE
+from dynamo_lm.model.configuration import DynaMoConfig
+from dynamo_lm.model.modeling import DynaMoForCausalLM
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def resolve(name: str) -> str:
+    """A folder or hub id; the word "story" is the bundled model, and an unreachable hub is asked only once."""
+    if name == "story" and not Path(name).exists():
+        return str(bundled())
+    if not name:
+        raise InputError("The name of the model is empty; give a folder or a hub id such as EleutherAI/pythia-70m.")
+    if not Path(name).exists():
+        _offline_if_unreachable()
+    return name
+
+
+def open_config(name: str) -> PreTrainedConfig:
+    """The configuration of a folder or hub id, DynaMo or not.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(name)
+    if path.is_file():
+        raise InputError(f'"{name}" is a file; give the folder of a model.')
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f'"{name}" is no model: it has no config.json.')
+    try:
+        return AutoConfig.from_pretrained(name)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = (
+            "has a config.json that cannot be read" if path.is_dir() else "is no folder here and not to be had from the hub"
+        )
+        raise InputError(f'"{name}" {what}: {_reason(error)}') from error
+
+
+def open_tokenizer(name: str, *, vocab_size: int | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or hub id; code that comes with it runs only if it is trusted.
+
+    Raises:
+        InputError: there is none, or it has ids at or beyond `vocab_size`.
+    """
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "vocab.txt")
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
+        raise InputError(f'"{name}" has no tokenizer; name one with --tokenizer, or save the model\'s own there.')
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        largest = max(tokenizer.get_vocab().values())
+    except Exception as error:  # whatever a tokenizer's own code makes of broken files
+        raise InputError(f'The tokenizer of "{name}" could not be opened: {_reason(error)}') from error
+    if vocab_size is not None and largest >= vocab_size:
+        raise InputError(
+            f'The tokenizer of "{name}" has token ids up to {largest}, but the model\'s vocabulary ends at '
+            f"{vocab_size - 1}; use the model's own tokenizer."
+        )
+    return tokenizer
+
+
+def open_model(
+    name: str, *, dtype: str = "auto", device: str = "auto", tokenizer: Any = None, trust_remote_code: bool = False
+) -> DynaMoForCausalLM:
+    """A DynaMo model ready to generate; code that comes with it runs only if it is trusted.
+
+    Raises:
+        InputError: no such model, damaged files, or tables that were counted with another tokenizer.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f'--dtype is "{dtype}"; give one of {", ".join(DTYPES)}.')
+    where = choose_device(device)
+    model = DynaMoForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    if tokenizer is not None:
+        check_table(model.cooccurrence, tokenizer, model.config.vocab_size, name)
+    return model.to(where).eval()  # type: ignore[arg-type]
+
+
+def open_for_evaluation(
+    model: str,
+    *,
+    tokenizer: str | None,
+    dtype: str,
+    device: str,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[DynaMoForCausalLM, Any]:
+    """A DynaMo model and its tokenizer; sets the number of CPU threads if one is given.
+
+    Raises:
+        InputError: as the functions above, or a model without heads.
+    """
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"--threads is {threads}; give 1 or more.")
+        torch.set_num_threads(threads)
+    name = resolve(model)
+    config = open_config(name)
+    if not isinstance(config, DynaMoConfig):
+        raise InputError(f'"{model}" has no DynaMo heads; add some with `dynamo-lm train {model} --data ...`.')
+    trusted = {"trust_remote_code": trust_remote_code}
+    tokens = open_tokenizer(tokenizer or name, vocab_size=config.vocab_size, **trusted)
+    return open_model(name, dtype=dtype, device=device, tokenizer=tokens, **trusted), tokens
+
+
+def check_table(table: Any, tokenizer: Any, vocab_size: int, name: str) -> None:
+    """Refuses a co-occurrence table that counts other tokens than `tokenizer`'s, or for another vocabulary size."""
+    if table is None:
+        return
+    mine = tokenizer_fingerprint(tokenizer)
+    if table.tokenizer and table.tokenizer != mine:
+        raise InputError(
+            f'The table in "{name}" was counted with another tokenizer ({table.tokenizer}, not {mine}); '
+            "count again with `dynamo-lm count` and this model."
+        )
+    if table.vocab_size != vocab_size:
+        raise InputError(
+            f'The table in "{name}" was counted for a vocabulary of {table.vocab_size}, but the model has '
+            f"{vocab_size}; count again with `dynamo-lm count` and this model."
+        )
+
+
+def table_file(path: str) -> Path:
+    """A table's own file, or the one in a model folder."""
+    inside = Path(path) / TABLE_FILE
+    found = inside if Path(path).is_dir() else Path(path)
+    if not found.is_file():
+        raise InputError(f'"{path}" is no table and no folder with one; make one with `dynamo-lm count`.')
+    return found
+
+
+def choose_device(device: str) -> torch.device:
+    """ "auto" is the first GPU if there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f'--device "{device}" cannot be used: {_reason(error)}') from error
+
+
+def skeleton(config: PreTrainedConfig) -> Any:
+    """The model of a configuration with shapes and no weights (on the "meta" device).
+
+    Raises:
+        InputError: it is no causal language model.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except InputError:
+        raise
+    except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(f'A model of type "{config.model_type}" is no causal language model: {_reason(error)}') from error
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=1, ensure_ascii=False), flush=True)
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _offline_if_unreachable() -> None:
+    """Without a name server the hub's client would retry for most of a minute; the local cache is still read."""
+    if constants.HF_HUB_OFFLINE or any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True

@@ -1,0 +1,351 @@
+"""A DynaMo model: any Hugging Face decoder, and n-1 extra heads beside its last layer (method.md section 1).
+
+In: token ids. Out: final hidden states of heads 1..n, and logits read from them. The base is never modified: during a
+call that asks for the heads, a hook on the base's last decoder layer hands its inputs (hidden state, mask, rotary tables,
+cache) to the heads and stacks their outputs along the batch, so the base's own final norm applies to all of them; the
+base's own readout (output embedding, soft-caps, scales) then turns any of them into logits. Nothing here knows an
+architecture, a tokenizer, or how tokens are chosen.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from dynamo_lm.backbone.base_model import PassThrough, _layer_input, check_base, decoder_layers, fingerprint, load_base
+from dynamo_lm.backbone.stacked_heads import StackedHeads, can_stack
+from dynamo_lm.cooccurrence.table import Cooccurrence
+from dynamo_lm.decoding.generate import generate
+from dynamo_lm.decoding.runtime import Runtime
+from dynamo_lm.errors import InputError
+from dynamo_lm.kernels import loader
+from dynamo_lm.kernels.linear import few_rows
+from dynamo_lm.model.checkpoint import load, save
+from dynamo_lm.model.configuration import DynaMoConfig
+from dynamo_lm.model.coupling import Coupling
+from dynamo_lm.model.heads import TokenHead
+
+
+class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
+    """A base model with n token heads; head i predicts the token i positions ahead.
+
+    `forward` is the base's own, bit for bit. `hidden` and `readout` give the other heads; `generate` decodes several tokens
+    per step (see `dynamo_lm.decoding.batch`).
+
+    Attributes:
+        base: the Hugging Face causal language model, untouched.
+        heads: the extra heads, `heads[0]` is head 2.
+        coupling: the learned coupling of the heads (`dynamo_lm.model.coupling`), or None.
+        cooccurrence: n-gram tables for the mask (method.md section 3), or None.
+    """
+
+    config_class = DynaMoConfig
+    config: DynaMoConfig
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+    input_modalities = "text"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: DynaMoConfig, base: PreTrainedModel | None = None):
+        if config.base_config is None:
+            raise InputError("This DynaMo configuration names no base model; build it with DynaMoForCausalLM.from_base.")
+        super().__init__(config)
+        self.base = base if base is not None else AutoModelForCausalLM.from_config(config.base_config)
+        config.base_config = self.base.config
+        check_base(self.base)
+        self._last_layer = (decoder_layers(self.base)[-1],)  # in a tuple, so that it is not registered a second time
+        self.heads = nn.ModuleList(
+            TokenHead(config, self.base, self.last_layer, index) for index in range(config.num_heads - 1)
+        )
+        rank = config.coupling_rank
+        self.coupling = Coupling(config.num_heads, rank, self.output_weight()) if rank else None
+        self.cooccurrence: Cooccurrence | None = None
+        self.plain_readout = False  # known of a model that was arranged for decoding
+        self.runtime = Runtime()
+        self.generation_config = copy.deepcopy(self.base.generation_config)
+        self.generation_config._from_model_config = False  # else transformers drops settings of our own, like eps_b
+        mine = {id(parameter): f"base.{name}" for name, parameter in self.base.named_parameters()}
+        self._tied_weights_keys = {  # what adapters share
+            f"heads.{name}": mine[id(parameter)]
+            for name, parameter in self.heads.named_parameters(remove_duplicate=False)
+            if id(parameter) in mine
+        }
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        self.base._init_weights(module)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """{name of a shared tensor: name it is saved under}: the base's own ties, and what adapters share with it."""
+        ties = super().get_expanded_tied_weights_keys(all_submodels)
+        return ties if all_submodels else ties | (self._tied_weights_keys or {})
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    # ------------------------------------------------------------------ parts of the base
+
+    @property
+    def body(self) -> nn.Module:
+        """The base without its output embedding: embedding, decoder layers, final norm."""
+        return getattr(self.base, self.base.base_model_prefix)
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The base's last decoder layer, which is head 1's (method.md section 1)."""
+        return self._last_layer[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.config.num_heads
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.base.set_output_embeddings(new_embeddings)
+
+    def output_weight(self, head: int = 1) -> Tensor:
+        """The output embedding that head 1..n reads its logits with, (vocabulary, hidden)."""
+        own = head > 1 and self.config.own_output_embedding
+        output: Any = self.heads[head - 2].output if own else self.base.get_output_embeddings()
+        return output.weight
+
+    def freeze_base(self) -> DynaMoForCausalLM:
+        """Stops all gradients into the base (variant "-H", method.md section 7) and returns self."""
+        self.base.requires_grad_(False)
+        return self
+
+    def overhead(self) -> float:
+        """Parameters of the extra heads and their coupling over the base's (method.md section 1, table)."""
+        base = {id(p): p.numel() for p in self.base.parameters()}
+        return sum(p.numel() for p in self.parameters() if id(p) not in base) / sum(base.values())
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> CausalLMOutputWithPast:
+        """The base model's forward, unchanged: logits of head 1, (batch, length, vocabulary)."""
+        return self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def hidden(
+        self, input_ids: Tensor, *, num_heads: int | None = None, gradient_scale: float = 1.0, **kwargs: Any
+    ) -> Tensor:
+        """Final (normed) hidden states of heads 1..num_heads at every position.
+
+        Args:
+            input_ids: token ids, (batch, length).
+            num_heads: how many heads to compute, all by default; 1 is the base alone.
+            gradient_scale: factor on the gradient that heads 2..n send into the base, `LR_MB / LR_B` (method.md section
+                6.6). Their losses must have been multiplied by the same factor (see `dynamo_lm.training.trainer`), which the
+                heads' own layers undo.
+            **kwargs: what the base's body takes: attention_mask, position_ids, past_key_values, use_cache.
+
+        Returns:
+            (num_heads, batch, length, hidden), in the base's dtype.
+        """
+        n = self.num_heads if num_heads is None else num_heads
+        if not 1 <= n <= self.num_heads:
+            raise InputError(f"{n} heads were asked of a model that has {self.num_heads}; ask for 1 to {self.num_heads}.")
+        kwargs.setdefault("use_cache", kwargs.get("past_key_values") is not None)
+        if n == 1 or isinstance(self.last_layer, StackedHeads):
+            return self.body(input_ids=input_ids, **kwargs).last_hidden_state.unflatten(0, (n, -1))
+        learning = torch.is_grad_enabled()
+        frozen = learning and not any(p.requires_grad for p in self.base.parameters())
+
+        def beside_last_layer(module: nn.Module, args: tuple, layer_kwargs: dict, output: Any) -> Any:
+            first = output[0] if isinstance(output, tuple) else output
+            feed = _layer_input(args, layer_kwargs) if self.config.feed == "stem" else first
+            if learning:
+                feed = feed.detach() if frozen else _ScaleGradient.apply(feed, gradient_scale)
+            states = [first]
+            for head in self.heads[: n - 1]:
+                state = head(feed, args, layer_kwargs)
+                states.append(_ScaleGradient.apply(state, 1 / gradient_scale) if learning and not frozen else state)
+            stacked = torch.cat(states)  # (n * batch, length, hidden): the final norm sees one larger batch
+            return (stacked, *output[1:]) if isinstance(output, tuple) else stacked
+
+        with self.last_layer.register_forward_hook(beside_last_layer, with_kwargs=True):
+            stacked = self.body(input_ids=input_ids, **kwargs).last_hidden_state
+        return stacked.unflatten(0, (n, -1))
+
+    def readout(self, hidden: Tensor, head: int = 1) -> Tensor:
+        """Logits of one head from its final hidden states, through the base's own output path.
+
+        Args:
+            hidden: (batch, length, hidden) as `hidden` returns them.
+            head: 1..n; differs from 1 only where heads have their own output embedding.
+
+        Returns:
+            (batch, length, vocabulary).
+        """
+        if self.plain_readout and (head == 1 or not self.config.own_output_embedding):
+            return self.base.get_output_embeddings()(hidden)
+        # A shallow twin of the base whose body hands its input through: what remains of its forward is the readout, with
+        # whatever soft-cap or scale the architecture applies.
+        twin = copy.copy(self.base)
+        parts: dict[str, Any] = {**self.base._modules, self.base.base_model_prefix: PassThrough()}
+        if head > 1 and self.config.own_output_embedding:
+            output, own = self.base.get_output_embeddings(), cast(Any, self.heads[head - 2])
+            name = next(name for name, module in self.base._modules.items() if module is output)
+            parts[name], hidden = own.output, own.block(hidden)
+        twin._modules = parts
+        return twin(inputs_embeds=hidden, use_cache=False).logits
+
+    def logits(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """Logits of all heads at every position, (n, batch, length, vocabulary); for evaluation of short texts."""
+        hidden = self.hidden(input_ids, **kwargs)
+        return torch.stack([self.readout(state, head) for head, state in enumerate(hidden, start=1)])
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Continues prompts, several tokens per forward pass (method.md section 4).
+
+        Takes what transformers' `generate` takes (GenerationConfig, attention_mask, stopping criteria, stop_strings with
+        tokenizer, streamer, processors, do_sample, temperature, top_k, ...), and:
+
+        Args:
+            verify: "strict" (default: exactly the base model, token for token or in distribution), "off" (Algorithm 1), or a
+                budget: the nats per token that the base model's log-likelihood may lose, 0 being "strict".
+            num_heads: heads to use, the ceiling on tokens per step; all by default, 1 is the base model.
+            eps_b, alpha_c, otsu, blur: Algorithm 1's switches; see `sampling.options.Algorithm1`. alpha_c shapes drafts
+                that are verified, too: 0.5 by default, 0.25 with a learned coupling. Under "off" top_k, temperature and
+                repetition_penalty default to the paper's 50, 0.7 and 1.1; do_sample=False takes the likeliest tuple instead
+                of drawing one.
+            tree: greedy and verified: how many drafts a step verifies as a tree, 0 for a chain. By default what is fastest,
+                as the first steps show, where that cannot change the text (in float32); elsewhere a chain.
+            compile: one prompt only: compile the steps, which takes a minute the first time (and a C++ compiler on CPUs) and
+                makes small models much faster.
+            seed: of the rows' random numbers: row r uses seed + r, or the r-th of a list; from torch's global state if None.
+            on_step: called with (row, tokens) after every step.
+
+        Returns:
+            (rows, length) token ids; with return_dict_in_generate=True a `DynaMoOutput` with statistics by row.
+
+        Raises:
+            InputError: an option that the mode cannot honour, an empty or too long prompt.
+        """
+        return generate(self, inputs, *args, **kwargs)
+
+    def optimize_for_inference(self, num_heads: int) -> DynaMoForCausalLM:
+        """The same model over the same tensors, arranged for steps of a few tokens with heads 1..num_heads.
+
+        See `dynamo_lm.kernels.linear` and `dynamo_lm.backbone.stacked_heads`; its results are this model's, up to rounding.
+        """
+        loader.available()  # wherever the model is, the sampler runs on the host
+        twin = few_rows(self)
+        layers = decoder_layers(twin.base)
+        twin._last_layer = (layers[-1],)
+        if num_heads > 1 and self.config.feed == "stem" and self.config.layers_per_head == 1:
+            extra = [cast(TokenHead, head).layers[0] for head in twin.heads[: num_heads - 1]]
+            together = [layers[-1], *extra]
+            if can_stack(together):
+                layers[-1] = StackedHeads(together)
+                twin._last_layer = (layers[-1],)
+        # Where the base's output path is its output embedding and nothing else, which one state shows, take that alone.
+        weight = twin.output_weight()
+        state = torch.linspace(-4, 4, weight.shape[1], dtype=weight.dtype, device=weight.device)[None, None]
+        twin.plain_readout = torch.equal(twin.readout(state), twin.base.get_output_embeddings()(state))
+        return twin
+
+    @property
+    def cache_entries(self) -> int:
+        """Layers that a cache must have room for: the base's, and the heads' that are not part of a `StackedHeads`."""
+        apart = 0 if isinstance(self.last_layer, StackedHeads) else (self.num_heads - 1) * self.config.layers_per_head
+        return len(decoder_layers(self.base)) + apart
+
+    # ------------------------------------------------------------------ construction and files
+
+    @classmethod
+    def from_base(
+        cls,
+        base: str | PreTrainedModel,
+        num_heads: int = 3,
+        *,
+        layers_per_head: int = 1,
+        feed: str = "stem",
+        init: str = "random",
+        own_output_embedding: bool = False,
+        adapter_rank: int = 0,
+        residual_block: bool = False,
+        coupling_rank: int = 0,
+        **kwargs: Any,
+    ) -> DynaMoForCausalLM:
+        """Adds heads 2..num_heads to a causal language model (method.md sections 1 and 7).
+
+        Args:
+            base: a hub id, a local folder, or a loaded transformers model.
+            num_heads: n, head 1 included.
+            layers_per_head, feed, init, own_output_embedding, adapter_rank, residual_block, coupling_rank: see
+                `DynaMoConfig`; `**dynamo_lm.model.configuration.MEDUSA` gives heads of the Medusa kind.
+            **kwargs: handed to `AutoModelForCausalLM.from_pretrained` when `base` is a name (dtype, revision, ...).
+
+        Raises:
+            InputError: the base cannot be loaded or is not a decoder-only language model.
+        """
+        name = base if isinstance(base, str) else (base.config._name_or_path or None)
+        loaded = load_base(base, **kwargs) if isinstance(base, str) else base
+        check_base(loaded)
+        config = DynaMoConfig(
+            loaded.config,
+            num_heads,
+            layers_per_head=layers_per_head,
+            feed=feed,
+            init=init,
+            own_output_embedding=own_output_embedding,
+            adapter_rank=adapter_rank,
+            residual_block=residual_block,
+            coupling_rank=coupling_rank,
+            base_name_or_path=name,
+            base_fingerprint=fingerprint(loaded),
+            dtype=loaded.dtype,
+        )
+        return cls(config, loaded)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any
+    ) -> DynaMoForCausalLM:
+        """Opens a folder or hub repository written by `save_pretrained`, full or heads-only.
+
+        Args:
+            base: for a heads-only folder, the base to use (name or loaded model) instead of the recorded name.
+            **kwargs: as in transformers.
+
+        Raises:
+            InputError: no such model, damaged files, or heads that belong to another base.
+        """
+        return load(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str, weights: str = "full", **kwargs: Any
+    ) -> None:
+        """Writes a folder that `from_pretrained` opens; see `dynamo_lm.model.checkpoint.save`."""
+        save(self, save_directory, weights, **kwargs)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient * ctx.factor, None

@@ -1,0 +1,1 @@
+"""Results in, one page and figures out."""

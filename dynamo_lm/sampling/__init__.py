@@ -1,0 +1,1 @@
+"""Algorithm 1 and drafting: pure functions of candidates and tables."""

@@ -1,0 +1,111 @@
+"""Training checkpoints: weights that train, the optimizer's state and the random state, as safetensors.
+
+A checkpoint is a folder `checkpoints/step-N`, written under a temporary name and renamed, so that one that exists is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dynamo_lm.errors import InputError
+from dynamo_lm.model.modeling import DynaMoForCausalLM
+from dynamo_lm.training.options import TrainingOptions
+
+FREE_TO_CHANGE = {"keep", "checkpoint_every", "validate_every"}  # options that do not alter what is learned
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint under `folder`, or None."""
+    found = sorted((folder / "checkpoints").glob("step-*"))
+    return found[-1] if found else None
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: DynaMoForCausalLM, optimizer: torch.optim.Optimizer, options: TrainingOptions
+) -> Path:
+    """Writes `checkpoints/step-N` and removes older ones beyond `options.keep`.
+
+    Raises:
+        InputError: the disk is full; earlier checkpoints are intact.
+    """
+    target = folder / "checkpoints" / f"step-{step:08d}"
+    staging = target.with_name(f".writing-{target.name}")
+    for unfinished in target.parent.glob(".writing-*"):  # of a run that was killed while it wrote
+        shutil.rmtree(unfinished, ignore_errors=True)
+    names = _trained_names(model, optimizer)
+    state: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    if model.device.type == "cuda":
+        state["rng.cuda"] = torch.cuda.get_rng_state(model.device)
+    for parameter, values in optimizer.state.items():
+        state |= {f"{names[id(parameter)]}.{key}": value.contiguous() for key, value in values.items()}
+    weights = {names[id(p)]: p.detach().contiguous() for group in optimizer.param_groups for p in group["params"]}
+    try:
+        staging.mkdir(parents=True)
+        save_file(weights, staging / "weights.safetensors")
+        save_file(state, staging / "optimizer.safetensors")
+        (staging / "state.json").write_text(json.dumps({"step": step, "options": asdict(options)}, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(staging, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
+            raise InputError(f'The disk of "{folder}" is full; free some space and run the same command again.') from error
+        raise
+    for old in sorted(target.parent.glob("step-*"))[: -options.keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load_checkpoint(path: Path, model: DynaMoForCausalLM, optimizer: torch.optim.Optimizer, options: TrainingOptions) -> int:
+    """Restores weights, optimizer and random state; returns the steps done.
+
+    Raises:
+        InputError: the checkpoint is damaged, or of a run with other options or another model.
+    """
+    try:
+        saved = json.loads((path / "state.json").read_text())
+        step, then = saved["step"], dict(saved["options"])
+        weights, state = load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors")
+        random = state["rng"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f'The checkpoint "{path}" is damaged ({error}); delete it to go back to the one before.') from error
+    now = asdict(options)
+    then = {"coupling_only": False, "lr_c": options.lr_c} | then  # a run from before there were these options
+    changed = [key for key in now if key not in FREE_TO_CHANGE and then.get(key) != now[key]]
+    if changed:
+        key = changed[0]
+        raise InputError(
+            f'"{path.parent.parent}" holds a run with {key}={then.get(key)}, not {now[key]}; '
+            "use the same options to resume it, or another folder for a new run."
+        )
+    names = _trained_names(model, optimizer)
+    parameters = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+    if parameters.keys() != weights.keys() or any(parameters[k].shape != weights[k].shape for k in weights):
+        raise InputError(f'The checkpoint "{path}" is of another model; use another folder for a new run.')
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+            own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+            keys = {key: value for key, value in own.items() if "." not in key}
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in keys.items()
+            }
+    torch.set_rng_state(random)
+    if "rng.cuda" in state and model.device.type == "cuda":
+        torch.cuda.set_rng_state(state["rng.cuda"], model.device)
+    return step
+
+
+def _trained_names(model: DynaMoForCausalLM, optimizer: torch.optim.Optimizer) -> dict[int, str]:
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {id(p): name for name, p in model.named_parameters() if id(p) in trained}

@@ -1,0 +1,57 @@
+"""TODO training.options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dynamo_lm.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train. The defaults are the paper's for Pythia-70M (method.md section 2)."""
+
+    steps: int  # optimizer steps in all
+    lr_b: float = 1e-5  # LR_B: head-1 loss into the base; 0 together with lr_mb freezes the base
+    lr_m: float = 1e-3  # LR_M: the heads' own layers
+    lr_mb: float = 1e-6  # LR_MB: heads 2..n into the base
+    lr_c: float = 1e-2  # the heads' coupling, if any (not in the paper; at LR_M it learns several times slower)
+    batch_size: int = 64  # blocks a step
+    accumulation: int = 1  # forward passes a step is split into
+    warmup: float = 0.01  # share of the steps
+    weight_decay: float = 0.01  # on matrices only
+    clip: float = 1.0  # largest gradient norm, 0 for none
+    bf16: bool = True  # autocast; weights and optimizer stay in float32
+    seed: int = 0
+    validate_every: int = 500  # steps
+    checkpoint_every: int = 500  # steps
+    keep: int = 2  # checkpoints kept
+    coupling_only: bool = False  # base and heads stay as they are; their coupling alone learns
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "validate_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give 1 or more.")
+        for name in ("lr_b", "lr_m", "lr_mb", "lr_c", "weight_decay", "clip"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} is {getattr(self, name)}; give 0 or more.")
+        if self.batch_size % self.accumulation:
+            raise InputError(f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}.")
+        if self.lr_b == 0 and self.lr_mb > 0:
+            raise InputError("lr_mb without lr_b has no meaning (one optimizer moves the base); set both or neither.")
+        if self.coupling_only and self.lr_b > 0:
+            raise InputError("coupling_only leaves the base as it is; set lr_b and lr_mb to 0.")
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the base stays as it is (variant "-H", method.md section 7)."""
+        return self.lr_b == 0
+
+    @property
+    def gradient_scale(self) -> float:
+        """LR_MB / LR_B, the factor on what heads 2..n send into the base (method.md section 6.6).
+
+        The losses of heads 2..n are multiplied by it and the heads' own layers by its inverse, so it cannot be 0 itself; for
+        lr_mb = 0 it is a power of two so small that the heads' share vanishes beside head 1's in float32.
+        """
+        return 1.0 if self.frozen else (self.lr_mb / self.lr_b or 2.0**-40)
