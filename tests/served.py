@@ -99,7 +99,8 @@ class Served:
 @contextlib.contextmanager
 def serving(limits: Limits | None = None, dials: GenerationSettings | None = None, **settings: Any) -> Iterator[Served]:
     """A server of the small model, for as long as the context lasts."""
-    app = create_app(*small(), Settings("small", dials or GenerationSettings(3), limits or Limits(), **settings))
+    limits = limits or Limits()
+    app = create_app(*small(), Settings("small", dials or GenerationSettings(3), limits, **settings))
     bound = server.bind("127.0.0.1", 0)
     running = server.Server(app.state.gate, limits.seconds)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)

@@ -9,7 +9,8 @@ from commandline import Run, byte_tokenizer, neox
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynamo_lm import DynaMoForCausalLM
-from dynamo_lm.bench import gguf_file, methods, profile, prompts, random_model, roofline, tables
+from dynamo_lm.bench import gguf_file, methods, random_model, roofline, step_profile, tables
+from dynamo_lm.bench import prompts as prompt_sets
 from dynamo_lm.bench import race as measure
 from dynamo_lm.bench.prompts import Prompt
 from dynamo_lm.bench.runners import BenchmarkContext, Output, open_runner
@@ -190,9 +191,9 @@ def test_shares_of_a_step_sum_to_one_and_the_engine_is_put_back(among):
     before = DynaMoForCausalLM.hidden, DynaMoForCausalLM.readout, batch.decode, kv_cache.RaggedKVCache.update
     way = methods.dynamo(3, off_heads=1, eps_b=0)[1]
     device = torch.device("cpu")
-    found = profile.profile(open_runner(way, among), [[PROMPTS[0].tokens]], max_new_tokens=8, seed=0, device=device)
+    found = step_profile.profile(open_runner(way, among), [[PROMPTS[0].tokens]], max_new_tokens=8, seed=0, device=device)
     assert sum(found["shares"].values()) == pytest.approx(1)
-    assert {"stem", "last layer and heads", "output embedding", profile.REST} <= set(found["shares"])
+    assert {"stem", "last layer and heads", "output embedding", step_profile.REST} <= set(found["shares"])
     assert before == (DynaMoForCausalLM.hidden, DynaMoForCausalLM.readout, batch.decode, kv_cache.RaggedKVCache.update)
     assert len(tables.shares({way.name: found}).rows) == 1
 
@@ -204,7 +205,7 @@ def test_spec_bench_has_six_groups(tmp_path):
     categories = ["writing", "coding", "translation", "summarization", "qa", "math_reasoning", "rag"]
     lines = [json.dumps({"category": category, "turns": ["the fox", "a second"]}) for category in categories * 2]
     (tmp_path / "spec.jsonl").write_text("\n".join(lines))
-    found = prompts.read_spec_bench(tmp_path / "spec.jsonl", byte_tokenizer(), limit=1)
+    found = prompt_sets.read_spec_bench(tmp_path / "spec.jsonl", byte_tokenizer(), limit=1)
     assert sorted({prompt.group for prompt in found}) == [
         "math_reasoning",
         "mt-bench",
@@ -216,22 +217,22 @@ def test_spec_bench_has_six_groups(tmp_path):
     assert len(found) == 6
     (tmp_path / "spec.jsonl").write_text('{"turns": ["no category"]}')
     with pytest.raises(InputError, match="no question of Spec-Bench"):
-        prompts.read_spec_bench(tmp_path / "spec.jsonl", byte_tokenizer())
+        prompt_sets.read_spec_bench(tmp_path / "spec.jsonl", byte_tokenizer())
 
 
 def test_long_prompts_end_in_the_prompt_and_too_long_ones_keep_their_end():
-    longer = prompts.lengthened(PROMPTS, 6, list(range(100, 108)))
+    longer = prompt_sets.lengthened(PROMPTS, 6, list(range(100, 108)))
     assert longer[0].tokens == (100, 101, 102, 5, 6, 7)
     assert longer[1].tokens == (103, 104, 8, 9, 10, 11)
-    fitted, cut = prompts.fitted(longer, 14, 10)
+    fitted, cut = prompt_sets.fitted(longer, 14, 10)
     assert fitted[0].tokens == (102, 5, 6, 7) and cut == 2
     with pytest.raises(InputError, match="no room"):
-        prompts.fitted(PROMPTS, 8, 8)
+        prompt_sets.fitted(PROMPTS, 8, 8)
 
 
 def test_batches_are_of_one_group_and_always_full():
     prompts = [Prompt("a", (i,)) for i in range(3)] + [Prompt("b", (9,))]
-    found = [[prompt.tokens[0] for prompt in batch] for batch in prompts.batches(prompts, 2)]
+    found = [[prompt.tokens[0] for prompt in batch] for batch in prompt_sets.batches(prompts, 2)]
     assert found == [[0, 1], [2, 0], [9, 9]]
 
 

@@ -17,7 +17,7 @@ from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.cooccurrence.counting import count
 from dynamo_lm.data.token_store import tokenizer_fingerprint
 from dynamo_lm.errors import InputError
-from dynamo_lm.evaluation import calibration
+from dynamo_lm.evaluation import calibration, results_file
 from dynamo_lm.evaluation.calibration import Point, by_perplexity, by_regret, by_win_rate, choose, outcome, write_default
 from dynamo_lm.evaluation.perplexity.scoring import Measured, Options, Sums, Text
 
@@ -253,12 +253,12 @@ def test_the_same_seed_gives_the_same_curve(run, made, folder) -> None:
 def test_win_rates_come_from_a_finished_benchmark_of_the_same_model(run, folder, tmp_path) -> None:
     model = DynaMoForCausalLM.from_pretrained(str(folder))
     results = completion((0.4, 2.4, 1.0, [0.85, 1.2]), (0.9, 1.1, 1.0, [0.9, 1.1]))
-    results.save(tmp_path / "results", results | {"model": results.describe(model, "mine")})
+    results_file.save(tmp_path / "results", results | {"model": results_file.describe(model, "mine")})
     run("calibrate", folder, "--criterion", "win-rate", "--results", tmp_path / "results", "--out", tmp_path / "results")
     assert settings_of(folder)["eps_b"] == 0.4
     kept = json.loads((tmp_path / "results" / "calibration.json").read_text())
     assert kept["criterion"] == {"name": "win-rate", "limit": 0.2, "rate": "matched", "judge": "toy"}
-    results.save(tmp_path / "other", results | {"model": results.describe(model, "mine") | {"identity": "0" * 16}})
+    results_file.save(tmp_path / "other", results | {"model": results_file.describe(model, "mine") | {"identity": "0" * 16}})
     said = run.refused("calibrate", folder, "--criterion", "win-rate", "--results", tmp_path / "other")
     assert "another model" in said
 

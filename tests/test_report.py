@@ -25,7 +25,7 @@ from dynamo_lm.cli.main import main
 from dynamo_lm.cooccurrence.counting import count
 from dynamo_lm.decoding.joint_heatmap import grids, heatmap
 from dynamo_lm.errors import InputError
-from dynamo_lm.evaluation import results
+from dynamo_lm.evaluation import results_file
 from dynamo_lm.evaluation.completion.generate import BASELINE
 from dynamo_lm.report import assemble, samples
 from dynamo_lm.report.document import Table
@@ -58,7 +58,7 @@ def full(measured, tmp_path):
 
 @cache
 def head(model) -> dict:
-    return results.begin("any", [], model, "story", seed=7, settings={})
+    return results_file.begin("any", [], model, "story", seed=7, settings={})
 
 
 def write_results(
@@ -76,7 +76,7 @@ def write_results(
         if kinds is not None and kind not in kinds:
             continue
         command = ["calibrate" if kind == "calibration" else f"eval {kind}", "story", "--out", "runs/eval-story"]
-        results.save(folder, head(model) | {"kind": kind, "command": f"dynamo-lm {' '.join(command)}"} | own)
+        results_file.save(folder, head(model) | {"kind": kind, "command": f"dynamo-lm {' '.join(command)}"} | own)
     if texts and kinds is None:
         write_texts(folder / "completion.texts.jsonl", model, tokenizer)
 
@@ -87,7 +87,7 @@ def write_texts(file: Path, model, tokenizer) -> None:
     for dial in (0.0, 0.4, 0.7):
         arms.append({"name": f"mask+Otsu+blur, eps_b {dial:g}", "role": "candidate", "method": "mask+Otsu+blur"})
         arms[-1] |= {"eps_b": dial, "temperature": None, "arguments": {}}
-    lines = [{"identity": results.identity(model), "prompts": PROMPTS, "max_new_tokens": 30, "seed": 7, "arms": arms}]
+    lines = [{"identity": results_file.identity(model), "prompts": PROMPTS, "max_new_tokens": 30, "seed": 7, "arms": arms}]
     for number, prompt in enumerate(PROMPTS):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         for arm in arms:
@@ -406,10 +406,10 @@ def test_steps_are_shown_only_where_their_pieces_spell_the_text(story, full):
     assert len(texts) == 3 * 5 and all(text.steps for text in texts) and not page.missing
     for text in texts:
         assert "".join(step.text for step in text.steps) == text.text
-    samples = results.load(full, "samples")
+    samples = results_file.load(full, "samples")
     key = next(iter(samples["pieces"]))
     samples["pieces"][key][0][0] += "!"
-    results.save(full, samples)
+    results_file.save(full, samples)
     again = [text.steps is None for block in assemble.assemble(full).sections[-1].blocks for text in block.texts]
     assert again.count(True) == 1
 

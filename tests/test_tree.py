@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dynamo_lm.cooccurrence.counting import count
 from dynamo_lm.decoding.batch import decode
-from dynamo_lm.decoding.draft_length import PATIENCE, REMEMBERED, TRIES, AdaptiveDraftLength
+from dynamo_lm.decoding.draft_length import PATIENCE, TRIALS, WINDOW, AdaptiveDraftLength
 from dynamo_lm.decoding.draft_tree import ancestry, depths, grow
 from dynamo_lm.decoding.kv_cache import RaggedKVCache
 from dynamo_lm.decoding.options import DecodingOptions
@@ -107,7 +107,7 @@ def test_a_tree_finds_the_second_best_draft():
 def test_sizes_are_tried_and_then_the_fastest_is_taken():
     pace = AdaptiveDraftLength((4, 8, 16))
     for size, seconds in ((4, 1.0), (8, 1.1), (16, 3.0)):
-        for _ in range(TRIES):
+        for _ in range(TRIALS):
             assert pace.choose([0.5] * 15) == size
             pace.record(size, seconds, expected=1.5, kept=1)
     assert pace.choose([0.5, 0.4, 0.3, 0.3, 0.3, 0.2, 0.2] + [0.01] * 8) == 8
@@ -119,12 +119,12 @@ def test_where_hardly_any_draft_is_kept_none_is_tried_and_taken_if_faster():
     for step in range(PATIENCE):
         assert pace.choose(hopeless) in (4, 8)
         pace.record(pace.choose(hopeless), 1.5, expected=0.3, kept=step % 4 == 0)
-    for _ in range(TRIES):
+    for _ in range(TRIALS):
         assert pace.choose(hopeless) == 1
         pace.record(1, 1.0, expected=0.0, kept=0)
     assert pace.choose(hopeless) == 1
     assert pace.choose(promising) in (4, 8)  # as soon as drafts are likely again
-    assert all(len(times) <= REMEMBERED for times in pace.seconds.values())
+    assert all(len(times) <= WINDOW for times in pace.seconds.values())
 
 
 def test_kept_slots_move_up_for_every_copy_of_a_row():

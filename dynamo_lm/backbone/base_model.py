@@ -55,7 +55,7 @@ def check_base(base: PreTrainedModel) -> None:
         InputError: with the reason.
     """
     config, name = base.config, type(base).__name__
-    if config.model_type == "dynamo":
+    if config.model_type == "dynamo_lm":
         raise InputError("The base already is a DynaMo model; pass its `.base`, or open it with from_pretrained.")
     if config.is_encoder_decoder:
         raise InputError(f"{name} is an encoder-decoder; DynaMo needs a decoder-only language model.")

@@ -108,10 +108,11 @@ def bench(
 
     `dynamo-lm bench story --prompts stories.txt --out results/bench`
     """
-    from dynamo_lm.bench import methods, peers, plot, profile, prompts, race, random_model, tables
+    from dynamo_lm.bench import methods, peers, plot, race, random_model, step_profile, tables
+    from dynamo_lm.bench import prompts as prompt_sets
     from dynamo_lm.bench.runners import open_runner
     from dynamo_lm.cli.progress import counting
-    from dynamo_lm.evaluation import results as records
+    from dynamo_lm.evaluation import results_file as records
     from dynamo_lm.model.loading import print_json
 
     # 1. What was asked for.
@@ -173,7 +174,7 @@ def bench(
                 )
             if length == "long":
                 texts = _long(texts, among, context_tokens, filler, tokens, max_new_tokens)
-            texts, cut = prompts.fitted(texts, among.context, max_new_tokens)
+            texts, cut = prompt_sets.fitted(texts, among.context, max_new_tokens)
             for size in sizes:
                 chosen = methods.choose(raced, batch=size, sampled=sampled, only=only or [])
                 left_out = [way for way in chosen if way.compiles and not compiled]
@@ -198,7 +199,7 @@ def bench(
             for way in methods.choose(raced, batch=1, sampled=sampled, only=only or []):
                 # What is compiled has no functions left to time, and wrapping them would compile it anew.
                 if way.engine == methods.DYNAMO and way.model == "model" and not way.compiles:
-                    found["profiles"][way.name] = profile.profile(
+                    found["profiles"][way.name] = step_profile.profile(
                         open_runner(way, among),
                         batched,
                         max_new_tokens=max_new_tokens,
@@ -213,10 +214,10 @@ def bench(
     pictures: list[str] = []
     if out is not None:
         records.save(out, found)
-        for number, race in enumerate(found["races"]):
-            heading = f"{found['model']['name']}, {found['model']['dtype']}, {tables.title(race)}."
-            suffix = "" if number == 0 else f"-{race['context']}-batch{race['batch']}"
-            pictures += plot.save(race, out, f"bench{suffix}", heading=heading)
+        for number, raced_once in enumerate(found["races"]):
+            heading = f"{found['model']['name']}, {found['model']['dtype']}, {tables.title(raced_once)}."
+            suffix = "" if number == 0 else f"-{raced_once['context']}-batch{raced_once['batch']}"
+            pictures += plot.save(raced_once, out, f"bench{suffix}", heading=heading)
     if json:
         print_json(found)
         return

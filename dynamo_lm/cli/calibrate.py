@@ -131,7 +131,7 @@ def calibrate(
     `dynamo-lm calibrate runs/mine/model --data stories.jsonl --max-tokens 20000`
     """
     from dynamo_lm.cli.progress import console, counting
-    from dynamo_lm.evaluation import calibration, results
+    from dynamo_lm.evaluation import calibration, results_file
     from dynamo_lm.evaluation.perplexity.scoring import Options
     from dynamo_lm.model.loading import open_for_evaluation, print_json, resolve
 
@@ -145,9 +145,9 @@ def calibrate(
     if write:
         calibration.check_writable(model, folder)
     network, tokens = open_for_evaluation(model, tokenizer=tokenizer, dtype=dtype, device=device, threads=threads)
-    about = results.describe(network, model)
+    about = results_file.describe(network, model)
     if out is not None:
-        results.check_folder(out, about)
+        results_file.check_folder(out, about)
     settings: dict[str, Any] = {"eps_b": list(dials)}
     more: dict[str, Any] = {}
 
@@ -190,7 +190,7 @@ def calibrate(
     else:
         assert results is not None
         kind = "completion" if bench is None else f"completion-{Path(bench).stem}"
-        before = results.load(results, kind)
+        before = results_file.load(results, kind)
         if before is None:
             raise InputError(f'"{results}" has no {kind}.json; make one with `dynamo-lm eval completion --out {results}`.')
         if before["model"]["identity"] != about["identity"]:
@@ -198,7 +198,7 @@ def calibrate(
         curve = calibration.by_win_rate(before, most, matched=matched)
         more = {"rate": "matched" if matched else "plain", "judge": (before.get("judge") or {}).get("name")}
         settings = {"bench": bench or "paper"}
-    result = results.begin("calibration", context.find_root().obj or [], network, model, seed=seed, settings=settings)
+    result = results_file.begin("calibration", context.find_root().obj or [], network, model, seed=seed, settings=settings)
     result |= calibration.outcome(criterion, most, curve, **more)
 
     # 3. Said, kept, and made the default.
@@ -206,7 +206,7 @@ def calibrate(
         _show(curve, result, network)
     chosen = result["chosen"]["eps_b"]
     if out is not None:
-        results.save(out, result)
+        results_file.save(out, result)
     if write:
         file = calibration.write_default(folder, chosen, network)
         console().print(f"{file}: eps_b is {chosen:g} now.", soft_wrap=True, markup=False)

@@ -100,7 +100,7 @@ def ablation(
     from dynamo_lm.cli.progress import tokenizing
     from dynamo_lm.data.packing import Blocks
     from dynamo_lm.data.token_store import tokenize
-    from dynamo_lm.evaluation import results
+    from dynamo_lm.evaluation import results_file
     from dynamo_lm.evaluation.ablation import KIND, Settings, begin_or_continue, choose, describe_settings, run
     from dynamo_lm.model.loading import choose_device, open_config, open_tokenizer, print_json, resolve
 
@@ -134,7 +134,7 @@ def ablation(
     # 2. The base and the text.
     tokens = open_tokenizer(resolve(tokenizer or name), vocab_size=config.get_text_config().vocab_size)
     whole = _open(name, config, "eager" if where.type == "cpu" else "sdpa").to(where)  # type: ignore[arg-type]
-    results.check_folder(out, results.describe(whole, model))
+    results_file.check_folder(out, results_file.describe(whole, model))
     with tokenizing() as progress:
         store = tokenize(data, tokens, out / KIND / "tokens", text_field=text_field, progress=progress)
     learn, measured = store.split(held_out, seed)
@@ -146,7 +146,7 @@ def ablation(
 
     # 3. The matrix.
     arguments = context.find_root().obj or []
-    new = results.begin(KIND, arguments, whole, model, seed=seed, settings=describe_settings(settings))
+    new = results_file.begin(KIND, arguments, whole, model, seed=seed, settings=describe_settings(settings))
     new["data"] = {
         "sources": [Path(source).name for source in data],
         "fingerprint": store.fingerprint,

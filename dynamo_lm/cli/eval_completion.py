@@ -115,7 +115,7 @@ def completion(
 
     from dynamo_lm.cli.progress import counting
     from dynamo_lm.data.chat_template import chat_template
-    from dynamo_lm.evaluation import results as records
+    from dynamo_lm.evaluation import results_file as records
     from dynamo_lm.evaluation.completion import prompts as benches
     from dynamo_lm.evaluation.completion.compare import Completions, compare
     from dynamo_lm.evaluation.completion.generate import BASELINE, METHODS, PAPER, arms, write_texts

@@ -107,7 +107,7 @@ def nlu(
         raise InputError(f"--shots is {shots}; give 0 or more.")
     if batch_size < 1:
         raise InputError(f"--batch-size is {batch_size}; give 1 or more.")
-    from dynamo_lm.evaluation import results
+    from dynamo_lm.evaluation import results_file
     from dynamo_lm.evaluation.nlu import generation_tasks, harness
     from dynamo_lm.model.loading import open_for_evaluation, print_json, resolve
 
@@ -131,11 +131,11 @@ def nlu(
         "eps_b": [way.decoding["eps_b"] for way in ways if "eps_b" in way.decoding],
         "run_code": run_code,
     }
-    results = results.begin("nlu", context.find_root().obj, network, model, seed=seed, settings=settings)
+    results = results_file.begin("nlu", context.find_root().obj, network, model, seed=seed, settings=settings)
     results |= {"note": beside.note, "tasks": {}, "generation": {}}
     if out is not None:
-        results.check_folder(out, results["model"])
-        _continue(results, results.load(out, "nlu"))
+        results_file.check_folder(out, results["model"])
+        _continue(results, results_file.load(out, "nlu"))
 
     # 3. Ask, one task at a time, each kept as soon as it is answered.
     head1 = harness.DynaMoLM(network, tokens, batch_size=batch_size)
@@ -162,7 +162,7 @@ def nlu(
                 theirs = harness.ask(other, question, **how)
             results["tasks"][question.name] = _entry(theirs if beside.model is not None else None, ours)
             if out is not None:
-                results.save(out, results)
+                results_file.save(out, results)
 
     # 4. Say it.
     if json:

@@ -142,7 +142,7 @@ def perplexity(
 
     `dynamo-lm eval perplexity story --data stories.jsonl --max-tokens 20000`
     """
-    from dynamo_lm.evaluation import results
+    from dynamo_lm.evaluation import results_file
     from dynamo_lm.evaluation.perplexity.scoring import Options, algorithm_of
     from dynamo_lm.model.loading import open_for_evaluation, print_json
 
@@ -169,7 +169,7 @@ def perplexity(
         algorithm=algorithm,
     )
     if out is not None:
-        results.check_folder(out, results.describe(network, model))
+        results_file.check_folder(out, results_file.describe(network, model))
 
     # 2. The text, then the numbers.
     text = read(data, tokens, text_field, validation_fraction, seed, max_documents, max_tokens)
@@ -179,12 +179,12 @@ def perplexity(
         "max_documents": max_documents,
         "max_tokens": max_tokens,
     }
-    result = results.begin("perplexity", context.find_root().obj or [], network, model, seed=seed, settings=settings)
+    result = results_file.begin("perplexity", context.find_root().obj or [], network, model, seed=seed, settings=settings)
     result |= score(network, text, options).record()
 
     # 3. Said and kept.
     if out is not None:
-        file = results.save(out, result)
+        file = results_file.save(out, result)
     if json:
         print_json(result)
     else:

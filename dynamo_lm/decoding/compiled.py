@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
 from dynamo_lm.backbone.base_model import decoder_layers
@@ -69,7 +69,7 @@ def compile_steps(model: MultiHeadLM, num_heads: int) -> tuple[MultiHeadLM, Call
     return twin, forward
 
 
-def _parts(model: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+def _parts(model: MultiHeadLM) -> list[tuple[dict[str, Any], str, Any]]:
     """All modules and tensors that a model consists of: where each is held, and by what name."""
     holders = [held for m in model.modules() for held in (m._parameters, m._buffers, m._modules)]
     return [(held, name, part) for held in holders for name, part in held.items()]

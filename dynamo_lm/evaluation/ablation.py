@@ -31,7 +31,7 @@ from dynamo_lm.data.packing import Blocks, targets
 from dynamo_lm.decoding.batch import decode
 from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.errors import InputError
-from dynamo_lm.evaluation import results
+from dynamo_lm.evaluation import results_file
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.sampling.options import Algorithm1
 from dynamo_lm.training.log import Progress
@@ -278,8 +278,8 @@ def begin_or_continue(folder: Path, new: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: the folder has results of another model, on other data or with other settings.
     """
-    results.check_folder(folder, new["model"])
-    before = results.load(folder, KIND)
+    results_file.check_folder(folder, new["model"])
+    before = results_file.load(folder, KIND)
     if before is None:
         if any((folder / KIND).glob("*/checkpoints")):
             raise InputError(
@@ -356,7 +356,7 @@ def run(
         order = [BASE.key, *(known.key for known in VARIANTS)]
         results["rows"] = sorted([*results["rows"], row | measured], key=lambda row: order.index(row["key"]))
         _compare(results["rows"], folder)
-        results.save(folder, results)
+        results_file.save(folder, results)
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
     return results
 

@@ -24,7 +24,6 @@ from transformers.utils import cached_file
 
 from dynamo_lm.backbone.base_model import fingerprint, load_base
 from dynamo_lm.cooccurrence.table import Cooccurrence
-from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.model_card import model_card
@@ -35,7 +34,7 @@ COUPLING = "coupling."  # names in HEADS_FILE that are not below `heads.`
 CHECKSUMS_FILE = "checksums.json"  # {weight file: CRC-32}; the tables carry one of their own
 
 
-def save(model: MultiHeadLM, folder: str | os.PathLike, weights: str = "full", **kwargs: Any) -> None:
+def save(model: Any, folder: str | os.PathLike, weights: str = "full", **kwargs: Any) -> None:
     """Writes `model` into `folder`: config.json, weights, generation_config.json, tables if the model has any.
 
     Args:
@@ -98,7 +97,7 @@ def save(model: MultiHeadLM, folder: str | os.PathLike, weights: str = "full", *
         api.upload_folder(repo_id=repo, folder_path=target)
 
 
-def head_weights(model: MultiHeadLM) -> dict[str, torch.Tensor]:
+def head_weights(model: Any) -> dict[str, torch.Tensor]:
     """The tensors that the heads own, by their name below `heads.`, and `coupling.*` if they are coupled; what they share
     with the base is left out."""
     shared = {parameter.data_ptr() for parameter in model.base.parameters()}
@@ -112,7 +111,7 @@ def head_weights(model: MultiHeadLM) -> dict[str, torch.Tensor]:
     }
 
 
-def identity(model: MultiHeadLM) -> str:
+def identity(model: Any) -> str:
     """A hash of base, heads and whether there are tables: 16 hexadecimal digits, the same in every precision."""
     digest = hashlib.sha256(fingerprint(model.base).encode())
     for name, tensor in sorted(model.heads.state_dict().items()):
@@ -122,7 +121,7 @@ def identity(model: MultiHeadLM) -> str:
     return digest.hexdigest()[:16]
 
 
-def load(cls: type[MultiHeadLM], name: str, *args: Any, **kwargs: Any) -> MultiHeadLM:
+def load(cls: type[PreTrainedModel], name: str, *args: Any, **kwargs: Any) -> Any:
     """Opens what `save` wrote; see `DynaMoForCausalLM.from_pretrained`."""
     base = kwargs.pop("base", None)
     config = kwargs.pop("config", None)
@@ -197,7 +196,7 @@ def _verify(name: str) -> None:
             raise InputError(f'"{path}" is truncated or altered since it was saved; copy the folder again.')
 
 
-def _load_full(cls: type[MultiHeadLM], name: str, config: DynaMoConfig, *args: Any, **kwargs: Any) -> Any:
+def _load_full(cls: type[PreTrainedModel], name: str, config: DynaMoConfig, *args: Any, **kwargs: Any) -> Any:
     # transformers would start from random numbers where weights are missing; here that is an error.
     kwargs |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = PreTrainedModel.from_pretrained.__func__(cls, name, *args, **kwargs)  # type: ignore[attr-defined]
@@ -207,7 +206,7 @@ def _load_full(cls: type[MultiHeadLM], name: str, config: DynaMoConfig, *args: A
     return model
 
 
-def _load_heads(cls: type[MultiHeadLM], name: str, config: DynaMoConfig, base: Any, **kwargs: Any) -> Any:
+def _load_heads(cls: type[PreTrainedModel], name: str, config: DynaMoConfig, base: Any, **kwargs: Any) -> Any:
     kwargs.pop("use_safetensors")
     base = base if base is not None else config.base_name_or_path
     source = base if isinstance(base, str) else type(base).__name__
@@ -220,7 +219,7 @@ def _load_heads(cls: type[MultiHeadLM], name: str, config: DynaMoConfig, base: A
             f'The heads in "{name}" were trained for the base {config.base_fingerprint} '
             f'("{config.base_name_or_path}"), but "{source}" is {found}; open them with that base.'
         )
-    model = cls(config, base)
+    model: Any = cls(config, base)
     file = _find(name, HEADS_FILE)
     if file is None:
         raise InputError(f'"{name}" has no {HEADS_FILE}, so it holds no heads.')

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dynamo_lm.decoding.protocol import MultiHeadLM
+from typing import Any
+
 from dynamo_lm.model.configuration import MEDUSA
 
 
-def model_card(model: MultiHeadLM, weights: str) -> str:
+def model_card(model: Any, weights: str) -> str:
     """Markdown with the metadata block that model hubs read; `weights` is "full" or "heads"."""
     config = model.config
     base = config.base_name_or_path or "a model of its own"

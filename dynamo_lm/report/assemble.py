@@ -20,10 +20,9 @@ from markupsafe import Markup
 
 from dynamo_lm.decoding.joint_heatmap import HeatMap, heatmap
 from dynamo_lm.errors import InputError
-from dynamo_lm.evaluation import results
+from dynamo_lm.evaluation import results_file
 from dynamo_lm.model.modeling import DynaMoForCausalLM
-from dynamo_lm.report import completion, figures, samples
-from dynamo_lm.report.completion import sections
+from dynamo_lm.report import completion, figures, samples, sections
 from dynamo_lm.report.document import Banner, Headline, Page, Section, Texts, interval
 
 Records = dict[str, dict[str, Any]]
@@ -48,7 +47,7 @@ def assemble(folder: Path, *, title: str | None = None) -> Page:
     Raises:
         InputError: no results, damaged ones, or results of different models.
     """
-    records = results.load_all(folder)
+    records = results_file.load_all(folder)
     model = next(iter(records.values()))["model"]
     completions = {kind: entry for kind, entry in records.items() if kind.split("-")[0] == "completion"}
     written: list[Section] = []
@@ -118,9 +117,9 @@ def look_closer(
     Raises:
         InputError: the results are another model's, or the prompt cannot be used.
     """
-    records = results.load_all(folder)
+    records = results_file.load_all(folder)
     measured = next(iter(records.values()))["model"]
-    mine = results.describe(model, name)
+    mine = results_file.describe(model, name)
     if mine["identity"] != measured["identity"]:
         raise InputError(
             f'"{name}" ({mine["identity"]}) is not the model that was measured in "{folder}" '
@@ -133,8 +132,8 @@ def look_closer(
     dial = (records.get("calibration", {}).get("chosen") or {}).get("eps_b")
     found = heatmap(model, tokenizer, prompt, eps_b=dial)
     settings = {"prompt": prompt, "top_k": found.top_k, "eps_b": found.eps_b}
-    entry = results.begin("heatmap", command, model, name, seed=0, settings=settings)
-    results.save(folder, entry | {"model": measured, "heatmap": vars(found)})
+    entry = results_file.begin("heatmap", command, model, name, seed=0, settings=settings)
+    results_file.save(folder, entry | {"model": measured, "heatmap": vars(found)})
     pieces = {}
     for kind, completed in completions.items():
         for texts in _chosen(folder, kind, completed, dial):
@@ -143,8 +142,8 @@ def look_closer(
                 if split is not None:
                     pieces[f"{kind}|{samples.key(text)}"] = split
     if pieces:
-        entry = results.begin("samples", command, model, name, seed=0, settings={})
-        results.save(folder, entry | {"model": measured, "pieces": pieces})
+        entry = results_file.begin("samples", command, model, name, seed=0, settings={})
+        results_file.save(folder, entry | {"model": measured, "pieces": pieces})
 
 
 def html(page: Page) -> str:

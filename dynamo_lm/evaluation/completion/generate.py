@@ -19,7 +19,7 @@ import torch
 
 from dynamo_lm.data.chat_template import encode_chat
 from dynamo_lm.errors import InputError
-from dynamo_lm.evaluation import results
+from dynamo_lm.evaluation import results_file
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 PAPER = "mask+Otsu+blur"
@@ -126,7 +126,7 @@ def write_texts(
         "arms": [asdict(arm) for arm in chosen],
     }
     if base is not None:
-        head["base"] = results.identity(base)
+        head["base"] = results_file.identity(base)
     if chat:
         head["chat_template"] = tokenizer.chat_template
     done = {(text.arm, text.prompt, text.seed): text for text in _resume(file, head)}

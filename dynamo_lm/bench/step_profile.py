@@ -21,28 +21,28 @@ from dynamo_lm.bench.runners import Runner
 REST = "Python and the rest"
 PARTS: tuple[tuple[str, str, str], ...] = (  # part, module, name in it; Class.method for a method
     ("stem", "dynamo_lm.model.modeling", "DynaMoForCausalLM.hidden"),  # and the last layer, where it is not a wide one
-    ("last layer and heads", "dynamo_lm.backbone.stacked_heads", "WideLayer.forward"),
-    ("last layer and heads", "dynamo_lm.model.modeling", "TokenHead.forward"),
+    ("last layer and heads", "dynamo_lm.backbone.stacked_heads", "StackedHeads.forward"),
+    ("last layer and heads", "dynamo_lm.model.heads", "TokenHead.forward"),
     ("output embedding", "dynamo_lm.model.modeling", "DynaMoForCausalLM.readout"),
     ("output embedding", "dynamo_lm.decoding.candidates", "_read_heads"),  # or its part that reads the commonest tokens
     ("sampler", "dynamo_lm.decoding.candidates", "highest"),
-    ("sampler", "dynamo_lm.sampling.joint", "Heads.ranked"),
+    ("sampler", "dynamo_lm.sampling.top_k", "HeadCandidates.ranked"),
     ("sampler", "dynamo_lm.decoding.batch", "draft_from"),
     ("sampler", "dynamo_lm.decoding.batch", "draw_from"),
     ("sampler", "dynamo_lm.decoding.batch", "grow"),
     ("sampler", "dynamo_lm.decoding.batch", "accept_greedy"),
     ("sampler", "dynamo_lm.decoding.batch", "accept_tree"),
     ("sampler", "dynamo_lm.decoding.batch", "accept_sampled"),
-    ("statistics", "dynamo_lm.decoding.logprobs", "Scores.__init__"),
-    ("statistics", "dynamo_lm.decoding.logprobs", "Scores.add"),
-    ("cache and mask", "dynamo_lm.backbone.attention_mask", "MaskForm.mask"),
-    ("cache and mask", "dynamo_lm.backbone.attention_mask", "MaskForm.next"),
-    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RowCache.as_trees"),
-    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RowCache.gather"),
-    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RowCache.begin"),
-    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RowCache.keep"),
-    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RowCache.select"),
-    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RowCache.update"),
+    ("statistics", "dynamo_lm.decoding.logprobs", "LogProbs.__init__"),
+    ("statistics", "dynamo_lm.decoding.logprobs", "LogProbs.add"),
+    ("cache and mask", "dynamo_lm.backbone.attention_mask", "AttentionMaskBuilder.mask"),
+    ("cache and mask", "dynamo_lm.backbone.attention_mask", "AttentionMaskBuilder.next"),
+    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RaggedKVCache.as_trees"),
+    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RaggedKVCache.gather"),
+    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RaggedKVCache.begin"),
+    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RaggedKVCache.keep"),
+    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RaggedKVCache.select"),
+    ("cache and mask", "dynamo_lm.decoding.kv_cache", "RaggedKVCache.update"),
     ("arranging the model", "dynamo_lm.model.modeling", "DynaMoForCausalLM.optimize_for_inference"),
 )
 
@@ -116,9 +116,7 @@ def _wrapped(clock: Clock) -> Iterator[None]:
             holder: Any = importlib.import_module(module)
             *outer, last = name.split(".")
             for step in outer:
-                holder = getattr(holder, step, None)
-            if not callable(getattr(holder, last, None)):
-                continue
+                holder = getattr(holder, step)  # a name that is gone is an error, else its time would be "the rest"
             before = vars(holder).get(last)  # as it was written: a function, a class method, or None where it is inherited
             stack.callback(_put_back, holder, last, before)
             timed = clock.timed(part, getattr(holder, last))
