@@ -1,0 +1,47 @@
+"""A file is there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from dynamo_lm.files import atomic_write, is_disk_full, write_text
+
+
+def test_a_file_is_made_and_replaced(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "one\n")
+    write_text(path, "two é\n", durable=True)
+    assert path.read_bytes() == "two é\n".encode()
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "one")
+    with pytest.raises(OSError, match="full"), atomic_write(path) as temporary:
+        temporary.write_text("tw")
+        raise OSError(errno.ENOSPC, "full")
+    assert path.read_text() == "one"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_the_mode_of_a_file_that_is_replaced_stays(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    path.chmod(0o640)
+    write_text(path, "two")
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "x"), True),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EACCES, "x"), False),
+    ],
+)
+def test_a_full_disk_is_told_by_its_number_or_its_words(error, full):
+    assert is_disk_full(error) is full
