@@ -59,7 +59,7 @@ def available() -> bool:
         from torch._inductor import config
         from torch._inductor.codecache import CppCodeCache
 
-        source = "".join(resources.files(__package__).joinpath(name).read_text(encoding="utf-8") for name in SOURCES)
+        source = "".join(resources.files(__package__).joinpath("csrc", name).read_text(encoding="utf-8") for name in SOURCES)
         with _said_if_slow("Building the kernels for this processor, once; that takes some seconds, up to a minute."):
             library = CppCodeCache.load(source, extra_flags=FLAGS)
         torch.library.register_fake("dynamo_lm::few_rows", _of_few_rows)
