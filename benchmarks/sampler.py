@@ -1,9 +1,10 @@
 """What the compiled sampler saves of a whole step: `python -m benchmarks.sampler > results/sampler.json`.
 
-The sampler (top-k, drafting, look-ups, verification, draws of Algorithm 1) exists twice in the product: compiled, and in NumPy
-and torch. A second copy has to earn 5 % of a step on a model that people run. Here both decode the same prompts in turn, within
-one process, on the shape of SmolLM2-135M with random weights and a synthetic table, and on the bundled story model.
-Reported are milliseconds per step of each, the median over repetitions of the saving within a repetition, and its range.
+The sampler (top-k, drafting, look-ups, verification, draws of Algorithm 1) exists twice in the product: compiled, and in
+NumPy and torch. A second copy has to earn 5 % of a step on a model that people run. Here both decode the same prompts in
+turn, within one process, on the shape of SmolLM2-135M with random weights and a synthetic table, and on the bundled story
+model. Reported are milliseconds per step of each, the median over repetitions of the saving within a repetition, and its
+range.
 """
 
 from __future__ import annotations
