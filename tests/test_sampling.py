@@ -19,7 +19,7 @@ from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.decoding.logprobs import normalisers
 from dynamo_lm.errors import InputError
 from dynamo_lm.kernels import loader
-from dynamo_lm.sampling import algorithm1, joint, otsu
+from dynamo_lm.sampling import drafting, otsu, top_k
 from dynamo_lm.sampling.algorithm1 import draw, survivors
 from dynamo_lm.sampling.drafting import draft, draft_from
 from dynamo_lm.sampling.joint import Joint, Joints
@@ -364,7 +364,7 @@ def chains(draw):
 
 def assert_same_chain(heads: HeadCandidates, first: int, table, alpha_c: float, seed: int, greedy: bool) -> None:
     generator, twin = seeded(seed), seeded(seed)
-    mine = algorithm1._compiled_chain(loader.sampler(), heads, first, table, alpha_c, generator, greedy)
+    mine = drafting._compiled_chain(loader.sampler(), heads, first, table, alpha_c, generator, greedy)
     with patch.object(loader, "_sampler", None):
         theirs = draft_from(heads, first, table, alpha_c=alpha_c, temperature=1.0, generator=twin, greedy=greedy)
     assert mine.tokens == theirs.tokens
@@ -386,7 +386,7 @@ def test_the_kernels_forget_as_many_tokens_as_numpy(seen: int) -> None:
     # behind three nines: `seen` of them were seen followed by 2 alone, fewer by 1 and 2
     table = table_of([9], [9] * seen + [2], [0] + [9] * (seen - 1) + [1], vocab_size=10, order=4)
     heads = HeadCandidates(np.array([[9, 0], [9, 0], [1, 2]]), np.array([[1, 0], [1, 0], [0.5, 0.5]]))
-    chain = algorithm1._compiled_chain(loader.sampler(), heads, 9, table, 1.0, None, True)
+    chain = drafting._compiled_chain(loader.sampler(), heads, 9, table, 1.0, None, True)
     assert chain.tokens[:2] == [9, 9]
     assert chain.q[2].tolist() == ([0, 1] if seen else [0.5, 0.5])
     assert_same_chain(heads, 9, table, 1.0, 0, True)
@@ -426,7 +426,7 @@ def lines_of_logits(draw):
 def test_the_kernel_finds_the_candidates_that_torch_and_the_host_find(logits, data):
     count = data.draw(st.integers(1, min(60, logits.shape[1])))
     ids, values = highest(logits, count)
-    slow_ids, slow_values = joint._put_right(logits, count)
+    slow_ids, slow_values = top_k._put_right(logits, count)
     finite = slow_values[:, :1].isfinite()  # lines without a finite first are refused behind this, in any order
     assert torch.equal(values, slow_values)
     assert torch.equal(ids.where(finite, -1), slow_ids.where(finite, -1))

@@ -1,4 +1,4 @@
-"""TODO cooccurrence.storage."""
+"""Co-occurrence tables on disk: a safetensors file of delta-coded keys and packed counts, with a checksum."""
 
 import os
 import zlib

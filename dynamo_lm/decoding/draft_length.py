@@ -1,4 +1,4 @@
-"""TODO decoding.draft_length."""
+"""How many drafts a step should carry, learned from the time and the acceptance of earlier steps."""
 
 from __future__ import annotations
 

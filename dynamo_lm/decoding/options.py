@@ -1,4 +1,4 @@
-"""TODO decoding.options."""
+"""How tokens are chosen: the options of one sequence, checked when they are made. Knows no model."""
 
 from __future__ import annotations
 

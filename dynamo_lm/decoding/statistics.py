@@ -1,4 +1,4 @@
-"""TODO decoding.statistics."""
+"""What one sequence cost and what it is worth, as plain numbers."""
 
 from __future__ import annotations
 

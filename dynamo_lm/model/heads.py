@@ -1,4 +1,4 @@
-"""TODO model.heads."""
+"""The modules that a token head is made of: decoder layers, or an adapter on the base's last layer, or a residual block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO model.presets."""
+"""The sizes of the paper: Pythia bases, their head counts and learning rates (method.md sections 1 and 2)."""
 
 from __future__ import annotations
 

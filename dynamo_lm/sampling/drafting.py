@@ -1,4 +1,4 @@
-"""TODO sampling.drafting."""
+"""Drafts for verification: a chain of tokens from heads 2..n, and the distribution each was drawn from."""
 
 from dataclasses import dataclass
 from typing import Any

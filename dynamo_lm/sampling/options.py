@@ -1,4 +1,4 @@
-"""TODO sampling.options."""
+"""The options of Algorithm 1 and the checks that they fit a vocabulary and a table (method.md section 4)."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""TODO sampling.top_k."""
+"""The top-k candidates of every head, and the pairwise correction that a learned coupling adds to them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

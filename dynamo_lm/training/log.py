@@ -1,4 +1,4 @@
-"""TODO training.log."""
+"""The training log: one JSON line a step, and TensorBoard's event files where it is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO training.loss."""
+"""The modified-CLM losses of all heads, their gradients, and multi-token perplexities (method.md section 2)."""
 
 from __future__ import annotations
 

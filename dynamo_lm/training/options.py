@@ -1,4 +1,4 @@
-"""TODO training.options."""
+"""The options of a training run, checked when they are made. Knows no model."""
 
 from __future__ import annotations
 
