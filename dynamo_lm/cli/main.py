@@ -12,9 +12,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import typer
 
+import dynamo_lm
 from dynamo_lm.cli.bench import bench
 from dynamo_lm.cli.calibrate import calibrate
 from dynamo_lm.cli.chat import chat
@@ -52,6 +54,23 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"dynamo-lm {dynamo_lm.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 evaluation = typer.Typer(
     name="eval",
     help="Measure a model: how well each head predicts, what it knows, and how much faster it is at the same quality.",
@@ -82,7 +101,8 @@ app.add_typer(evaluation)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carries out one command line and returns its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    _quiet()
+    if arguments and not {"-h", "--help", "--version"}.intersection(arguments):  # help needs neither torch nor transformers
+        _quiet()
     try:
         status = app(arguments or ["--help"], prog_name="dynamo-lm", standalone_mode=False, obj=arguments)
         sys.stdout.flush()

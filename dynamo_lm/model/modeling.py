@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dynamo_lm.backbone.base_model import PassThrough, _layer_input, check_base, decoder_layers, fingerprint, load_base
@@ -349,3 +349,7 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return gradient * ctx.factor, None
+
+
+AutoConfig.register(DynaMoConfig.model_type, DynaMoConfig)
+AutoModelForCausalLM.register(DynaMoConfig, DynaMoForCausalLM)
