@@ -1,30 +1,39 @@
-# Two commands: `make demo` sets everything up and races the bundled model, `make test` sets everything up and tests.
+# `make demo` sets up what the demo needs and races the bundled model; `make test` sets everything up and tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test lint types contract check clean
 
-demo: $(READY)
+demo: $(VENV)/.ready-demo
 	$(BIN)/dynamo-lm demo
 
-test: $(READY)
+test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
-lint: $(READY)
+lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)
+types: $(VENV)/.ready
 	$(BIN)/mypy
 
-check: test lint types
+contract: $(VENV)/.ready
+	$(BIN)/lint-imports
 
-$(READY): pyproject.toml constraints.txt
+check: test lint types contract
+
+$(VENV)/.ready-demo: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): torch and what the demo needs; a minute or two."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.ready-demo
+	@echo "Setting up the tests: training, evaluation, server and their tools; some minutes."
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 clean:
