@@ -22,9 +22,8 @@ from dynamo_lm.decoding.kv_cache import RaggedKVCache
 from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.decoding.verification import accept_greedy
 from dynamo_lm.errors import InputError
-from dynamo_lm.kernels import linear as few_rows_module
-from dynamo_lm.kernels import loader
-from dynamo_lm.kernels.linear import SkinnyLinear, TransposedLinear, few_rows
+from dynamo_lm.kernels import linear, loader
+from dynamo_lm.kernels.linear import SkinnyLinear, TransposedLinear, optimize_modules
 from dynamo_lm.sampling.options import Algorithm1
 
 # ---------------------------------------------------------------- products of few rows
@@ -37,9 +36,9 @@ DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 @needs_kernel
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 7), st.integers(1, 9), st.integers(1, 40), st.booleans(), DTYPES)
-def test_few_rows_multiply_as_any_linear_layer_does(batch, length, wide, tall, bias, dtype):
+def test_skinny_products_are_those_of_any_linear_layer(batch, length, wide, tall, bias, dtype):
     plain = nn.Linear(16 * wide, tall, bias=bias, dtype=dtype)
-    layer, x = few_rows(plain), torch.randn(length, batch, 16 * wide, dtype=dtype).transpose(0, 1)  # not contiguous
+    layer, x = optimize_modules(plain), torch.randn(length, batch, 16 * wide, dtype=dtype).transpose(0, 1)  # not contiguous
     assert isinstance(layer, SkinnyLinear)
     layer.most = 2**31  # the kernel at any number of rows: torch's product may round twice
     with torch.inference_mode():  # exact but for one rounding to the type, and what float32 sums lose
@@ -51,7 +50,7 @@ def test_few_rows_multiply_as_any_linear_layer_does(batch, length, wide, tall, b
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 21), st.integers(1, 30), st.integers(1, 20), DTYPES, st.data())
 def test_a_row_has_the_same_product_bit_for_bit_whatever_is_beside_it(rows, wide, tall, dtype, data):
-    layer = few_rows(nn.Linear(16 * wide, tall, dtype=dtype))
+    layer = optimize_modules(nn.Linear(16 * wide, tall, dtype=dtype))
     layer.most = 2**31
     x, start = torch.randn(rows, 16 * wide, dtype=dtype), data.draw(st.integers(0, rows - 1))
     end, threads = data.draw(st.integers(start + 1, rows)), torch.get_num_threads()
@@ -73,7 +72,7 @@ def test_numbers_at_the_edge_come_out_as_torch_has_them(dtype, value):
         plain.weight.zero_()[0, 5] = 1
         x = torch.zeros(2, 16, dtype=dtype)
         x[1, 5] = value
-        torch.testing.assert_close(few_rows(plain)(x), plain(x), equal_nan=True)
+        torch.testing.assert_close(optimize_modules(plain)(x), plain(x), equal_nan=True)
 
 
 @needs_kernel
@@ -86,7 +85,7 @@ def test_results_in_bfloat16_are_rounded_to_the_nearest_and_ties_to_even(rows):
         layer.weight.zero_()[:, 0] = 1 + torch.arange(11) * 2**-7  # 1, 1 + 2^-7, ..., and half the way to the one beside it:
         layer.weight[:, 1] = torch.tensor([1, 1, -1, -1, 0.99, 1.01, float("nan"), 1, 1, float("nan"), 1])
         exact = x.float() @ layer.weight.float().t()
-        torch.testing.assert_close(few_rows(layer)(x), exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(optimize_modules(layer)(x), exact.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 def seen_by(queries: int, slots: int, *, seed: int, how: str) -> torch.Tensor:
@@ -112,13 +111,13 @@ HOW = st.sampled_from(["random", "chain", "window"])
     DTYPES,
     HOW,
 )
-def test_few_queries_attend_as_torchs_do(rows, shared, groups, queries, slots, wide, dtype, how):
+def test_decode_attention_is_torchs(rows, shared, groups, queries, slots, wide, dtype, how):
     width = 16 * wide
     query = torch.randn(rows, queries, shared * groups, width, dtype=dtype).transpose(1, 2)
     buffer = torch.randn(2, rows, groups, slots + 3, width, dtype=dtype)  # a cache with room behind what is in use
     key, value = buffer[:, :, :, :slots]
     mask = seen_by(queries, slots, seed=wide, how=how).expand(rows, -1, -1, -1)
-    found = torch.ops.dynamo_lm.few_queries(query, key, value, mask, 0.3)
+    found = torch.ops.dynamo_lm.decode_attention(query, key, value, mask, 0.3)
     wider = (each.double().repeat_interleave(shared, 1) for each in (key, value))
     exact = F.scaled_dot_product_attention(query.double(), *wider, attn_mask=mask, scale=0.3).transpose(1, 2)
     torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps / 2 + 1e-5, atol=1e-5)
@@ -131,11 +130,11 @@ def test_a_query_attends_the_same_bit_for_bit_whatever_is_beside_it(rows, querie
     query = torch.randn(rows, 2, queries, 48, dtype=dtype)
     key, value = torch.randn(2, rows, 1, slots, 48, dtype=dtype)
     mask = seen_by(queries, slots, seed=hidden, how=how)
-    together = torch.ops.dynamo_lm.few_queries(query, key, value, mask, 0.2)
+    together = torch.ops.dynamo_lm.decode_attention(query, key, value, mask, 0.2)
     i, row = data.draw(st.integers(0, queries - 1)), data.draw(st.integers(0, rows - 1))
     more = [torch.cat([each, torch.full((rows, 1, hidden, 48), 9.0, dtype=dtype)], 2)[row, None] for each in (key, value)]
     blind = torch.cat([mask[:, :, i, None], torch.zeros(1, 1, 1, hidden, dtype=torch.bool)], 3)
-    alone = torch.ops.dynamo_lm.few_queries(query[row, None, :, i, None], *more, blind, 0.2)
+    alone = torch.ops.dynamo_lm.decode_attention(query[row, None, :, i, None], *more, blind, 0.2)
     assert torch.equal(alone[0, 0], together[row, i])
 
 
@@ -145,7 +144,7 @@ def test_scores_of_any_size_become_weights(scores):
     key = torch.zeros(1, 1, len(scores), 16)
     key[0, 0, :, 0] = torch.tensor(scores)
     value, query = torch.randn(1, 1, len(scores), 16), torch.eye(16)[None, None, :1]
-    found = torch.ops.dynamo_lm.few_queries(query, key, value, torch.ones(1, 1, 1, len(scores), dtype=torch.bool), 1.0)
+    found = torch.ops.dynamo_lm.decode_attention(query, key, value, torch.ones(1, 1, 1, len(scores), dtype=torch.bool), 1.0)
     weights = torch.tensor(scores).softmax(0)
     torch.testing.assert_close(found[0, 0, 0], weights @ value[0, 0], equal_nan=True)
 
@@ -193,13 +192,13 @@ def run(model, prompt, parts) -> torch.Tensor:
 @given(
     st.integers(1, 10), st.integers(1, 5), st.integers(1, 7), st.integers(1, 9), st.booleans(), st.sampled_from([0, 10**9])
 )
-def test_without_a_kernel_few_rows_are_transposed(batch, length, wide, tall, bias, huge):
+def test_without_a_kernel_products_of_few_rows_are_transposed(batch, length, wide, tall, bias, huge):
     plain, x = nn.Linear(wide, tall, bias=bias), torch.randn(batch, length, wide)
     with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
         patched.setattr(loader, "available", lambda: False)
-        patched.setattr(few_rows_module, "LARGE", 0)
-        patched.setattr(few_rows_module, "HUGE", huge)
-        layer = few_rows(plain)
+        patched.setattr(linear, "LARGE", 0)
+        patched.setattr(linear, "HUGE", huge)
+        layer = optimize_modules(plain)
         assert isinstance(layer, TransposedLinear)
         torch.testing.assert_close(layer(x), plain(x))
 
@@ -207,7 +206,7 @@ def test_without_a_kernel_few_rows_are_transposed(batch, length, wide, tall, bia
 def test_where_gradients_are_wanted_the_layer_is_torchs_own():
     plain = nn.Linear(16, 3)
     x = torch.randn(2, 16, requires_grad=True)
-    few_rows(plain)(x).sum().backward()
+    optimize_modules(plain)(x).sum().backward()
     torch.testing.assert_close(x.grad, plain.weight.detach().sum(0).expand(2, -1))
 
 

@@ -53,7 +53,7 @@ def test_a_race_counts_what_the_statistics_count_and_scores_by_the_base_alone(st
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 9])
-def test_the_readout_of_few_rows_is_the_output_embedding(story, rows):
+def test_the_readout_fake_skinny_matmul_is_the_output_embedding(story, rows):
     model, _ = story
     hidden = torch.randn(1, rows, model.base.config.hidden_size, generator=torch.Generator().manual_seed(rows))
     with torch.inference_mode():

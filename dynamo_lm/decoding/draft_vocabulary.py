@@ -15,7 +15,7 @@ from torch import nn
 
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.decoding.protocol import MultiHeadLM
-from dynamo_lm.kernels.linear import few_rows
+from dynamo_lm.kernels.linear import optimize_modules
 
 COVERED = 0.99  # of the counted text
 LEAST = 2**11  # tokens of the smallest list
@@ -59,4 +59,4 @@ def _draft_vocabulary(table: Cooccurrence, output: nn.Linear) -> DraftVocabulary
     short.weight = nn.Parameter(output.weight.detach()[rows], requires_grad=False)
     if output.bias is not None:
         short.bias = nn.Parameter(output.bias.detach()[rows], requires_grad=False)
-    return DraftVocabulary(ids, few_rows(short))
+    return DraftVocabulary(ids, optimize_modules(short))

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dynamo_lm.kernels import loader
 
-NAME = "dynamo_lm_few_queries"  # in transformers' register of attention functions
+NAME = "dynamo_lm_decode_attention"  # in transformers' register of attention functions
 MOST = 64  # queries; more are a prompt, which torch's tiles are made for
 
 
@@ -48,7 +48,7 @@ def attention(
     ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
     scale = width**-0.5 if scaling is None else scaling
-    return torch.ops.dynamo_lm.few_queries(query, key, value, attention_mask, scale), None
+    return torch.ops.dynamo_lm.decode_attention(query, key, value, attention_mask, scale), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention)

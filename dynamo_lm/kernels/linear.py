@@ -37,7 +37,7 @@ class SkinnyLinear(nn.Linear):
         """(..., in) -> (..., out)."""
         if not 0 < x.numel() <= self.most * self.in_features or torch.is_grad_enabled() or x.dtype != self.weight.dtype:
             return F.linear(x, self.weight, self.bias)
-        return torch.ops.dynamo_lm.few_rows(x, self.weight, self.bias)
+        return torch.ops.dynamo_lm.skinny_matmul(x, self.weight, self.bias)
 
 
 class TransposedLinear(nn.Linear):
@@ -55,7 +55,7 @@ class TransposedLinear(nn.Linear):
         return out[:, :rows].t().contiguous().unflatten(0, x.shape[:-1])
 
 
-def few_rows(model: M) -> M:
+def optimize_modules(model: M) -> M:
     """A shallow copy of a tree of modules with products and attention for few rows, where those help: on a CPU."""
     return _twin(model, {}, {})
 

@@ -24,7 +24,7 @@ from dynamo_lm.decoding.generate import generate
 from dynamo_lm.decoding.runtime import Runtime
 from dynamo_lm.errors import InputError
 from dynamo_lm.kernels import loader
-from dynamo_lm.kernels.linear import few_rows
+from dynamo_lm.kernels.linear import optimize_modules
 from dynamo_lm.model.checkpoint import load, save
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.coupling import Coupling
@@ -247,7 +247,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         See `dynamo_lm.kernels.linear` and `dynamo_lm.backbone.stacked_heads`; its results are this model's, up to rounding.
         """
         loader.available()  # wherever the model is, the sampler runs on the host
-        twin = few_rows(self)
+        twin = optimize_modules(self)
         layers = decoder_layers(twin.base)
         twin._last_layer = (layers[-1],)
         if num_heads > 1 and self.config.feed == "stem" and self.config.layers_per_head == 1:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dynamo_lm.backbone.base_model import PassThrough
 from dynamo_lm.errors import InputError
-from dynamo_lm.kernels.linear import few_rows
+from dynamo_lm.kernels.linear import optimize_modules
 
 CHUNK = 256  # positions whose logits exist at once: 268 MB at a vocabulary of 262,144
 
@@ -55,7 +55,7 @@ class Reader:
             if not names or self._body is None or self._body is model:
                 return
             twin = copy.copy(model)
-            parts: dict[str, nn.Module] = {model.base_model_prefix: PassThrough(), names[0]: few_rows(output)}
+            parts: dict[str, nn.Module] = {model.base_model_prefix: PassThrough(), names[0]: optimize_modules(output)}
             twin._modules = {**model._modules, **parts}
             hidden = self._body(input_ids=ids, use_cache=False).last_hidden_state
             mine = twin(inputs_embeds=hidden, use_cache=False).logits

@@ -77,8 +77,10 @@ struct Line {
       int64_t i = begin;
       for (; i + 8 <= end; i += 8) {
         const Lanes weights = exponential(load(logits + i) - most);
-        sum += __builtin_convertvector(__builtin_shufflevector(weights, weights, 0, 1, 2, 3), Doubles);
-        sum += __builtin_convertvector(__builtin_shufflevector(weights, weights, 4, 5, 6, 7), Doubles);
+        FourLanes halves[2];  // the lower four and the upper four
+        std::memcpy(halves, &weights, sizeof weights);
+        sum += __builtin_convertvector(halves[0], Doubles);
+        sum += __builtin_convertvector(halves[1], Doubles);
       }
       double all = sum[0] + sum[1] + sum[2] + sum[3];
       for (; i < end; i++) all += weight(logits[i], most);

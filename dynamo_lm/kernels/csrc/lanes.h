@@ -32,7 +32,13 @@ inline void checked(AOTITorchError error) {
   if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("torch refused a call of a kernel");
 }
 
+// A precondition of a kernel, refused in one sentence: it reads memory by what the sizes say.
+inline void require(bool holds, const char* otherwise) {
+  if (!holds) throw std::runtime_error(otherwise);
+}
+
 typedef float Lanes __attribute__((vector_size(32)));
+typedef float FourLanes __attribute__((vector_size(16)));
 typedef uint32_t Bits __attribute__((vector_size(32)));
 typedef float LooseLanes __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t LooseBits __attribute__((vector_size(32), aligned(2), may_alias));
@@ -87,17 +93,24 @@ inline Lanes exponential(Lanes x) {
   return x < -87.0f ? Lanes{} : p * (Lanes)((n + 127) << 23);
 }
 
+// Entries of two vectors, counted through both. GCC has clang's name for it since version 12.
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (Whole){__VA_ARGS__})
+#endif
+
 // The sums over the lanes of eight vectors, that of vector i in lane i.
 inline Lanes sums(const Lanes* a) {
   Lanes b[4], c[2];
   for (int i = 0; i < 4; i++)
-    b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
-           __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    b[i] = SHUFFLED(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+           SHUFFLED(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   for (int i = 0; i < 2; i++)
-    c[i] = __builtin_shufflevector(b[2 * i], b[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
-           __builtin_shufflevector(b[2 * i], b[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
-  return __builtin_shufflevector(c[0], c[1], 0, 2, 8, 10, 4, 6, 12, 14) +
-         __builtin_shufflevector(c[0], c[1], 1, 3, 9, 11, 5, 7, 13, 15);
+    c[i] = SHUFFLED(b[2 * i], b[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+           SHUFFLED(b[2 * i], b[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+  return SHUFFLED(c[0], c[1], 0, 2, 8, 10, 4, 6, 12, 14) +
+         SHUFFLED(c[0], c[1], 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
 // float32 as bfloat16, to the nearest, ties to even: the lower half of every lane.
@@ -138,6 +151,8 @@ struct View {
   T* as() const {
     return static_cast<T*>(data);
   }
+
+  bool floating() const { return dtype == aoti_torch_dtype_float32() || dtype == aoti_torch_dtype_bfloat16(); }
 
   int64_t count() const {
     int64_t product = 1;

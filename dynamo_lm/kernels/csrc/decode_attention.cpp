@@ -1,7 +1,7 @@
 // Attention of the few queries of a decoding step, float32 or bfloat16.
 //
 // A query passes over the keys that it sees, in the order of their slots, and over nothing else: neither the queries beside it
-// nor the slots that are hidden from it have any part in its result. With `few_rows` this makes a step of several tokens equal,
+// nor the slots that are hidden from it have any part in its result. With `skinny_matmul` this makes a step of several tokens equal,
 // bit for bit, to as many steps of one. Queries that see the same slots, but for the last few, pass over them together: a key
 // is then loaded once for all of them.
 
@@ -168,33 +168,49 @@ void attend_all(const View& query, const View& key, const View& value, const Vie
 
 // query: (rows, heads, queries, width), key and value: (rows, fewer heads, slots, width), mask: (rows or 1, 1, queries, slots)
 // bool -> (rows, queries, heads, width). width is a multiple of 16.
-AtenTensorHandle few_queries(AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle mask,
+AtenTensorHandle decode_attention(AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle mask,
                              double scaling) {
-  const View q(query), k(key), v(value);
-  if (q.strides[3] != 1) return few_queries(torch::stable::contiguous(borrowed(query)).get(), key, value, mask, scaling);
-  if (k.strides[3] != 1) return few_queries(query, torch::stable::contiguous(borrowed(key)).get(), value, mask, scaling);
-  if (v.strides[3] != 1) return few_queries(query, key, torch::stable::contiguous(borrowed(value)).get(), mask, scaling);
+  const View q(query), k(key), v(value), m(mask);
+  require(q.dims == 4 && k.dims == 4 && v.dims == 4 && m.dims == 4,
+          "decode_attention: query, key, value and mask must have four dimensions.");
+  require(q.floating(), "decode_attention: query must be float32 or bfloat16.");
+  require(k.dtype == q.dtype && v.dtype == q.dtype, "decode_attention: key and value must have the dtype of query.");
+  require(m.dtype == aoti_torch_dtype_bool(), "decode_attention: mask must be bool, true where a key is seen.");
+  require(std::equal(k.sizes, k.sizes + 4, v.sizes), "decode_attention: key and value must have the same shape.");
+  require(k.sizes[0] == q.sizes[0], "decode_attention: query and key must have as many rows.");
+  require(k.sizes[1] > 0 && q.sizes[1] % k.sizes[1] == 0,
+          "decode_attention: the heads of query must be a multiple of those of key.");
+  require(k.sizes[3] == q.sizes[3], "decode_attention: query and key must have one width.");
+  require(q.sizes[3] > 0 && q.sizes[3] % STRIDE == 0, "decode_attention: the width must be a positive multiple of 16.");
+  require(k.sizes[2] > 0, "decode_attention: there are no keys.");
+  require((m.sizes[0] == 1 || m.sizes[0] == q.sizes[0]) && m.sizes[1] == 1 && m.sizes[2] == q.sizes[2] &&
+              m.sizes[3] == k.sizes[2],
+          "decode_attention: mask must be (rows or 1, 1, queries, keys).");
+  if (q.strides[3] != 1) return decode_attention(torch::stable::contiguous(borrowed(query)).get(), key, value, mask, scaling);
+  if (k.strides[3] != 1) return decode_attention(query, torch::stable::contiguous(borrowed(key)).get(), value, mask, scaling);
+  if (v.strides[3] != 1) return decode_attention(query, key, torch::stable::contiguous(borrowed(value)).get(), mask, scaling);
   const int64_t shape[] = {q.sizes[0], q.sizes[2], q.sizes[1], q.sizes[3]};
   const AtenTensorHandle result = empty(shape, 4, q.dtype);
   const View to(result);
-  if (q.dtype == aoti_torch_dtype_float32()) attend_all(q, k, v, View(mask), scaling, to.as<float>());
-  else attend_all(q, k, v, View(mask), scaling, to.as<uint16_t>());
+  if (to.count() == 0) return result;
+  if (q.dtype == aoti_torch_dtype_float32()) attend_all(q, k, v, m, scaling, to.as<float>());
+  else attend_all(q, k, v, m, scaling, to.as<uint16_t>());
   return result;
 }
 
-Tensor few_queries_of(Tensor query, Tensor key, Tensor value, Tensor mask, double scaling) {
-  return Tensor(few_queries(query.get(), key.get(), value.get(), mask.get(), scaling));
+Tensor decode_attention_of(Tensor query, Tensor key, Tensor value, Tensor mask, double scaling) {
+  return Tensor(decode_attention(query.get(), key.get(), value.get(), mask.get(), scaling));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dynamo_lm, library) {
-  library.def("few_queries(Tensor query, Tensor key, Tensor value, Tensor mask, float scaling) -> Tensor");
+  library.def("decode_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scaling) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(dynamo_lm, CPU, library) { library.impl("few_queries", TORCH_BOX(&few_queries_of)); }
+STABLE_TORCH_LIBRARY_IMPL(dynamo_lm, CPU, library) { library.impl("decode_attention", TORCH_BOX(&decode_attention_of)); }
 
-extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_cpu_few_queries(
+extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_cpu_decode_attention(
     AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle mask, double scaling,
     AtenTensorHandle* result) {
-  return guarded([&] { *result = few_queries(query, key, value, mask, scaling); });
+  return guarded([&] { *result = decode_attention(query, key, value, mask, scaling); });
 }

@@ -131,10 +131,23 @@ void multiply(const T* x, const T* weight, const T* bias, T* y, int64_t rows, in
 }
 
 // x: (..., in), weight: (out, in) contiguous of the same type, bias: (out,) or null -> (..., out). in is a multiple of 16.
-AtenTensorHandle few_rows(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle bias) {
+AtenTensorHandle skinny_matmul(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle bias) {
   const View from(x), w(weight);
-  if (!from.contiguous()) return few_rows(torch::stable::contiguous(borrowed(x)).get(), weight, bias);
-  const int64_t out = w.sizes[0], in = w.sizes[1], rows = from.count() / in;
+  require(from.dims >= 1 && from.dims <= MOST_DIMS, "skinny_matmul: x has no dimension, or more than 8.");
+  require(w.dims == 2, "skinny_matmul: weight must have two dimensions, (out, in).");
+  require(from.floating(), "skinny_matmul: x must be float32 or bfloat16.");
+  require(w.dtype == from.dtype, "skinny_matmul: weight must have the dtype of x.");
+  require(w.contiguous(), "skinny_matmul: weight must be contiguous; pass weight.contiguous().");
+  const int64_t out = w.sizes[0], in = w.sizes[1];
+  require(from.sizes[from.dims - 1] == in, "skinny_matmul: the last size of x must be the last size of weight.");
+  require(in > 0 && in % STRIDE == 0, "skinny_matmul: the inner size must be a positive multiple of 16.");
+  if (bias) {
+    const View b(bias);
+    require(b.dims == 1 && b.sizes[0] == out, "skinny_matmul: bias must have one dimension, the first size of weight.");
+    require(b.dtype == from.dtype && b.contiguous(), "skinny_matmul: bias must be contiguous and have the dtype of x.");
+  }
+  if (!from.contiguous()) return skinny_matmul(torch::stable::contiguous(borrowed(x)).get(), weight, bias);
+  const int64_t rows = from.count() / in;
   std::array<int64_t, MOST_DIMS> shape;
   std::copy(from.sizes, from.sizes + from.dims - 1, shape.begin());
   shape[from.dims - 1] = out;
@@ -148,17 +161,17 @@ AtenTensorHandle few_rows(AtenTensorHandle x, AtenTensorHandle weight, AtenTenso
   return result;
 }
 
-Tensor few_rows_of(Tensor x, Tensor weight, std::optional<Tensor> bias) {
-  return Tensor(few_rows(x.get(), weight.get(), bias ? bias->get() : nullptr));
+Tensor skinny_matmul_of(Tensor x, Tensor weight, std::optional<Tensor> bias) {
+  return Tensor(skinny_matmul(x.get(), weight.get(), bias ? bias->get() : nullptr));
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(dynamo_lm, library) { library.def("few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor"); }
-STABLE_TORCH_LIBRARY_IMPL(dynamo_lm, CPU, library) { library.impl("few_rows", TORCH_BOX(&few_rows_of)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(dynamo_lm, library) { library.def("skinny_matmul(Tensor x, Tensor weight, Tensor? bias) -> Tensor"); }
+STABLE_TORCH_LIBRARY_IMPL(dynamo_lm, CPU, library) { library.impl("skinny_matmul", TORCH_BOX(&skinny_matmul_of)); }
 
 // What compiled steps call without a way through Python.
-extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_cpu_few_rows(
+extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_cpu_skinny_matmul(
     AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, AtenTensorHandle* result) {
-  return guarded([&] { *result = few_rows(x, weight, bias ? *bias : nullptr); });
+  return guarded([&] { *result = skinny_matmul(x, weight, bias ? *bias : nullptr); });
 }

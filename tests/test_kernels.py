@@ -1,0 +1,110 @@
+"""The custom ops refuse what they cannot read, in one sentence, and are registered as torch expects."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dynamo_lm.kernels import loader
+
+pytestmark = pytest.mark.skipif(not loader.available(), reason="the kernels are not built here")
+
+
+def matmul(x, weight, bias=None):
+    return torch.ops.dynamo_lm.skinny_matmul(x, weight, bias)
+
+
+def attention(query, key, value, mask):
+    return torch.ops.dynamo_lm.decode_attention(query, key, value, mask, 0.25)
+
+
+def states(rows=1, heads=4, length=3, width=16, dtype=torch.float32):
+    return torch.randn(rows, heads, length, width, dtype=dtype)
+
+
+SEEN = torch.ones(1, 1, 3, 5, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ops_are_registered_as_torch_expects(dtype):
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    product = (torch.randn(3, 32, dtype=dtype), torch.randn(7, 32, dtype=dtype), torch.randn(7, dtype=dtype))
+    torch.library.opcheck(torch.ops.dynamo_lm.skinny_matmul.default, product, test_utils=checks)
+    torch.library.opcheck(torch.ops.dynamo_lm.skinny_matmul.default, (*product[:2], None), test_utils=checks)
+    key = states(heads=2, length=5, dtype=dtype)
+    call = (states(dtype=dtype), key, key.clone(), SEEN, 0.25)
+    torch.library.opcheck(torch.ops.dynamo_lm.decode_attention.default, call, test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias", "words"),
+    [
+        (torch.randn(2, 16), torch.randn(4, 32), None, "last size of x"),
+        (torch.randn(2, 24), torch.randn(4, 24), None, "multiple of 16"),
+        (torch.randn(2, 0), torch.randn(4, 0), None, "contiguous|multiple of 16"),
+        (torch.randn(2, 16), torch.randn(16, 4).t(), None, "contiguous"),
+        (torch.randn(2, 16), torch.randn(4, 32)[:, ::2], None, "contiguous"),
+        (torch.ones(2, 16, dtype=torch.int64), torch.ones(4, 16, dtype=torch.int64), None, "float32 or bfloat16"),
+        (torch.ones(2, 16, dtype=torch.float64), torch.ones(4, 16, dtype=torch.float64), None, "float32 or bfloat16"),
+        (torch.randn(2, 16), torch.randn(4, 16).bfloat16(), None, "dtype of x"),
+        (torch.randn(2, 16), torch.randn(16), None, "two dimensions"),
+        (torch.tensor(1.0), torch.randn(4, 16), None, "no dimension"),
+        (torch.randn(2, 16), torch.randn(4, 16), torch.randn(3), "bias"),
+        (torch.randn(2, 16), torch.randn(4, 16), torch.randn(4).bfloat16(), "bias"),
+        (torch.randn(2, 16), torch.randn(4, 16), torch.randn(8)[::2], "bias"),
+    ],
+)
+def test_a_product_of_what_does_not_fit_is_refused(x, weight, bias, words):
+    with pytest.raises(RuntimeError, match=words):
+        matmul(x, weight, bias)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value", "mask", "words"),
+    [
+        (states(width=8), states(length=5, width=8), states(length=5, width=8), SEEN, "multiple of 16"),
+        (states(), states(length=5, width=32), states(length=5, width=32), SEEN, "one width"),
+        (states(), states(length=5), states(length=4), SEEN, "same shape"),
+        (states(heads=4), states(heads=3, length=5), states(heads=3, length=5), SEEN, "multiple of those of key"),
+        (states(), states(rows=2, length=5), states(rows=2, length=5), SEEN, "as many rows"),
+        (states(), states(length=5), states(length=5), SEEN.float(), "mask must be bool"),
+        (states(), states(length=5), states(length=5), SEEN[..., :4], "mask must be"),
+        (states(), states(length=5), states(length=5), SEEN[:, :, :2], "mask must be"),
+        (states(), states(length=5), states(length=5), SEEN[0], "four dimensions"),
+        (states(dtype=torch.float64), states(length=5), states(length=5), SEEN, "float32 or bfloat16"),
+        (states(), states(length=5, dtype=torch.bfloat16), states(length=5, dtype=torch.bfloat16), SEEN, "dtype of query"),
+        (states(), states(length=0), states(length=0), SEEN[..., :0], "no keys"),
+    ],
+)
+def test_attention_over_what_does_not_fit_is_refused(query, key, value, mask, words):
+    with pytest.raises(RuntimeError, match=words):
+        attention(query, key, value, mask)
+
+
+def test_nothing_in_is_nothing_out():
+    assert matmul(torch.randn(0, 16), torch.randn(4, 16)).shape == (0, 4)
+    assert matmul(torch.randn(2, 16), torch.randn(0, 16)).shape == (2, 0)
+    none = torch.ones(1, 1, 0, 5, dtype=torch.bool)
+    assert attention(states(length=0), states(length=5), states(length=5), none).shape == (1, 0, 4, 16)
+
+
+def test_gradients_are_refused():
+    weight = torch.randn(4, 16, requires_grad=True)
+    with pytest.raises(RuntimeError, match="skinny_matmul has no gradient"):
+        matmul(torch.randn(2, 16), weight).sum().backward()
+
+
+def test_a_build_that_failed_is_remembered_and_reported(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    broken = tmp_path / "c++"
+    broken.write_text('#!/bin/sh\necho "x.cpp:1: error: this compiler refuses" >&2; echo tried >> "$0.log"; exit 1\n')
+    broken.chmod(0o755)
+    surroundings = os.environ | {"CXX": str(broken), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    code = "from dynamo_lm.kernels import loader; print(loader.status())"
+    runs = [subprocess.run([sys.executable, "-c", code], env=surroundings, capture_output=True, text=True) for _ in range(2)]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr
+    assert all("not in use" in run.stdout for run in runs)
+    assert "could not be built" in runs[0].stderr and "could not be built" not in runs[1].stderr
