@@ -19,13 +19,14 @@ def info(
 
     Reads configuration and tables but no weights, so it is quick for models of any size.
     """
+    from dynamo_lm.kernels import loader
     from dynamo_lm.model.loading import print_json, resolve
 
-    facts = describe(resolve(model))
+    facts = describe(resolve(model)) | {"kernels": loader.status()}
     if json:
         print_json(facts)
         return
-    for name, value in lines(facts):
+    for name, value in [*lines(facts), ("kernels", facts["kernels"])]:
         print(f"{name:<12}{value}")
 
 
