@@ -131,7 +131,11 @@ def test_a_row_that_is_refused_leaves_the_batch_as_it_was():
         ([], DecodingOptions(4, 2), "prompt is empty"),
         ([1, 97], DecodingOptions(4, 2), "has token 97"),
         ([1], DecodingOptions(4, 3), "this batch was made for 2"),
-        ([1], DecodingOptions(4, 2, verify="off", warps=(lambda row, tokens, logits: logits,)), "Warps do not apply"),
+        (
+            [1],
+            DecodingOptions(4, 2, verify="off", logits_processors=(lambda row, tokens, logits: logits,)),
+            "Logits processors do not apply",
+        ),
     ):
         with pytest.raises(InputError, match=said):
             batch.join(prompt, options, seed=0)

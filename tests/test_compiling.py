@@ -38,12 +38,12 @@ def test_a_cache_of_fixed_shape_gives_the_same_states(name):
     with torch.inference_mode():
         whole = model.hidden(tokens, num_heads=3)
         for start, width, keep in ((0, 5, 5), (5, 3, 2), (7, 3, 1), (8, 3, 3)):
-            positions = cache.begin(width)
+            positions = cache.reserve(width)
             mask = AttentionMaskBuilder.of(model.base.config, model.dtype).mask(positions, torch.arange(cache.end)[None])
             kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
             hidden = model.hidden(tokens[:, start : start + width], num_heads=3, **kwargs)
             states.append(hidden[:, :, :keep])
-            cache.keep(torch.tensor([keep]))
+            cache.commit(torch.tensor([keep]))
             assert cache.layers[0].keys.shape[2] == 32
     torch.testing.assert_close(torch.cat(states, 2), whole[:, :, :11], rtol=1e-4, atol=1e-4)
 
@@ -70,12 +70,12 @@ def test_later_steps_reach_compiled_code_straight_away_with_the_same_result(name
     def steps(forward, prompt: int) -> None:
         cache = StaticKVCache(twin.cache_entries, 32)
         for start, width in ((0, prompt), (prompt, 2), (prompt + 2, 2)):
-            positions = cache.begin(width)
+            positions = cache.reserve(width)
             mask = form.mask(positions, torch.arange(cache.end)[None])
             kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "num_heads": 3}
             call = twin.hidden if start == 0 else forward
             results.append(call(tokens[:, start : start + width], **kwargs))
-            cache.keep(torch.tensor([width]))
+            cache.commit(torch.tensor([width]))
         cache.release()
         assert not cache.handed
 

@@ -566,30 +566,30 @@ def fill(cache: RaggedKVCache, layer: int, values: Tensor) -> Tensor:
 
 def test_rows_of_a_cache_have_lengths_of_their_own():
     cache = RaggedKVCache(num_layers=1, rows=2)
-    assert cache.begin(3).tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert cache.reserve(3).tolist() == [[0, 1, 2], [0, 1, 2]]
     assert fill(cache, 0, torch.tensor([[1, 2, 3], [4, 5, 9]])).tolist() == [[1, 2, 3], [4, 5, 9]]
-    cache.keep(torch.tensor([3, 2]))  # of the second row, the last is forgotten
+    cache.commit(torch.tensor([3, 2]))  # of the second row, the last is forgotten
     assert cache.lengths.tolist() == [3, 2]
     assert cache.get_seq_length() == 3
 
-    assert cache.begin(2).tolist() == [[3, 4], [2, 3]]
+    assert cache.reserve(2).tolist() == [[3, 4], [2, 3]]
     seen = fill(cache, 0, torch.tensor([[6, 7], [8, 8]]))
     assert seen.shape == (2, 5)
     assert seen[0].tolist() == [1, 2, 3, 6, 7]
     assert seen[1, :4].tolist() == [4, 5, 8, 8]  # written over what was forgotten
-    cache.keep(torch.tensor([1, 2]))
+    cache.commit(torch.tensor([1, 2]))
     assert cache.lengths.tolist() == [4, 4]
 
 
 def test_a_cache_keeps_the_rows_selected():
     cache = RaggedKVCache(num_layers=2, rows=3)
-    cache.begin(2)
+    cache.reserve(2)
     for layer in (0, 1):
         fill(cache, layer, torch.tensor([[1, 2], [3, 4], [5, 6]]) + 10 * layer)
-    cache.keep(torch.tensor([2, 1, 2]))
+    cache.commit(torch.tensor([2, 1, 2]))
     cache.select(torch.tensor([0, 2]))
     assert cache.lengths.tolist() == [2, 2]
-    cache.begin(1)
+    cache.reserve(1)
     assert fill(cache, 0, torch.tensor([[7], [8]])).tolist() == [[1, 2, 7], [5, 6, 8]]
     assert fill(cache, 1, torch.tensor([[7], [8]])).tolist() == [[11, 12, 7], [15, 16, 8]]
 
@@ -599,13 +599,13 @@ def test_a_cache_grows_beyond_its_buffer_and_forgets_nothing():
     expected: list[list[int]] = [[], []]
     for step in range(3 * GROWTH // 4):
         new = torch.arange(4) + 4 * step + 10_000 * rows
-        cache.begin(4)
+        cache.reserve(4)
         seen = fill(cache, 0, new)
         keep = torch.tensor([4, step % 3])
         for row in (0, 1):
             assert seen[row, : len(expected[row])].tolist() == expected[row] if step % 50 == 0 else True
             expected[row] += new[row, : keep[row]].tolist()
-        cache.keep(keep)
+        cache.commit(keep)
     assert cache.lengths.tolist() == [len(row) for row in expected]
 
 

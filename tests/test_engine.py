@@ -180,11 +180,11 @@ def run(model, prompt, parts) -> torch.Tensor:
     """Final states of all heads at the tokens behind a prompt that are absorbed part by part."""
     cache, states = RaggedKVCache(model.cache_entries, 1), []
     for tokens in (prompt, *parts):
-        positions = cache.begin(tokens.shape[1])
+        positions = cache.reserve(tokens.shape[1])
         mask = AttentionMaskBuilder.of(model.base.config, model.dtype).mask(positions, torch.arange(cache.end)[None])
         kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         states.append(model.hidden(tokens, num_heads=3, **kwargs))
-        cache.keep(torch.tensor([tokens.shape[1]]))
+        cache.commit(torch.tensor([tokens.shape[1]]))
     return torch.cat(states[1:], 2)
 
 
@@ -227,12 +227,12 @@ def steps(model, num_heads: int):
     cache, states = RaggedKVCache(model.cache_entries, 3), []
     for seed, (keep, stay) in enumerate([([5, 7, 6], [0, 1, 2]), ([1, 2, 2], [0, 2]), ([2, 1], [0, 1])]):
         tokens = random_tokens(len(cache.lengths), max(keep), seed=seed)
-        positions = cache.begin(tokens.shape[1])
+        positions = cache.reserve(tokens.shape[1])
         mask = AttentionMaskBuilder.of(model.base.config, model.dtype).mask(positions, torch.arange(cache.end)[None])
         kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         hidden = model.hidden(tokens, num_heads=num_heads, **kwargs)
         states += [hidden[:, row, :count] for row, count in enumerate(keep)]
-        cache.keep(torch.tensor(keep))
+        cache.commit(torch.tensor(keep))
         cache.select(torch.tensor(stay))
     return states
 

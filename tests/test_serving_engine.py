@@ -76,7 +76,11 @@ def test_a_rule_that_raises_ends_its_own_text_alone():
     async def scenario(engine):
         good = asyncio.ensure_future(tokens_of(engine.accept([ask(tokens=60)])))
         errors = []
-        for options in ({"stops": (bad_stop,)}, {"warps": (bad_warp,)}, {"warps": (empty_warp,), "sample": True}):
+        for options in (
+            {"stops": (bad_stop,)},
+            {"logits_processors": (bad_warp,)},
+            {"logits_processors": (empty_warp,), "sample": True},
+        ):
             try:
                 await tokens_of(engine.accept([ask(**options)]))
             except (RuntimeError, InputError) as error:

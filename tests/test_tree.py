@@ -129,17 +129,17 @@ def test_where_hardly_any_draft_is_kept_none_is_tried_and_taken_if_faster():
 
 def test_kept_slots_move_up_for_every_copy_of_a_row():
     cache = RaggedKVCache(2, 2)
-    cache.begin(2)
+    cache.reserve(2)
     for layer, copies in enumerate((1, 3)):  # the second layer is wide: three copies of every row
         cache.layers[layer].update(*[torch.zeros(2 * copies, 1, 2, 1)] * 2)
-    cache.keep(torch.tensor([2, 1]))
-    cache.begin(4)
+    cache.commit(torch.tensor([2, 1]))
+    cache.reserve(4)
     written = torch.arange(4.0)[None, None, :, None]
     for layer, copies in enumerate((1, 3)):
         new = torch.cat([written + 10 * row + 100 * copy for copy in range(copies) for row in range(2)])
         cache.layers[layer].update(new, new)
     cache.gather([[2, 3], [3]])
-    cache.keep(torch.tensor([3, 2]))
+    cache.commit(torch.tensor([3, 2]))
     for layer, copies in enumerate((1, 3)):
         keys = cache.layers[layer].keys[:, 0, :, 0]
         for copy in range(copies):

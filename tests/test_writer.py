@@ -52,7 +52,7 @@ def test_characters_of_several_tokens_appear_when_they_are_whole():
     ids = BYTES("fox é!")["input_ids"]
     writer = IncrementalDetokenizer(BYTES, ids[:3])
     assert [writer.add([token]) for token in ids[3:]] == [" ", "", "é", "!"]
-    assert (writer.end(), writer.said, writer.ended) == ("", " é!", False)
+    assert (writer.end(), writer.text, writer.ended) == ("", " é!", False)
 
 
 def test_what_stands_before_half_a_character_is_not_held_back():
@@ -64,7 +64,7 @@ def test_what_stands_before_half_a_character_is_not_held_back():
 def test_half_a_character_at_the_end_is_said_as_the_tokenizer_says_it():
     ids = BYTES("a é")["input_ids"]
     writer = IncrementalDetokenizer(BYTES, ids[:1])
-    assert (writer.add(ids[1:3]), writer.end(), writer.said) == (" ", "\ufffd", " \ufffd")
+    assert (writer.add(ids[1:3]), writer.end(), writer.text) == (" ", "\ufffd", " \ufffd")
 
 
 def test_a_character_that_the_prompt_began_belongs_to_the_text():
@@ -95,7 +95,7 @@ def test_a_stop_string_ends_the_text(steps, stops, kept, cut):
         writer = IncrementalDetokenizer(BYTES, BYTES("go ")["input_ids"], stops, keep_stop=keep_stop)
         assert [writer.add(BYTES(step)["input_ids"]) for step in steps] == expected
         assert writer.ended and writer.end() == "" and writer.add(BYTES("more")["input_ids"]) == ""
-        assert writer.said == "".join(expected)
+        assert writer.text == "".join(expected)
 
 
 def test_the_beginning_of_a_stop_string_is_given_out_when_nothing_follows():
@@ -123,11 +123,11 @@ def test_the_text_is_the_one_that_decoding_it_whole_gives(tokenizer, prompt, tex
     for step in steps_of(new, cuts):
         more = writer.add(step)
         said += more
-        assert said == writer.said
+        assert said == writer.text
         assert stops or not more.endswith("\ufffd")  # in front of a stop string it may be certain that a byte is none
     said += writer.end()
     assert (said, writer.ended) == slowly(tokenizer, ids, new, stops, keep_stop)
-    assert writer.said == said
+    assert writer.text == said
 
 
 @given(
@@ -143,4 +143,4 @@ def test_spaces_that_a_tokenizer_strips_at_the_beginning_are_not_lost_inside(wor
     for step in steps_of(tokens[len(prompt) :], cuts):
         writer.add(step)
     writer.end()
-    assert LLAMA.decode(prompt, skip_special_tokens=True) + writer.said == LLAMA.decode(tokens, skip_special_tokens=True)
+    assert LLAMA.decode(prompt, skip_special_tokens=True) + writer.text == LLAMA.decode(tokens, skip_special_tokens=True)

@@ -271,12 +271,12 @@ def generate(
     for number, (text, writer, statistics) in enumerate(zip(texts, writers, output.statistics, strict=True)):
         rest = writer.end()
         if json:
-            facts = {"prompt": text, "text": text + writer.said, "new_text": writer.said, "seed": seed + number}
+            facts = {"prompt": text, "text": text + writer.text, "new_text": writer.text, "seed": seed + number}
             print(json_format.dumps(facts | {"statistics": numbers(statistics)}, ensure_ascii=False), flush=True)
         elif streaming:
             _say(rest + "\n")
         else:
-            _say(text + writer.said + "\n")
+            _say(text + writer.text + "\n")
         if stats:
             print(sentence(statistics), file=sys.stderr)
 

@@ -98,14 +98,14 @@ class Batch:
         """
         check_heads(model, num_heads)
         self.num_heads, self.compile = num_heads, compile
-        self.trunk = ModelRunner(model, num_heads, compile=compile)
-        self.model = self.trunk.model
+        self.runner = ModelRunner(model, num_heads, compile=compile)
+        self.model = self.runner.model
         coupling = self.model.coupling  # whose table of tokens the host reads in every step
         self._embedding = None if coupling is None else coupling.tokens.detach().cpu()
         self._listed = draft_vocabulary_of(self.model)
         self._newcomers: list[SequenceState] = []
         self._rows: list[SequenceState] = []
-        self._seats: list[int] = []  # of each of them: which of the cache's rows it is; the others are empty
+        self._batch_slots: list[int] = []  # of each of them: which of the cache's rows it is; the others are empty
         self._cache: RaggedKVCache | None = None
 
     @property
@@ -136,7 +136,7 @@ class Batch:
             options,
             torch.Generator().manual_seed(seed),
             Statistics(n, proposed=[0] * (n - 1), accepted=[0] * (n - 1)),
-            pending=list(prompt),
+            input_ids=list(prompt),
             pace=_pace(self.model, options),
             present=_present(prompt, self.model.config.vocab_size) if options.off else None,
             ending="length" if options.max_new_tokens == 0 else None,
@@ -150,8 +150,8 @@ class Batch:
             self._newcomers.remove(row)
         elif row in self._rows:
             with torch.inference_mode():
-                self._vacate({row})
-                self._close_up()
+                self._free({row})
+                self._compact()
 
     def step(self) -> list[SequenceState]:
         """One forward over what every row emitted last, one over the prompts of newcomers, and the tokens that follow.
@@ -163,30 +163,32 @@ class Batch:
         with torch.inference_mode():
             if self._rows:
                 assert self._cache is not None
-                self._advance(self._rows, self._cache, self._seats, first=False)
-                self._vacate({row for row in self._rows if row.finished})
+                self._advance(self._rows, self._cache, self._batch_slots, first=False)
+                self._free({row for row in self._rows if row.finished})
             if self._newcomers:
                 newcomers, self._newcomers = self._newcomers, []
-                cache = self.trunk.new_cache(newcomers)
+                cache = self.runner.new_cache(newcomers)
                 self._advance(newcomers, cache, range(len(newcomers)), first=True)
-                self._seat(newcomers, cache)
-            self._close_up()
+                self._allocate(newcomers, cache)
+            self._compact()
         return stepped
 
-    def _vacate(self, rows: set[SequenceState]) -> None:
+    def _free(self, rows: set[SequenceState]) -> None:
         """Takes rows out; their seats stay empty."""
         if not rows:
             return
         assert self._cache is not None
-        self._cache.lengths[[seat for row, seat in zip(self._rows, self._seats, strict=True) if row in rows]] = 0
-        kept = [(row, seat) for row, seat in zip(self._rows, self._seats, strict=True) if row not in rows]
-        self._rows, self._seats = [row for row, _ in kept], [seat for _, seat in kept]
+        self._cache.lengths[
+            [batch_slot for row, batch_slot in zip(self._rows, self._batch_slots, strict=True) if row in rows]
+        ] = 0
+        kept = [(row, batch_slot) for row, batch_slot in zip(self._rows, self._batch_slots, strict=True) if row not in rows]
+        self._rows, self._batch_slots = [row for row, _ in kept], [batch_slot for _, batch_slot in kept]
 
-    def _seat(self, newcomers: list[SequenceState], cache: RaggedKVCache) -> None:
+    def _allocate(self, newcomers: list[SequenceState], cache: RaggedKVCache) -> None:
         """Takes in those newcomers that are not finished already: in empty seats, or in new ones behind the others."""
         if self._cache is None or not self._rows:
-            self._rows, self._seats, self._cache = newcomers, list(range(len(newcomers))), cache
-            self._vacate({row for row in newcomers if row.finished})
+            self._rows, self._batch_slots, self._cache = newcomers, list(range(len(newcomers))), cache
+            self._free({row for row in newcomers if row.finished})
             return
         going = [place for place, row in enumerate(newcomers) if not row.finished]
         if not going:
@@ -194,28 +196,28 @@ class Batch:
             return
         if len(going) < len(newcomers):
             cache.select(torch.tensor(going))
-        empty = sorted(set(range(self._cache.rows)) - set(self._seats))
+        empty = sorted(set(range(self._cache.rows)) - set(self._batch_slots))
         if len(empty) >= len(going):
-            seats = empty[: len(going)]
-            self._cache.place(cache, torch.arange(len(going)), torch.tensor(seats))
+            batch_slots = empty[: len(going)]
+            self._cache.copy_from(cache, torch.arange(len(going)), torch.tensor(batch_slots))
         else:
-            seats = list(range(self._cache.rows, self._cache.rows + len(going)))
+            batch_slots = list(range(self._cache.rows, self._cache.rows + len(going)))
             self._cache.extend(cache)
         cache.release()
         self._rows = self._rows + [newcomers[place] for place in going]
-        self._seats = self._seats + seats
+        self._batch_slots = self._batch_slots + batch_slots
 
-    def _close_up(self) -> None:
+    def _compact(self) -> None:
         """Gives empty seats back, once they are a quarter of all: each costs a step what a row does."""
         if not self._rows:
             if self._cache is not None:
-                self.trunk.give_back(self._cache)
-            self._cache, self._seats = None, []
+                self.runner.release(self._cache)
+            self._cache, self._batch_slots = None, []
         elif self._cache is not None and 4 * len(self._rows) <= 3 * self._cache.rows:
-            self._cache.select(torch.tensor(self._seats))
-            self._seats = list(range(len(self._rows)))
+            self._cache.select(torch.tensor(self._batch_slots))
+            self._batch_slots = list(range(len(self._rows)))
 
-    def _advance(self, rows: list[SequenceState], cache: RaggedKVCache, seats: Sequence[int], *, first: bool) -> None:
+    def _advance(self, rows: list[SequenceState], cache: RaggedKVCache, batch_slots: Sequence[int], *, first: bool) -> None:
         """One step of rows that are all at their prompt (`first`) or all behind it; seats: theirs in the cache."""
         began = time.perf_counter()
         if first:
@@ -224,74 +226,74 @@ class Batch:
         pace, size, promised = rows[0].pace, rows[0].size, rows[0].expected_accepted
 
         # 1. Absorb: one forward over what every row emitted (or drafted) last.
-        read = Candidates(self.model, rows, self._absorb(rows, cache, seats, first), self._listed, self._embedding)
+        read = Candidates(self.model, rows, self._forward(rows, cache, batch_slots, first), self._listed, self._embedding)
         scores = LogProbs(read.logits)
 
         # 2. Judge: how many of the absorbed tokens stay, and the base's next token behind them.
-        judged = [self._judge(r, row, read.logits[r], scores, first) for r, row in enumerate(rows)]
+        verified = [self._verify(r, row, read.logits[r], scores, first) for r, row in enumerate(rows)]
         if not first and any(row.branches for row in rows):
-            cache.gather(cache.by_seat(seats, [one.path for one in judged], []))
-        kept = [row.prompt_length if first else 1 + len(one.path) for row, one in zip(rows, judged, strict=True)]
-        cache.keep(torch.tensor(cache.by_seat(seats, kept, 0)))
+            cache.gather(cache.by_batch_slot(batch_slots, [one.path for one in verified], []))
+        kept = [row.prompt_length if first else 1 + len(one.path) for row, one in zip(rows, verified, strict=True)]
+        cache.commit(torch.tensor(cache.by_batch_slot(batch_slots, kept, 0)))
 
         # 3. Choose: from all heads behind the last token that stays, a draft of the tokens behind the certain one, or m
         # tokens at once.
-        chosen = read.behind([one.last for one in judged])
-        for r, (row, one) in enumerate(zip(rows, judged, strict=True)):
+        chosen = read.at([one.last for one in verified])
+        for r, (row, one) in enumerate(zip(rows, verified, strict=True)):
             if row.ending:
                 continue
             if row.options.off:
-                drawn = self._draw(row, *chosen[r], int(cache.lengths[seats[r]]))
+                drawn = self._draw(row, *chosen[r], int(cache.lengths[batch_slots[r]]))
                 scores.add(row, r, drawn[:1], behind=[one.last])
                 one.emitted.extend(drawn)
             else:
                 self._draft(row, *chosen[r], one.emitted, alone=len(rows) == 1)
 
         # 4. Emit, as far as no stop rule cuts it short.
-        for r, (row, one) in enumerate(zip(rows, judged, strict=True)):
+        for r, (row, one) in enumerate(zip(rows, verified, strict=True)):
             row.statistics.forwards += 1
             if row.ending:
                 row.emitted, row.finished = [], row.ending
             else:
-                count = row.emit(one.emitted, self.trunk.context)
+                count = row.emit(one.emitted, self.runner.context)
                 if not row.options.off:
                     scores.add(row, r, row.emitted, behind=[0, *one.path], costs=one.costs[:count])
                 if row.ending and row.options.off and row.options.logprobs is not None and count > 1:
-                    row.pending, row.parents = row.emitted, list(range(count - 1))  # one more forward scores them
+                    row.input_ids, row.parents = row.emitted, list(range(count - 1))  # one more forward scores them
                 else:
                     row.finished = row.ending
             row.statistics.seconds = time.perf_counter() - row.began
         if len(rows) == 1 and pace is not None and size > 0:
-            pace.record(size, time.perf_counter() - began, promised, len(judged[0].emitted) - 1)
+            pace.record(size, time.perf_counter() - began, promised, len(verified[0].emitted) - 1)
 
-    def _absorb(self, rows: list[SequenceState], cache: RaggedKVCache, seats: Sequence[int], first: bool) -> Tensor:
+    def _forward(self, rows: list[SequenceState], cache: RaggedKVCache, batch_slots: Sequence[int], first: bool) -> Tensor:
         """Final hidden states of the heads, (n, rows, width, hidden), of prompts those at their end alone."""
         if not first:
-            return self.trunk.step(rows, cache, seats)
-        ends, whole = self.trunk.prompts(rows, cache)
+            return self.runner.decode(rows, cache, batch_slots)
+        ends, whole = self.runner.prefill(rows, cache)
         if whole is not None:
             self._score_prompts(rows, whole)
         return ends
 
-    def _judge(self, r: int, row: SequenceState, logits: Tensor, scores: LogProbs, first: bool) -> _Judged:
+    def _verify(self, r: int, row: SequenceState, logits: Tensor, scores: LogProbs, first: bool) -> _Verified:
         """What stays of one row's pending tokens; logits: (width, vocabulary), the base's behind each of them."""
-        drafts = [] if first else row.pending[1:]
+        drafts = [] if first else row.input_ids[1:]
         if row.options.off or row.ending:
             scores.add(row, r, drafts)
-            return _Judged([], [], list(range(1, len(drafts) + 1)), len(drafts))
+            return _Verified([], [], list(range(1, len(drafts) + 1)), len(drafts))
         options = row.options
-        warped = _warp(row, logits, first) if options.warps else logits
+        processed = _process_logits(row, logits, first) if options.logits_processors else logits
         if options.sample:
-            verdict = accept_sampled(warped, drafts, row.proposals, row.generator, row.regret_budgets)
+            verdict = accept_sampled(processed, drafts, row.proposals, row.generator, row.regret_budgets)
         elif row.pace is None:
-            verdict = accept_greedy(warped, drafts, row.regret_budgets)
+            verdict = accept_greedy(processed, drafts, row.regret_budgets)
         else:
-            verdict = accept_tree(warped, drafts, row.parents, row.regret_budgets)
+            verdict = accept_tree(processed, drafts, row.parents, row.regret_budgets)
         kept, token, spent, path = verdict
         for position in range(max(depths(row.parents)) if row.pace is not None else len(drafts)):
             row.statistics.proposed[position] += position <= kept  # after a refusal nothing is looked at
             row.statistics.accepted[position] += position < kept
-        return _Judged([*(row.pending[place] for place in path), token], [*spent, 0.0], path, path[-1] if path else 0)
+        return _Verified([*(row.input_ids[place] for place in path), token], [*spent, 0.0], path, path[-1] if path else 0)
 
     def _draw(
         self, row: SequenceState, heads: HeadCandidates | None, link: PairwiseCorrection | None, held: int
@@ -299,13 +301,13 @@ class Batch:
         """The tokens of one step of Algorithm 1, which are the next pending ones; a row near its end uses fewer heads."""
         options, algorithm = row.options, row.options.algorithm
         assert heads is not None and row.present is not None
-        room = max(1, min(options.num_heads, row.left, self.trunk.context - held))
+        room = max(1, min(options.num_heads, row.left, self.runner.context - held))
         heads = heads.of(0, room)
         if link is not None and room > 1:
             heads = heads.coupled(link, algorithm.temperature)
         table = self.model.cooccurrence
         drawn = draw_from(heads, row.present, table, algorithm, row.generator, greedy=not options.sample)
-        row.pending, row.parents = list(drawn.tokens), list(range(len(drawn.tokens) - 1))
+        row.input_ids, row.parents = list(drawn.tokens), list(range(len(drawn.tokens) - 1))
         return list(drawn.tokens)
 
     def _draft(
@@ -321,22 +323,31 @@ class Batch:
 
         A tree whose size is measured is for a row alone: in a batch a forward is wide already.
         """
-        options, certain = row.options, emitted[-1]
-        row.pending, row.parents, row.proposals, row.size = [certain], [], [], 0
-        room = min(options.num_heads, min(self.trunk.context - len(row.tokens), row.left) - len(emitted)) - 1
+        options, verified_token = row.options, emitted[-1]
+        row.input_ids, row.parents, row.proposals, row.size = [verified_token], [], [], 0
+        room = min(options.num_heads, min(self.runner.context - len(row.tokens), row.left) - len(emitted)) - 1
         if heads is None or room <= 0:
             return
         alpha_c, temperature, table = options.algorithm.alpha_c, options.draft_temperature, self.model.cooccurrence
         how = {"alpha_c": alpha_c, "temperature": temperature}
         if row.pace is not None and (alone or options.tree is not None):
-            tree = grow(heads.of(0, room), certain, table, **how, link=link, most=row.pace.sizes[-1] - 1)
+            tree = grow(heads.of(0, room), verified_token, table, **how, link=link, most=row.pace.sizes[-1] - 1)
             row.size = row.pace.choose(tree.probabilities)
             tree = tree.first(row.size - 1)
-            row.pending, row.parents, row.expected_accepted = [certain, *tree.tokens], tree.parents, sum(tree.probabilities)
+            row.input_ids, row.parents, row.expected_accepted = (
+                [verified_token, *tree.tokens],
+                tree.parents,
+                sum(tree.probabilities),
+            )
             return
         greedy = not options.sample
-        drafted = draft_from(heads.of(0, room), certain, table, **how, generator=row.generator, greedy=greedy, link=link)
-        row.pending, row.proposals = [certain, *drafted.tokens], [] if greedy else drafted.proposals  # nobody asks for those
+        drafted = draft_from(
+            heads.of(0, room), verified_token, table, **how, generator=row.generator, greedy=greedy, link=link
+        )
+        row.input_ids, row.proposals = (
+            [verified_token, *drafted.tokens],
+            [] if greedy else drafted.proposals,
+        )  # nobody asks for those
         row.parents = list(range(len(drafted.tokens)))
 
     def _score_prompts(self, rows: list[SequenceState], hidden: Tensor) -> None:
@@ -352,7 +363,7 @@ class Batch:
                 row.prompt_scores += [scores.of(row, 0, row.tokens[at + 1], at - start) for at in range(start, end)]
 
 
-class _Judged(NamedTuple):
+class _Verified(NamedTuple):
     """What one step keeps of what a row absorbed."""
 
     emitted: list[int]  # tokens that are certain now; none under "off", which draws them later
@@ -381,22 +392,24 @@ def check_row(model: MultiHeadLM, prompt: Sequence[int], options: DecodingOption
             f"The prompt has token {stranger}, but the model's vocabulary ends at "
             f"{model.config.vocab_size - 1}; use the model's own tokenizer."
         )
-    if options.off and options.warps:
-        raise InputError('Warps do not apply to the joint that verify="off" draws from; set Algorithm 1\'s own knobs.')
+    if options.off and options.logits_processors:
+        raise InputError(
+            'Logits processors do not apply to the joint that verify="off" draws from; set Algorithm 1\'s own knobs.'
+        )
     if options.num_heads > 1 or options.off:
         check_weighting(options.algorithm.alpha_c, options.algorithm.top_k, options.draft_temperature)
         needed = options.num_heads if options.off else 1  # drafts back off to what the tables hold
         check(options.algorithm, needed, model.config.vocab_size, model.cooccurrence)
 
 
-def _warp(row: SequenceState, logits: Tensor, first: bool) -> Tensor:
+def _process_logits(row: SequenceState, logits: Tensor, first: bool) -> Tensor:
     """What the base samples from behind each absorbed token; logits and result: (width, vocabulary)."""
-    behind = row.tokens if first else row.tokens + row.pending[1:]
+    behind = row.tokens if first else row.tokens + row.input_ids[1:]
     result = []
     for position, line in enumerate(logits[: len(behind) - len(row.tokens) + 1]):
         so_far = torch.tensor(behind[: len(row.tokens) + position])
-        for warp in row.options.warps:
-            line = warp(row.number, so_far, line)
+        for processor in row.options.logits_processors:
+            line = processor(row.number, so_far, line)
         result.append(line)
     return torch.stack(result)
 
@@ -404,7 +417,7 @@ def _warp(row: SequenceState, logits: Tensor, first: bool) -> Tensor:
 def _pace(model: MultiHeadLM, options: DecodingOptions) -> AdaptiveDraftLength | None:
     """How many drafts a step carries, if they are a tree: for greedy choices of unwarped logits."""
     n = options.num_heads
-    if options.sample or options.off or options.warps or n == 1 or options.tree == 0:
+    if options.sample or options.off or options.logits_processors or n == 1 or options.tree == 0:
         return None
     if options.tree is not None:
         return AdaptiveDraftLength((options.tree + 1,))

@@ -60,7 +60,7 @@ class Candidates:
         self.model, self.embedding, self.rows = model, embedding, count
         self.groups = _groups(rows, listed)
         # Under "off" a row keeps all that it absorbed, so where it goes on is known before anything is read.
-        ends = [min(len(row.pending), width) - 1 for row in rows] if all(row.options.off for row in rows) else None
+        ends = [min(len(row.input_ids), width) - 1 for row in rows] if all(row.options.off for row in rows) else None
         at = None if ends is None else sent(torch.arange(count) * width + torch.tensor(ends), hidden.device)
         states = hidden.flatten(1, 2)
         # Places that rows may go on behind, so many of each row; of them the states of heads 2.. and the base's logits.
@@ -86,7 +86,7 @@ class Candidates:
             self.ahead = [[next(arrived) for _ in found] for found in tops]
         self.logits = logits.cpu().float()
 
-    def behind(self, last: Sequence[int]) -> list[tuple[HeadCandidates | None, PairwiseCorrection | None]]:
+    def at(self, last: Sequence[int]) -> list[tuple[HeadCandidates | None, PairwiseCorrection | None]]:
         """By row, its candidates behind absorbed token `last`, of all heads under "off", else of heads 2.., and how they are
         coupled; None where it has no use for any."""
         found: list[tuple[HeadCandidates | None, PairwiseCorrection | None]] = [(None, None)] * self.rows

@@ -189,7 +189,7 @@ def _layout(model: MultiHeadLM, num_heads: int) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of no token, as the model's forward puts them in each entry of a cache."""
     cache, form = RaggedKVCache(model.cache_entries, 1), AttentionMaskBuilder.of(model.base.config, model.dtype)
     with torch.inference_mode():
-        positions, mask = cache.begin(1), form.next(0, 1, 1, device=model.device)
+        positions, mask = cache.reserve(1), form.next(0, 1, 1, device=model.device)
         inputs: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
         model.hidden(torch.zeros_like(positions), num_heads=num_heads, **inputs)
         return [(keys[:, :, :0].clone(), values[:, :, :0].clone()) for keys, values in cache.buffers()]

@@ -23,7 +23,7 @@ class IncrementalDetokenizer:
             keep_stop: whether the stop string belongs to the text. If not, what may be its beginning is held back.
         """
         self.tokenizer, self.stops, self.keep_stop = tokenizer, list(stops), keep_stop
-        self.said = ""  # everything given out
+        self.text = ""  # everything given out
         self.ended = False  # whether a stop string was reached
         self._text = ""  # every certain character; begins with `said`
         self._window = list(prompt)  # decoded together: whatever is needed to know the next characters
@@ -65,8 +65,8 @@ class IncrementalDetokenizer:
             reach = end if self.keep_stop else start
         elif not self.keep_stop and not last:
             reach -= _possible_stop(self._text, self.stops)
-        given = self._text[len(self.said) : reach]
-        self.said += given
+        given = self._text[len(self.text) : reach]
+        self.text += given
         return given
 
     def _decoded(self, tokens: list[int]) -> str:

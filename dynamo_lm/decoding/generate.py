@@ -134,7 +134,9 @@ def generate(
     ) -> Tensor | DynaMoOutput:
         ends = generation_config.eos_token_id
         prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
-        warps = _warps(logits_processor, off, [input_ids.shape[1] - len(prompt) for prompt in prompts])
+        logits_processors = _logits_processors(
+            logits_processor, off, [input_ids.shape[1] - len(prompt) for prompt in prompts]
+        )
         options = DecodingOptions(
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
             num_heads=model.num_heads if num_heads is None else num_heads,
@@ -145,7 +147,7 @@ def generate(
             algorithm=algorithm,
             draft_temperature=(generation_config.temperature or 1.0) if generation_config.do_sample else 1.0,
             end_tokens=frozenset([ends] if isinstance(ends, int) else ends or []),
-            warps=warps,
+            logits_processors=logits_processors,
             stops=tuple(_stop(c) for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))),
         )
 
@@ -180,7 +182,7 @@ def generate(
     )
 
 
-def _warps(processors: LogitsProcessorList, off: bool, padding: Sequence[int]) -> tuple[LogitsProcessor, ...]:
+def _logits_processors(processors: LogitsProcessorList, off: bool, padding: Sequence[int]) -> tuple[LogitsProcessor, ...]:
     """The processors as functions of one row's own tokens, without the row's padding (so many of its prompt's tokens);
     under "off" none but Algorithm 1's own knobs may remain."""
     if off:

@@ -37,20 +37,22 @@ class RaggedKVCache(Cache):
         self.lengths = torch.zeros(rows, dtype=torch.long)
         self.end = 0  # slots in use after the write in progress
         self.start: int | None = 0  # where it begins, if in all rows at the same slot; else
-        self.places: dict[int, tuple[Tensor, Tensor]] = {}  # else where, by copies of the rows in an entry, see `written`
+        self.places: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # else where, by copies of the rows in an entry, see `write_indices`
 
     @property
     def rows(self) -> int:
         return len(self.lengths)
 
-    def by_seat(self, seats: Sequence[int], values: Sequence[Any], empty: Any) -> list[Any]:
+    def by_batch_slot(self, batch_slots: Sequence[int], values: Sequence[Any], empty: Any) -> list[Any]:
         """What belongs to rows in these seats, in the order of all seats, with something for empty ones."""
         found = [empty] * self.rows
-        for seat, value in zip(seats, values, strict=True):
-            found[seat] = value
+        for batch_slot, value in zip(batch_slots, values, strict=True):
+            found[batch_slot] = value
         return found
 
-    def begin(self, new: int) -> Tensor:
+    def reserve(self, new: int) -> Tensor:
         """Announces a forward of `new` tokens a row and returns their positions, (rows, new) int64."""
         starts = self.lengths.tolist()
         self.end = max(starts) + new
@@ -60,7 +62,7 @@ class RaggedKVCache(Cache):
             self.places = {1: (torch.arange(len(starts))[:, None], positions)}
         return positions
 
-    def written(self, copies: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def write_indices(self, copies: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Where the write in progress goes in an entry that holds all rows `copies` times: row (copies * rows, 1) and
         slot (copies * rows, new) of every token, computed once for all layers."""
         if copies not in self.places or self.places[copies][0].device != device:
@@ -68,7 +70,7 @@ class RaggedKVCache(Cache):
             self.places[copies] = sent(_copied(rows, copies, self.rows), device), sent(slots.repeat(copies, 1), device)
         return self.places[copies]
 
-    def keep(self, counts: Tensor) -> None:
+    def commit(self, counts: Tensor) -> None:
         """Ends a forward: of the tokens just written, row r keeps the first `counts[r]`. counts: (rows,) int64."""
         self.lengths = self.lengths + counts
 
@@ -76,7 +78,7 @@ class RaggedKVCache(Cache):
         """Positions of queries and slots, and what each query sees, where the tokens of a forward are trees.
 
         Args:
-            positions: slots that are written, (rows, width), as `begin` gave them.
+            positions: slots that are written, (rows, width), as `reserve` gave them.
             parents: by row, where in the forward the token before each but the first is.
 
         Returns:
@@ -95,7 +97,7 @@ class RaggedKVCache(Cache):
         return queries, keys, visible.scatter(2, positions[:, None].expand(-1, width, -1), seen)
 
     def gather(self, paths: Sequence[Sequence[int]]) -> None:
-        """Before `keep`: moves the tokens just written at places 1, 2, .. of each row there from the places in its path.
+        """Before `commit`: moves the tokens just written at places 1, 2, .. of each row there from the places in its path.
 
         paths: by row, ascending places among the tokens just written, of which place 0 stays.
         """
@@ -114,12 +116,12 @@ class RaggedKVCache(Cache):
             layer.select(rows, int(lengths.max()) + GROWTH)
         self.lengths = lengths
 
-    def place(self, other: RaggedKVCache, rows: Tensor, seats: Tensor) -> None:
+    def copy_from(self, other: RaggedKVCache, rows: Tensor, batch_slots: Tensor) -> None:
         """Copies rows of another cache of the same model into seats of this one, (copied,) int64 each."""
         lengths = other.lengths[rows]
         for mine, theirs in zip(self._filled(), other._filled(), strict=True):
-            mine.place(theirs, rows, seats, int(lengths.max()))
-        self.lengths[seats] = lengths
+            mine.copy_from(theirs, rows, batch_slots, int(lengths.max()))
+        self.lengths[batch_slots] = lengths
 
     def extend(self, other: RaggedKVCache) -> None:
         """Appends the rows of another cache of the same model. Slots that no row needs are given back."""
@@ -168,8 +170,8 @@ class StaticKVCache(RaggedKVCache):
         super().release()
         self.handed.clear()
 
-    def begin(self, new: int) -> Tensor:
-        positions = super().begin(new)
+    def reserve(self, new: int) -> Tensor:
+        positions = super().reserve(new)
         self.end, self.slots = self.capacity, sent(positions[0], self.device)
         return positions
 
@@ -216,10 +218,10 @@ class _RaggedLayer(CacheLayerMixin):
         self.keys = self.keys[:, :, :slots].index_select(0, rows)  # type: ignore[index]
         self.values = self.values[:, :, :slots].index_select(0, rows)  # type: ignore[index]
 
-    def place(self, other: _RaggedLayer, rows: Tensor, seats: Tensor, slots: int) -> None:
+    def copy_from(self, other: _RaggedLayer, rows: Tensor, batch_slots: Tensor, slots: int) -> None:
         """Copies so many slots of another entry's rows to the seats, in every copy."""
         at = sent(_copied(rows, other.copies, other.cache.rows), self.device)
-        to = sent(_copied(seats, self.copies, self.cache.rows), self.device)
+        to = sent(_copied(batch_slots, self.copies, self.cache.rows), self.device)
         self.keys, self.values = _roomy(self.keys, slots), _roomy(self.values, slots)  # type: ignore[arg-type]
         self.keys[to, :, :slots] = other.keys[at, :, :slots]  # type: ignore[index]
         self.values[to, :, :slots] = other.values[at, :, :slots]  # type: ignore[index]
@@ -272,6 +274,6 @@ def _write(buffer: Tensor, new: Tensor, cache: RaggedKVCache) -> Tensor:
     if cache.start is not None:
         buffer[:, :, cache.start : cache.start + new.shape[2]] = new
     else:
-        rows, slots = cache.written(len(buffer) // cache.rows, buffer.device)
+        rows, slots = cache.write_indices(len(buffer) // cache.rows, buffer.device)
         buffer[rows, :, slots] = new.transpose(1, 2)  # (rows, new, heads, width): one write for rows of any lengths
     return buffer

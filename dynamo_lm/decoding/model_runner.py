@@ -54,7 +54,7 @@ class ModelRunner:
             cache.lay_out(self.forward.layout)
         return cache
 
-    def give_back(self, cache: RaggedKVCache) -> None:
+    def release(self, cache: RaggedKVCache) -> None:
         """Takes a cache that no row needs any more."""
         if isinstance(cache, StaticKVCache) and cache.device.type == "cuda":  # for whom its steps are recorded
             self.model.runtime.compiled[self.num_heads, cache.device, cache.capacity] = cache
@@ -67,43 +67,43 @@ class ModelRunner:
             return 0
         return rows[0].pace.sizes[-1] if rows[0].pace is not None else rows[0].options.num_heads
 
-    def prompts(self, rows: Sequence[SequenceState], cache: RaggedKVCache) -> tuple[Tensor, Tensor | None]:
+    def prefill(self, rows: Sequence[SequenceState], cache: RaggedKVCache) -> tuple[Tensor, Tensor | None]:
         """One forward over the prompts of rows that begin.
 
         Returns:
             Final hidden states of the heads at the prompts' ends, (n, rows, 1, hidden), and the base's at all their tokens,
             (rows, width, hidden), or None where no row asks for scores of its prompt and the forward was done in parts.
         """
-        prompt, size = rows[0].pending, self._fixed(rows)
+        prompt, size = rows[0].input_ids, self._fixed(rows)
         scored = any(row.options.prompt_logprobs for row in rows)
         if isinstance(self.forward, CompiledStep) and self.forward.prefills_faster(len(prompt), size) and not scored:
             empty = cache.lengths
             for start in range(0, len(prompt), size):
                 part = prompt[start : start + size]
                 hidden = self._run(self.forward, [part], cache, [0], size)
-                cache.keep(torch.tensor([len(part)]))
+                cache.commit(torch.tensor([len(part)]))
             cache.lengths = empty  # what stays is the caller's to say
             return hidden[:, :, len(part) - 1, None], None
-        hidden = self._run(self.model.hidden, [row.pending for row in rows], cache, range(len(rows)), 0)
+        hidden = self._run(self.model.hidden, [row.input_ids for row in rows], cache, range(len(rows)), 0)
         ends = sent(torch.tensor([row.prompt_length - 1 for row in rows]), hidden.device)
         return hidden[:, torch.arange(len(rows), device=hidden.device), ends][:, :, None], hidden[0]
 
-    def step(self, rows: Sequence[SequenceState], cache: RaggedKVCache, seats: Sequence[int]) -> Tensor:
+    def decode(self, rows: Sequence[SequenceState], cache: RaggedKVCache, batch_slots: Sequence[int]) -> Tensor:
         """One forward over what every row emitted (or drafted) last. seats: theirs in the cache.
 
         Returns:
             Final hidden states of the heads, (n, rows, width, hidden); shorter rows are padded behind their end.
         """
-        pending = [row.pending for row in rows]
+        input_ids = [row.input_ids for row in rows]
         trees = [row.parents for row in rows] if any(row.branches for row in rows) else None
-        return self._run(self.forward, pending, cache, seats, self._fixed(rows), trees)
+        return self._run(self.forward, input_ids, cache, batch_slots, self._fixed(rows), trees)
 
     def _run(
         self,
         forward: Callable[..., Tensor],
-        pending: Sequence[list[int]],
+        input_ids: Sequence[list[int]],
         cache: RaggedKVCache,
-        seats: Sequence[int],
+        batch_slots: Sequence[int],
         least: int,
         trees: Sequence[list[int]] | None = None,
     ) -> Tensor:
@@ -111,16 +111,16 @@ class ModelRunner:
 
         trees: by row, where the token before each but the first is; None: they are all chains.
         """
-        width = max(least, *map(len, pending))
-        positions = cache.begin(width)  # (rows, width)
-        padded = [tokens + [0] * (width - len(tokens)) for tokens in pending]
-        tokens = torch.tensor(cache.by_seat(seats, padded, [0] * width))
+        width = max(least, *map(len, input_ids))
+        positions = cache.reserve(width)  # (rows, width)
+        padded = [tokens + [0] * (width - len(tokens)) for tokens in input_ids]
+        tokens = torch.tensor(cache.by_batch_slot(batch_slots, padded, [0] * width))
         if cache.rows == 1 and trees is None:
             mask = self._mask_form.next(int(positions[0, 0]), width, cache.end, device=self.device)
         else:
             keys, visible = torch.arange(cache.end)[None], None
             if trees is not None:
-                positions, keys, visible = cache.as_trees(positions, cache.by_seat(seats, trees, []))
+                positions, keys, visible = cache.as_trees(positions, cache.by_batch_slot(batch_slots, trees, []))
             mask = self._mask_form.mask(positions, keys, visible=visible, device=self.device)
         hidden = forward(
             sent(tokens, self.device),
@@ -129,8 +129,8 @@ class ModelRunner:
             position_ids=sent(positions.clamp(max=self.context - 1), self.device),
             past_key_values=cache,
         )
-        if list(seats) != list(range(cache.rows)):
-            hidden = hidden.index_select(1, sent(torch.tensor(seats), hidden.device))
+        if list(batch_slots) != list(range(cache.rows)):
+            hidden = hidden.index_select(1, sent(torch.tensor(batch_slots), hidden.device))
         return hidden
 
 

@@ -32,7 +32,9 @@ class DecodingOptions:
     tree: int | None = None  # greedy, verified: drafts a forward carries as a tree; 0: a chain; None: measured, if exact
     draft_temperature: float = 1.0  # under "strict" with sampling: near the temperature that the base samples at
     end_tokens: frozenset[int] = frozenset()
-    warps: tuple[LogitsProcessor, ...] = ()  # under "strict": what turns the base's logits into those it samples from
+    logits_processors: tuple[
+        LogitsProcessor, ...
+    ] = ()  # under "strict": what turns the base's logits into those it samples from
     stops: tuple[StoppingCriterion, ...] = ()
     logprobs: int | None = None  # score every new token, with so many alternatives beside it; None: no scores
     prompt_logprobs: bool = False  # with logprobs: score the prompt's tokens, too

@@ -26,7 +26,7 @@ class SequenceState:
     options: DecodingOptions
     generator: torch.Generator
     statistics: Statistics
-    pending: list[int]  # what the next forward absorbs: the prompt, then last step's tokens
+    input_ids: list[int]  # what the next forward absorbs: the prompt, then last step's tokens
     parents: list[int] = field(default_factory=list)  # where in pending the token before each of pending[1:] is
     pace: AdaptiveDraftLength | None = None  # how large its trees of drafts are; None: chains
     size: int = 0  # tokens of the step, if a tree of drafts was to fill it
@@ -61,7 +61,7 @@ class SequenceState:
         if budget == 0:
             return []
         emitted, spent = self.statistics.new_tokens, self.statistics.regret
-        return [budget * (emitted + place) - spent for place in range(1, len(self.pending))]
+        return [budget * (emitted + place) - spent for place in range(1, len(self.input_ids))]
 
     def emit(self, new: list[int], context: int) -> int:
         """Appends tokens until one ends the row; returns how many. context: tokens that the model can hold."""

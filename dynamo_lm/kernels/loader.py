@@ -66,17 +66,17 @@ def available() -> bool:
 
         sources = resources.files(__package__).joinpath("csrc")
         source = "".join(sources.joinpath(name).read_text(encoding="utf-8") for name in SOURCES)
-        failed = _failure_file(source)
+        failed, built = _marker("failed", source), _marker("built", source)
         if failed.is_file():
             raise BuildError(failed.read_text(encoding="utf-8"))
         try:
-            with _said_if_slow("Building the kernels for this processor, once; that takes some seconds, up to a minute."):
+            building = "Building the kernels for this processor, once; that takes some seconds, up to a minute."
+            with contextlib.nullcontext() if built.is_file() else _warn_if_slow(building):
                 library = CppCodeCache.load(source, extra_flags=FLAGS)
+            _mark(built, library._name)
         except Exception as error:  # no compiler, no headers, a compiler that refuses: all of them only cost speed
             reason = _first_error(error)
-            with contextlib.suppress(OSError):
-                failed.parent.mkdir(parents=True, exist_ok=True)
-                failed.write_text(reason, encoding="utf-8")
+            _mark(failed, reason)
             logger.warning(
                 "The compiled kernels could not be built, so decoding is slower and exact only up to rounding: %s "
                 'Delete "%s" to try again.',
@@ -108,13 +108,22 @@ def status() -> str:
     return _status
 
 
-def _failure_file(source: str) -> Path:
-    """Where a failed build is remembered, by compiler, flags and source, so that other processes do not try it again."""
+def _marker(outcome: str, source: str) -> Path:
+    """Where a build's outcome is remembered, by compiler, flags and source.
+
+    A failed build is not tried again by every process. A kept one loads without a message, also on a busy machine.
+    """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     key = "\0".join((os.environ.get("CXX", ""), torch.__version__, *FLAGS, source))
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    return Path(cache_dir()) / "dynamo_lm" / f"build-failed-{name}.txt"
+    return Path(cache_dir()) / "dynamo_lm" / f"build-{outcome}-{name}.txt"
+
+
+def _mark(marker: Path, text: str) -> None:
+    with contextlib.suppress(OSError):
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.write_text(text, encoding="utf-8")
 
 
 def _first_error(error: Exception) -> str:
@@ -137,7 +146,7 @@ def _register() -> None:
 
 
 @contextlib.contextmanager
-def _said_if_slow(message: str) -> Iterator[None]:
+def _warn_if_slow(message: str) -> Iterator[None]:
     """Logs a warning if what is done within takes longer than a kept result takes to load."""
     timer = threading.Timer(PATIENCE, logger.warning, [message])
     timer.daemon = True

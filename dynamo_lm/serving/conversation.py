@@ -126,7 +126,7 @@ class Conversation:
             **({"temperature": dials.temperature} if sample and dials.temperature is not None else {}),
         )
         give(writer.end())
-        answer = writer.said.strip()
+        answer = writer.text.strip()
         newly, self._left_out = left_out - self._left_out, left_out
         self.statistics.append(output.statistics[0])
         if answer:

@@ -283,7 +283,7 @@ class Engine:
                 guarded = replace(
                     options,
                     stops=tuple(_guarded_stop(rule, seat) for rule in options.stops),
-                    warps=tuple(_guarded_warp(warp, seat) for warp in options.warps),
+                    logits_processors=tuple(_guarded_warp(processor, seat) for processor in options.logits_processors),
                 )
                 number = next(self._numbers)
                 seat.row = batch.join(seat.ask.prompt, guarded, seed=seat.ask.seed, number=number)
@@ -384,14 +384,14 @@ def _guarded_stop(rule: StoppingCriterion, seat: Seat) -> StoppingCriterion:
     return guarded
 
 
-def _guarded_warp(warp: LogitsProcessor, seat: Seat) -> LogitsProcessor:
+def _guarded_warp(processor: LogitsProcessor, seat: Seat) -> LogitsProcessor:
     """The warp; should it raise or leave nothing to choose from, its own text ends and nobody else's."""
 
     def guarded(row: int, tokens: Tensor, logits: Tensor) -> Tensor:
         try:
-            warped = warp(row, tokens, logits)
-            if torch.isfinite(warped.max()):
-                return warped
+            processed = processor(row, tokens, logits)
+            if torch.isfinite(processed.max()):
+                return processed
             raise InputError("The sampling options leave no token to choose; take milder ones.")
         except Exception as error:
             seat.broken = error

@@ -268,9 +268,9 @@ class RequestParser:
             raise APIError(400, 'top_p does not apply to verify "off"; use top_k, or verify "strict".', param="top_p")
         if off and top_k > WIDEST:
             raise APIError(400, f'top_k is {top_k}, but verify "off" takes {WIDEST} at most here.', param="top_k")
-        warps: tuple[LogitsProcessor, ...] = ()
+        logits_processors: tuple[LogitsProcessor, ...] = ()
         if not off:
-            warps = _warps(temperature if sample else None, top_k, top_p, penalty)
+            logits_processors = _logits_processors(temperature if sample else None, top_k, top_p, penalty)
         return DecodingOptions(
             num_heads=heads,
             verify=verify,
@@ -285,7 +285,7 @@ class RequestParser:
                 repetition_penalty=paper.repetition_penalty if penalty is None else penalty,
             ),
             draft_temperature=temperature if sample and not off else 1.0,
-            warps=warps,
+            logits_processors=logits_processors,
             **more,
         )
 
@@ -314,7 +314,9 @@ def refuse_unsupported(request: Request) -> None:
         raise APIError(400, "stream_options goes with stream: true.", param="stream_options")
 
 
-def _warps(temperature: float | None, top_k: int, top_p: float, penalty: float | None) -> tuple[LogitsProcessor, ...]:
+def _logits_processors(
+    temperature: float | None, top_k: int, top_p: float, penalty: float | None
+) -> tuple[LogitsProcessor, ...]:
     """transformers' processors, in its order, as functions of one row; without a temperature only a penalty counts."""
     processors: list[Any] = []
     if penalty not in (None, 1.0):
@@ -326,11 +328,11 @@ def _warps(temperature: float | None, top_k: int, top_p: float, penalty: float |
             processors.append(TopKLogitsWarper(top_k))
         if top_p < 1.0:
             processors.append(TopPLogitsWarper(top_p))
-    return tuple(_warp(processor) for processor in processors)
+    return tuple(_as_logits_processor(processor) for processor in processors)
 
 
-def _warp(processor: Any) -> LogitsProcessor:
-    def warp(row: int, tokens: Tensor, logits: Tensor) -> Tensor:
+def _as_logits_processor(processor: Any) -> LogitsProcessor:
+    def apply(row: int, tokens: Tensor, logits: Tensor) -> Tensor:
         return torch.as_tensor(processor(tokens[None], logits[None].clone())[0])
 
-    return warp
+    return apply

@@ -85,7 +85,7 @@ def distill(
                     algorithm=Algorithm1(alpha_c=VERIFIED_ALPHA_C[model.coupling is not None]),
                     draft_temperature=temperature or 1.0,
                     end_tokens=ends,
-                    warps=(lambda row, tokens, logits: logits / temperature,) if temperature > 0 else (),
+                    logits_processors=(lambda row, tokens, logits: logits / temperature,) if temperature > 0 else (),
                 )
                 batch.join(prompt, options, seed=int(key[:12], 16), number=index)
                 keys[index] = key
