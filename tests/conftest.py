@@ -23,6 +23,14 @@ def quiet():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def kernels_are_built():
+    """Once, before any test: a process that builds them says so on stderr, and tests compare what is said there."""
+    from dynamo_lm.kernels import loader
+
+    loader.available()
+
+
+@pytest.fixture(scope="session", autouse=True)
 def modules_are_not_searched_for_garbage():
     """Of a million objects, nearly all are torch's and transformers' own and stay to the end."""
     gc.freeze()
