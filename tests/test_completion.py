@@ -12,7 +12,7 @@ from commandline import END, byte_tokenizer
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation.completion import prompts as benches
 from dynamo_lm.evaluation.completion.compare import Completions, compare, duels
-from dynamo_lm.evaluation.completion.generate import PAPER, Arm, Text, arms, write_texts
+from dynamo_lm.evaluation.completion.generate import PAPER, Arm, Text, _resume, arms, write_texts
 from dynamo_lm.evaluation.judges.judges import Pair
 
 PROMPTS = ["the fox", "a red house", "night"]
@@ -228,3 +228,18 @@ def test_pairs_are_two_completions_of_one_prompt():
     texts = completions(prompts=2, seeds=1)
     first = texts.pairs(f"{PAPER}, eps_b 0", "base")[1]
     assert first == Pair("prompt 1", texts.texts[f"{PAPER}, eps_b 0"][1][0].text, texts.texts["base"][1][0].text)
+
+
+def test_lines_of_prompts_end_at_line_feeds_alone_and_a_byte_order_mark_is_no_part_of_one(tmp_path):
+    file = tmp_path / "own.txt"
+    file.write_bytes("\ufeffone\u2028still one\r\ntwo\u0085\x0cstill two\n".encode())
+    assert benches.read(str(file)) == ("own", ["one\u2028still one", "two\u0085\x0cstill two"])
+
+
+def test_a_run_whose_texts_hold_line_separators_goes_on(tmp_path):
+    file, head = tmp_path / "texts.jsonl", {"seed": 1}
+    assert list(_resume(file, head)) == []
+    text = Text("arm", 0, 0, "a\u2028b\u0085c", [1, 2], [2], 1, 1.0, 0.0, 0)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(vars(text), ensure_ascii=False) + "\n")
+    assert list(_resume(file, head)) == [text]

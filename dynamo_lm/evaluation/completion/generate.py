@@ -20,6 +20,7 @@ import torch
 from dynamo_lm.data.chat_template import encode_chat
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation import results_file
+from dynamo_lm.files import write_text
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 PAPER = "mask+Otsu+blur"
@@ -203,16 +204,14 @@ def _resume(file: Path, head: dict[str, Any]) -> Iterator[Text]:
     """The texts of the run in `file`, whose torn last line is cut off; begins the file if there is none."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        staging = file.with_name(f".{file.name}.{os.getpid()}")
-        staging.write_text(json.dumps(head, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(staging, file)
+        write_text(file, json.dumps(head, ensure_ascii=False) + "\n")
         return
     content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(file, len(whole))
     try:
-        lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+        lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]  # at \\n alone: texts may hold U+2028
         before, texts = lines[0], [Text(**line) for line in lines[1:]]
     except (ValueError, TypeError, IndexError) as error:
         raise InputError(f'"{file}" is damaged; delete it to begin again.') from error

@@ -43,7 +43,7 @@ def read(bench: str | None, data: Path | None = None) -> tuple[str, list[str]]:
         return "paper", list(PAPER)
     file = (data or data_folder()) / BENCHES[bench] if bench in BENCHES else Path(bench)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         hint = "name its folder with --data" if bench in BENCHES else f"give {', '.join(BENCHES)} or a text file"
         raise InputError(f'The prompts "{file}" cannot be read; {hint}.') from error
