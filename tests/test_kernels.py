@@ -100,7 +100,10 @@ def test_a_build_that_failed_is_remembered_and_reported(tmp_path):
     import sys
 
     broken = tmp_path / "c++"
-    broken.write_text('#!/bin/sh\necho "x.cpp:1: error: this compiler refuses" >&2; echo tried >> "$0.log"; exit 1\n')
+    broken.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo "c++ 1.0" && exit 0\n'
+        'echo "x.cpp:1: error: this compiler refuses" >&2; exit 1\n'
+    )
     broken.chmod(0o755)
     surroundings = os.environ | {"CXX": str(broken), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     code = "from dynamo_lm.kernels import loader; print(loader.status())"

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from importlib import resources
@@ -63,6 +64,7 @@ def available() -> bool:
     try:
         from torch._inductor import config  # here, because it takes a second
         from torch._inductor.codecache import CppCodeCache
+        from torch._inductor.exc import CppCompileError
 
         sources = resources.files(__package__).joinpath("csrc")
         source = "".join(sources.joinpath(name).read_text(encoding="utf-8") for name in SOURCES)
@@ -71,17 +73,17 @@ def available() -> bool:
             raise BuildError(failed.read_text(encoding="utf-8"))
         try:
             building = "Building the kernels for this processor, once; that takes some seconds, up to a minute."
-            with contextlib.nullcontext() if built.is_file() else _warn_if_slow(building):
+            with contextlib.nullcontext() if _exists(built) else _warn_if_slow(building):
                 library = CppCodeCache.load(source, extra_flags=FLAGS)
             _mark(built, library._name)
         except Exception as error:  # no compiler, no headers, a compiler that refuses: all of them only cost speed
             reason = _first_error(error)
-            _mark(failed, reason)
+            if isinstance(error, CppCompileError):  # not a missing compiler or a full disk, which may be mended
+                _mark(failed, reason)
             logger.warning(
-                "The compiled kernels could not be built, so decoding is slower and exact only up to rounding: %s "
-                'Delete "%s" to try again.',
+                "The compiled kernels could not be built, so decoding is slower and exact only up to rounding: %s %s",
                 reason,
-                failed,
+                f'Delete "{failed}" to try again.' if failed.is_file() else "The next process tries again.",
             )
             raise BuildError(reason) from error
         _register()
@@ -115,9 +117,19 @@ def _marker(outcome: str, source: str) -> Path:
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    key = "\0".join((os.environ.get("CXX", ""), torch.__version__, *FLAGS, source))
+    compiler = shutil.which(os.environ.get("CXX") or "g++") or ""
+    changed = os.stat(compiler).st_mtime_ns if compiler else 0  # another version of it may do better
+    key = "\0".join((compiler, str(changed), torch.__version__, *FLAGS, source))
     name = hashlib.sha256(key.encode()).hexdigest()[:16]
     return Path(cache_dir()) / "dynamo_lm" / f"build-{outcome}-{name}.txt"
+
+
+def _exists(marker: Path) -> bool:
+    """Whether the library that a marker names is still there."""
+    try:
+        return Path(marker.read_text(encoding="utf-8")).is_file()
+    except OSError:
+        return False
 
 
 def _mark(marker: Path, text: str) -> None:
