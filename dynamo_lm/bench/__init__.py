@@ -1,6 +1,6 @@
-"""The speed benchmark behind `dynamo-lm bench`: every way of decoding the same weights, raced in one run.
+"""The speed benchmark of `dynamo-lm bench`: every method of decoding the same weights, raced in one run.
 
-`ways` says what is raced, `contenders` and `peers` carry it out, `measure` interleaves and repeats it, `floor` and `parts`
-say what a step must cost and where its time goes, `inputs` and `shapes` bring prompts and models, `results` and `figure`
-present it.
+`methods` lists what is raced. `runners` and `peers` run it. `race` interleaves and repeats it. `roofline` and `step_profile`
+say what a step must cost and where its time goes. `prompts` and `random_model` make prompts and models. `tables` and `plot`
+present the results.
 """

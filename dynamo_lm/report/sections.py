@@ -1,6 +1,6 @@
 """The report's sections on perplexity, calibration, benchmarks, training variants and the joint distribution.
 
-In: records as the `eval` commands write them. Out: sections. `report_completion.py` does the same for generated text.
+In: records as the `eval` commands write them. Out: sections. `completion.py` does the same for generated text.
 """
 
 from __future__ import annotations
