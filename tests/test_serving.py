@@ -22,6 +22,8 @@ import structlog
 import torch
 from served import CONTEXT, PROMPTS, Served, offline, openai_client, serving, small, text_of
 
+from dynamo_lm.errors import InputError
+from dynamo_lm.serving import server
 from dynamo_lm.serving.requests import GenerationSettings, Limits
 
 GREEDY = {"model": "small", "temperature": 0}
@@ -480,6 +482,13 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(folder):
             assert "secret" not in json.dumps(lines) and "fox" not in json.dumps(lines)
         finally:
             process.kill()
+
+
+def test_two_servers_on_one_port_are_refused_before_the_second_loads_its_model():
+    with server.bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(InputError, match="the port is in use"):
+            server.bind("127.0.0.1", port)
 
 
 def test_what_cannot_be_served_is_said_before_the_wait(folder, capfd, monkeypatch):

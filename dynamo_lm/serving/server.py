@@ -20,21 +20,26 @@ from dynamo_lm.errors import InputError
 from dynamo_lm.serving.logs import log
 from dynamo_lm.serving.middleware import LimitsMiddleware
 
+BACKLOG = 2048  # connections that may wait to be accepted; uvicorn's own default
 GRACE = 5.0  # seconds that answers may take to be read by their clients, behind the last token
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket for the server, bound before the wait for the model.
+    """A listening socket for the server, made before the model is loaded.
+
+    It listens at once: two sockets that do not listen yet may be bound to one port, and the later of two servers would only
+    fail after it had loaded its model. Clients that connect meanwhile wait.
 
     Raises:
-        InputError: it cannot be had.
+        InputError: the address cannot be used.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         taken = getattr(error, "errno", None) == errno.EADDRINUSE
         reason = "the port is in use; choose another with --port" if taken else getattr(error, "strerror", None) or error
