@@ -220,17 +220,18 @@ def test_a_run_that_was_killed_or_interrupted_resumes_to_the_same_losses(run, ma
     run(*arguments, tmp_path / "killed")
     assert log(tmp_path / "killed") == whole
 
-    # Ctrl-C while step 5 is logged: that step is finished and kept
+    # Ctrl-C, and then SIGTERM (Slurm, systemd, docker stop) in the run that goes on: each finishes its step and keeps it
     write = training_log._Log.write
+    for number in (signal.SIGINT, signal.SIGTERM):
 
-    def interrupted(self, progress, factor):
-        write(self, progress, factor)
-        signal.raise_signal(signal.SIGINT)
+        def interrupted(self, progress, factor, number=number):
+            write(self, progress, factor)
+            signal.raise_signal(number)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(training_log._Log, "write", interrupted)
-        run(*arguments, tmp_path / "stopped", status=130)
-    assert run.err.strip().splitlines()[-1] == "dynamo-lm: stopped; the same command goes on from the last checkpoint."
+        with monkeypatch.context() as patch:
+            patch.setattr(training_log._Log, "write", interrupted)
+            run(*arguments, tmp_path / "stopped", status=130)
+        assert run.err.strip().splitlines()[-1] == "dynamo-lm: stopped; the same command goes on from the last checkpoint."
     run(*arguments, tmp_path / "stopped")
     assert log(tmp_path / "stopped") == whole
 

@@ -29,7 +29,7 @@ from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.data.packing import Blocks
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.configuration import MEDUSA
-from dynamo_lm.training import loss, trainer
+from dynamo_lm.training import log, loss, trainer
 from dynamo_lm.training.checkpoints import latest_checkpoint, load_checkpoint
 from dynamo_lm.training.loss import heads_loss, perplexities, target_counts
 from dynamo_lm.training.options import TrainingOptions
@@ -558,9 +558,27 @@ def test_a_run_that_would_train_nothing_is_refused(num_heads, lr_m, tmp_path):
 
 
 def test_a_second_interrupt_stops_at_once_and_the_handler_is_put_back():
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), trainer._stop_between_steps() as stopped:
-        signal.raise_signal(signal.SIGINT)
-        assert len(stopped) == 1
-        signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    for number in numbers:
+        with pytest.raises(KeyboardInterrupt), trainer._stop_between_steps() as stopped:
+            signal.raise_signal(number)
+            assert len(stopped) == 1
+            signal.raise_signal(number)
+        assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_new_run_keeps_the_log_of_one_that_had_no_checkpoint_yet(tmp_path):
+    for text in ('{"step": 1}\n', '{"step": 2}\n'):
+        (tmp_path / "log.jsonl").write_text(text, encoding="utf-8")
+        with log._Log(tmp_path, 0):
+            pass
+    logs = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("log*.jsonl")}
+    assert logs == {"log.jsonl": "", "log-1.jsonl": '{"step": 1}\n', "log-2.jsonl": '{"step": 2}\n'}
+
+
+def test_a_resumed_run_drops_the_steps_after_its_checkpoint_and_a_torn_line(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st', encoding="utf-8")
+    with log._Log(tmp_path, 2):
+        pass
+    assert (tmp_path / "log.jsonl").read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n'

@@ -2,7 +2,7 @@
 
 Functions of the engine are wrapped for the duration of one run and put back afterwards, whatever happens. Time is exclusive:
 what a wrapped function spends in another one counts there. On a GPU every boundary waits for the device, so shares are right
-and the total is not. `PARTS` is the list to adapt when the engine's functions change; names that are gone are left out.
+and the total is not. `PARTS` is the list to adapt when the engine's functions change; a name that is gone is an error.
 """
 
 from __future__ import annotations

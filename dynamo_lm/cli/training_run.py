@@ -382,7 +382,7 @@ def _found_from(target: Path, name: str, config: PreTrainedConfig) -> str | None
 
 def _perplexities(folder: Path) -> dict[str, float]:
     """Of the last validation in the run's log."""
-    for line in reversed((folder / "log.jsonl").read_text().splitlines()):
+    for line in reversed((folder / "log.jsonl").read_text(encoding="utf-8").split("\n")[:-1]):
         entry = json.loads(line)
         if "ppl" in entry:
             heads = {f"PPL_{i}": value for i, value in enumerate(entry["ppl"], start=1)}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
+from dynamo_lm.files import write_text
 from dynamo_lm.training.loss import Perplexities
 
 
@@ -27,16 +29,20 @@ class _Log:
 
     def __init__(self, folder: Path, start: int):
         self.path, self.board = folder / "log.jsonl", None
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() and start else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-        self.path.write_text("".join(kept))  # steps after the checkpoint will be taken again
+        if start:
+            written = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+            lines = written.split("\n")[:-1]  # a last line without its end was cut off by a crash
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
+            write_text(self.path, "".join(f"{line}\n" for line in kept))  # later steps will be taken again
+        elif self.path.exists() and self.path.stat().st_size:
+            self.path.rename(_unused(folder))  # of a run that ended before its first checkpoint: kept, not overwritten
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
 
     def __enter__(self) -> _Log:
-        self.file = self.path.open("a")
+        self.file = self.path.open("a", encoding="utf-8")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -65,3 +71,8 @@ class _Log:
         if self.board is not None:
             for name, value in scalars.items():
                 self.board.add_scalar(name, value, progress.step)
+
+
+def _unused(folder: Path) -> Path:
+    """The first of log-1.jsonl, log-2.jsonl, .. that does not exist yet."""
+    return next(path for number in count(1) if not (path := folder / f"log-{number}.jsonl").exists())

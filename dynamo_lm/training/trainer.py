@@ -8,6 +8,7 @@ not. Knows nothing about text or the command line.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
 import threading
@@ -26,6 +27,8 @@ from dynamo_lm.training.checkpoints import latest_checkpoint, load_checkpoint, s
 from dynamo_lm.training.log import Progress, _Log
 from dynamo_lm.training.loss import Perplexities, heads_loss, perplexities, target_counts
 from dynamo_lm.training.options import TrainingOptions
+
+logger = logging.getLogger(__name__)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -159,7 +162,10 @@ def _train_mode(model: DynaMoForCausalLM, options: TrainingOptions) -> None:
 
 @contextlib.contextmanager
 def _stop_between_steps() -> Iterator[list[int]]:
-    """Yields a list that a Ctrl-C appends to, so that no step is cut in half; a second Ctrl-C stops at once."""
+    """Yields a list that Ctrl-C and SIGTERM append to, so that no step is cut in half; a second signal stops at once.
+
+    SIGTERM is what Slurm, systemd and `docker stop` send: it saves a checkpoint as Ctrl-C does.
+    """
     stopped: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield stopped
@@ -169,12 +175,14 @@ def _stop_between_steps() -> Iterator[list[int]]:
         if stopped:
             raise KeyboardInterrupt
         stopped.append(number)
+        logger.warning("Stopping after this step, with a checkpoint; a second signal stops at once.")
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
+    before = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stopped
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _split(batch: dict[str, Tensor], parts: int) -> Iterator[dict[str, Tensor]]:
