@@ -1,14 +1,20 @@
-"""Options that several verbs share, declared once."""
+"""Options that several commands share; `dataclass_options` says how a command takes them."""
 
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from dynamo_lm.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 MACHINE = "Input, output and machine"
 
@@ -31,6 +37,45 @@ Threads = Annotated[
     int | None, typer.Option(help="CPU threads to compute with. Default: torch's own choice.", rich_help_panel=MACHINE)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=MACHINE)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """What to compute with."""
+
+    PANEL: ClassVar[str] = MACHINE
+
+    device: Annotated[str, "cpu, cuda, cuda:1, .. or auto (a GPU if there is one)."] = "auto"
+    threads: Annotated[int | None, "CPU threads; default: torch's own."] = None
+
+    def torch_device(self) -> torch.device:
+        """The device, once torch computes with as many CPU threads as were given.
+
+        Raises:
+            InputError: there is no such device, or fewer than one thread.
+        """
+        from dynamo_lm.model.loading import choose_device, set_threads
+
+        set_threads(self.threads)
+        return choose_device(self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(ComputeOptions):
+    """How to open a DynaMo model. A subclass may add `trust_remote_code`."""
+
+    dtype: Annotated[str, "Precision to compute in: float32, bfloat16, float16, or auto (as saved)."] = "auto"
+    tokenizer: Annotated[str | None, "Tokenizer folder or hub id, if MODEL does not bring its own."] = None
+
+    def open(self, model: str) -> tuple[DynaMoForCausalLM, Any]:
+        """The model and its tokenizer.
+
+        Raises:
+            InputError: it cannot be opened, or has no heads.
+        """
+        from dynamo_lm.model.loading import open_for_evaluation
+
+        return open_for_evaluation(model, **asdict(self))
 
 
 def verification(text: str) -> str | float:

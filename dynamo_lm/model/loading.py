@@ -109,10 +109,7 @@ def open_for_evaluation(
     Raises:
         InputError: as the functions above, or a model without heads.
     """
-    if threads is not None:
-        if threads < 1:
-            raise InputError(f"--threads is {threads}; give 1 or more.")
-        torch.set_num_threads(threads)
+    set_threads(threads)
     name = resolve(model)
     config = open_config(name)
     if not isinstance(config, DynaMoConfig):
@@ -156,6 +153,14 @@ def choose_device(device: str) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f'--device "{device}" cannot be used: {_reason(error)}') from error
+
+
+def set_threads(threads: int | None) -> None:
+    """Compute with this many CPU threads; None leaves torch's own number."""
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"--threads is {threads}; give 1 or more.")
+        torch.set_num_threads(threads)
 
 
 def skeleton(config: PreTrainedConfig) -> Any:
