@@ -1,10 +1,11 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all: the only place that writes under a temporary name and renames."""
 
 from __future__ import annotations
 
 import errno
 import os
-import tempfile
+import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +23,12 @@ def atomic_write(path: str | os.PathLike, *, durable: bool = False) -> Iterator[
         OSError: whatever writing raised; the temporary file is gone and `path` is as it was.
     """
     target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
     try:
+        temporary.open("xb").close()
+        mode = (target if target.exists() else temporary).stat().st_mode & 0o777
         yield temporary
-        os.chmod(temporary, (target.stat().st_mode if target.exists() else 0o666 & ~_umask()) & 0o777)
+        os.chmod(temporary, mode)  # whatever wrote it may have made a file that only its owner can read
         if durable:
             with temporary.open("rb") as stream:
                 os.fsync(stream.fileno())
@@ -36,10 +37,54 @@ def atomic_write(path: str | os.PathLike, *, durable: bool = False) -> Iterator[
         temporary.unlink(missing_ok=True)
 
 
+def write_bytes(path: str | os.PathLike, data: bytes, *, durable: bool = False) -> None:
+    """Makes or replaces a file, see `atomic_write`."""
+    with atomic_write(path, durable=durable) as temporary:
+        temporary.write_bytes(data)
+
+
 def write_text(path: str | os.PathLike, text: str, *, durable: bool = False) -> None:
     """Makes or replaces a UTF-8 file, see `atomic_write`."""
-    with atomic_write(path, durable=durable) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
+    write_bytes(path, text.encode("utf-8"), durable=durable)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives an empty folder `.writing-NAME` beside `path` to fill, and puts it in the place of `path` when the block ends.
+
+    Raises:
+        OSError: whatever writing raised; the temporary folder is gone and `path` is as it was.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """Gives an empty folder inside `folder` to fill, and moves each of its files up when the block ends.
+
+    `folder` is made if it is missing; its other files stay.
+
+    Raises:
+        OSError: whatever writing raised; the temporary folder is gone, and `folder` is as it was unless moving failed.
+    """
+    target = Path(folder)
+    temporary = target / f".writing-{uuid.uuid4().hex[:8]}"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in sorted(temporary.iterdir()):
+            os.replace(file, target / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -47,9 +92,3 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or any(
         words in str(error) for words in ("No space left", "os error 28")
     )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

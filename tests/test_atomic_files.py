@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from dynamo_lm.files import atomic_write, is_disk_full, write_text
+from dynamo_lm.files import atomic_files, atomic_folder, atomic_write, is_disk_full, write_text
 
 
 def test_a_file_is_made_and_replaced(tmp_path):
@@ -45,3 +45,30 @@ def test_the_mode_of_a_file_that_is_replaced_stays(tmp_path):
 )
 def test_a_full_disk_is_told_by_its_number_or_its_words(error, full):
     assert is_disk_full(error) is full
+
+
+def test_a_folder_takes_the_place_of_an_older_one_whole(tmp_path):
+    path = tmp_path / "step-1"
+    (tmp_path / ".writing-step-1").mkdir()
+    (tmp_path / ".writing-step-1" / "half").touch()  # of a process that was killed
+    for content in ("a", "b"):
+        with atomic_folder(path) as temporary:
+            (temporary / content).touch()
+    assert [file.name for file in path.iterdir()] == ["b"]
+    with pytest.raises(OSError, match="full"), atomic_folder(path) as temporary:
+        (temporary / "c").touch()
+        raise OSError(errno.ENOSPC, "full")
+    assert [file.name for file in path.iterdir()] == ["b"]
+    assert [file.name for file in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_files_move_up_together_beside_those_that_are_there(tmp_path):
+    path = tmp_path / "model"
+    with atomic_files(path) as temporary:
+        (temporary / "a").write_text("1")
+    with atomic_files(path) as temporary:
+        (temporary / "b").write_text("2")
+    with pytest.raises(OSError, match="full"), atomic_files(path) as temporary:
+        (temporary / "a").write_text("3")
+        raise OSError(errno.ENOSPC, "full")
+    assert {file.name: file.read_text() for file in path.iterdir()} == {"a": "1", "b": "2"}

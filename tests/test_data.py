@@ -367,9 +367,14 @@ def test_a_full_disk_is_an_input_error_and_leaves_the_old_store(tmp_path, monkey
     tokenize([good], word_tokenizer(), folder)
 
     def full_disk(path, mode):
-        return open("/dev/full" if Path(path).name.startswith(full) and "w" in mode else path, mode)
+        return open("/dev/full" if full in Path(path).name and "w" in mode else path, mode)
+
+    def write_bytes(path, data):
+        with full_disk(path, "wb") as file:
+            file.write(data)
 
     monkeypatch.setattr(token_store, "open", full_disk, raising=False)
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
     with pytest.raises(InputError, match=r"store.* No space left on device"):
         tokenize([good], word_tokenizer(), folder, limit_tokens=2)
     assert TokenStore(folder).tokens.tolist() == [3, 4, 1]

@@ -7,10 +7,10 @@ lossy ways end in a star. Colours are Okabe and Ito's. Needs matplotlib (extra `
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
+from dynamo_lm.files import write_bytes
 from dynamo_lm.report import figures
 
 ORDER = {"greedy": 0, "sampled": 1}
@@ -99,11 +99,6 @@ def save(race: dict[str, Any], folder: Path, name: str, *, heading: str = "") ->
     found = []
     for form, data in draw(race, heading=heading).items():
         file = folder / f"{name}.{form}"
-        staging = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            staging.write_bytes(data)
-            os.replace(staging, file)
-        finally:
-            staging.unlink(missing_ok=True)
+        write_bytes(file, data)
         found.append(file.name)
     return found

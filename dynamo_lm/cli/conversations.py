@@ -7,7 +7,6 @@ goes on where it stopped.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from dynamo_lm.cli.progress import counting
 from dynamo_lm.data.conversations import conversations
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation.judges.filter import best, scores, turns
+from dynamo_lm.files import write_text
 from dynamo_lm.training.self_distill import distill
 
 if TYPE_CHECKING:
@@ -83,9 +83,7 @@ def _write(file: Path, records: Iterable[dict[str, Any]]) -> str:
     content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     if not file.is_file() or file.read_text(encoding="utf-8") != content:
         file.parent.mkdir(parents=True, exist_ok=True)
-        staging = file.with_name(f".{file.name}.{os.getpid()}")
-        staging.write_text(content, encoding="utf-8")
-        os.replace(staging, file)
+        write_text(file, content)
     return str(file)
 
 

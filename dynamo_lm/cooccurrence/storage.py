@@ -1,8 +1,6 @@
 """Co-occurrence tables on disk: a safetensors file of delta-coded keys and packed counts, with a checksum."""
 
-import os
 import zlib
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from dynamo_lm.errors import InputError
+from dynamo_lm.files import write_bytes
 
 MAX_ORDER = 4
 
@@ -88,17 +87,11 @@ def _checksum(arrays: dict[str, np.ndarray], facts: str) -> str:
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray], facts: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    header = {"format": FORMAT, "facts": facts, "crc32": _checksum(arrays, facts)}
     try:
-        # Not save_file: it makes a file that only its owner may read.
-        header = {"format": FORMAT, "facts": facts, "crc32": _checksum(arrays, facts)}
-        temporary.write_bytes(save(arrays, header))
-        os.replace(temporary, path)
+        write_bytes(path, save(arrays, header))
     except OSError as error:
         raise InputError(f"The table cannot be written to {path} ({error}); choose another place.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _read(path: Path) -> tuple[str, dict[str, np.ndarray]]:

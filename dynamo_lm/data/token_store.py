@@ -22,6 +22,7 @@ from filelock import FileLock  # comes with torch
 from dynamo_lm.data.sources import documents, first_line
 from dynamo_lm.data.sources import files as files_of
 from dynamo_lm.errors import InputError
+from dynamo_lm.files import write_text
 
 FORMAT = 1  # of a store's folder; another number is rebuilt
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1000, 4_000_000  # a batch for the tokenizer is full at either
@@ -239,7 +240,6 @@ def _build(
     """Write a store into `folder`. Until `store.json` is replaced, what was there before stays whole."""
     vocab_size = 1 + max(tokenizer.get_vocab().values())
     tokens_file, offsets_file, responses_file = files = _store_files(folder, inputs)
-    new_about = folder / "store.json.new"
     ends: list[int] = [0]
     sha, flags_sha, flagged = hashlib.sha256(), hashlib.sha256(), False
     try:
@@ -285,12 +285,9 @@ def _build(
             with open(offsets_file, "wb") as file:
                 np.save(file, np.array(ends, dtype=np.int64))
                 _to_disk(file)
-            with open(new_about, "wb") as file:
-                file.write(json.dumps(about, indent=1).encode())
-                _to_disk(file)
-            os.replace(new_about, folder / "store.json")
+            write_text(folder / "store.json", json.dumps(about, indent=1), durable=True)
     except BaseException:  # also an interrupt: leave no gigabytes of half a store behind
-        for path in (*files, new_about):
+        for path in files:
             path.unlink(missing_ok=True)
         raise
     # 3. What no store uses any more.

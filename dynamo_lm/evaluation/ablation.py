@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -32,6 +31,7 @@ from dynamo_lm.decoding.batch import decode
 from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation import results_file
+from dynamo_lm.files import atomic_write
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.sampling.options import Algorithm1
 from dynamo_lm.training.log import Progress
@@ -387,9 +387,8 @@ def _seconds(place: Path, tokens: int) -> float:
 
 def _keep_losses(place: Path, losses: dict[str, Tensor]) -> None:
     place.mkdir(parents=True, exist_ok=True)
-    staging = place / f".losses.{os.getpid()}"
-    save_file(losses, staging)
-    os.replace(staging, place / "losses.safetensors")
+    with atomic_write(place / "losses.safetensors") as temporary:
+        save_file(losses, temporary)
 
 
 def _compare(rows: list[dict[str, Any]], folder: Path) -> None:

@@ -30,6 +30,7 @@ import torch
 
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation.perplexity.scoring import Measured, standard_error
+from dynamo_lm.files import write_text
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 CRITERIA = {"ppl": 1.1, "regret": 0.0, "win-rate": 0.2}  # and their default limits: ratio, nats, margin
@@ -231,13 +232,5 @@ def write_default(folder: Path, eps_b: float, model: DynaMoForCausalLM) -> Path:
     if content is None:
         content = json.loads(model.generation_config.to_json_string(use_diff=False))
     content["eps_b"] = eps_b
-    staging = file.with_name(f".{FILE}.{os.getpid()}")
-    try:
-        with staging.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(staging, file)
-    finally:
-        staging.unlink(missing_ok=True)
+    write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n", durable=True)
     return file

@@ -7,7 +7,6 @@ report never mixes two.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from dynamo_lm.errors import InputError
+from dynamo_lm.files import write_text
 from dynamo_lm.model.checkpoint import identity
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.training import provenance
@@ -50,13 +50,8 @@ def save(folder: Path, record: dict[str, Any]) -> Path:
     """Writes `record` as `folder/KIND.json`, whole or not at all, with the time it was finished."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{record['kind']}.json"
-    staging = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        content = json.dumps(record | {"finished": provenance.now()}, indent=1, ensure_ascii=False, allow_nan=False)
-        staging.write_text(content + "\n", encoding="utf-8")
-        os.replace(staging, target)
-    finally:
-        staging.unlink(missing_ok=True)
+    content = json.dumps(record | {"finished": provenance.now()}, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(target, content + "\n")
     return target
 
 

@@ -7,11 +7,9 @@ temporary name and renamed.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from transformers.utils import cached_file
 from dynamo_lm.backbone.base_model import fingerprint, load_base
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.errors import InputError
+from dynamo_lm.files import atomic_files, is_disk_full
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.model_card import model_card
 
@@ -56,38 +55,34 @@ def save(model: Any, folder: str | os.PathLike, weights: str = "full", **kwargs:
     push = kwargs.pop("push_to_hub", False)
     target = Path(folder)
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as name:
-            staging = Path(name)
+        with atomic_files(target) as temporary:
             before = model.config.weights, model.config.base_fingerprint
             model.config.weights, model.config.base_fingerprint = weights, now
             try:
                 if weights == "full":
-                    PreTrainedModel.save_pretrained(model, name, **kwargs)
+                    PreTrainedModel.save_pretrained(model, temporary, **kwargs)
                 else:
-                    model.config.save_pretrained(name)
-                    model.generation_config.save_pretrained(name)
-                    save_file(head_weights(model), staging / HEADS_FILE, metadata={"format": "pt"})
+                    model.config.save_pretrained(temporary)
+                    model.generation_config.save_pretrained(temporary)
+                    save_file(head_weights(model), temporary / HEADS_FILE, metadata={"format": "pt"})
             finally:
                 model.config.weights, model.config.base_fingerprint = before
             if model.cooccurrence is not None:
-                model.cooccurrence.save(staging / TABLE_FILE)
-            (staging / "README.md").write_text(model_card(model, weights))
-            files = sorted(set(staging.glob("*.safetensors")) - {staging / TABLE_FILE})
+                model.cooccurrence.save(temporary / TABLE_FILE)
+            (temporary / "README.md").write_text(model_card(model, weights))
+            files = sorted(set(temporary.glob("*.safetensors")) - {temporary / TABLE_FILE})
             checksums = {file.name: _checksum(file) for file in files}
-            (staging / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2) + "\n")
-            names = sorted(file.name for file in staging.iterdir())
-            for file in names:
-                os.replace(staging / file, target / file)
-            for old in [*target.glob("model*.safetensors*"), target / HEADS_FILE]:  # of an earlier save in another form
-                if old.name not in names:
-                    old.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
+            (temporary / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2) + "\n")
+            names = {file.name for file in temporary.iterdir()}
+        for old in [*target.glob("model*.safetensors*"), target / HEADS_FILE]:  # of an earlier save in another form
+            if old.name not in names:
+                old.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        if is_disk_full(error):
             raise InputError(f'The disk of "{target}" is full; free some space and save again.') from error
+        if isinstance(error, SafetensorError):
+            raise InputError(f'Weights could not be written to "{target}" ({error}).') from error
         raise
-    except SafetensorError as error:  # safetensors reports a full disk in words of its own
-        raise InputError(f'Weights could not be written to "{target}" ({error}); is its disk full?') from error
     if push:
         from huggingface_hub import HfApi
 

@@ -7,7 +7,6 @@ folder gives the same bytes.
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from markupsafe import Markup
 from dynamo_lm.decoding.joint_heatmap import HeatMap, heatmap
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation import results_file
+from dynamo_lm.files import write_text
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.report import completion, figures, samples, sections
 from dynamo_lm.report.document import Banner, Headline, Page, Section, Texts, interval
@@ -179,14 +179,10 @@ def write(page: Page, *, html_file: Path, markdown_file: Path) -> list[Path]:
     contents = {folder / f"{figure.name}.svg": figure.svg for figure in page.figures()}
     contents |= {markdown_file: markdown(page), html_file: html(page)}
     for file, content in contents.items():
-        staging = file.with_name(f".{file.name}.{os.getpid()}")
         try:
-            staging.write_text(content, encoding="utf-8")
-            os.replace(staging, file)
+            write_text(file, content)
         except OSError as error:
             raise InputError(f'"{file}" cannot be written: {error.strerror}.') from error
-        finally:
-            staging.unlink(missing_ok=True)
     return [html_file, markdown_file]
 
 

@@ -5,9 +5,7 @@ A checkpoint is a folder `checkpoints/step-N`, written under a temporary name an
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dynamo_lm.errors import InputError
+from dynamo_lm.files import atomic_folder, is_disk_full
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.training.options import TrainingOptions
 
@@ -39,7 +38,6 @@ def save_checkpoint(
         InputError: the disk is full; earlier checkpoints are intact.
     """
     target = folder / "checkpoints" / f"step-{step:08d}"
-    staging = target.with_name(f".writing-{target.name}")
     for unfinished in target.parent.glob(".writing-*"):  # of a run that was killed while it wrote
         shutil.rmtree(unfinished, ignore_errors=True)
     names = _trained_names(model, optimizer)
@@ -50,15 +48,12 @@ def save_checkpoint(
         state |= {f"{names[id(parameter)]}.{key}": value.contiguous() for key, value in values.items()}
     weights = {names[id(p)]: p.detach().contiguous() for group in optimizer.param_groups for p in group["params"]}
     try:
-        staging.mkdir(parents=True)
-        save_file(weights, staging / "weights.safetensors")
-        save_file(state, staging / "optimizer.safetensors")
-        (staging / "state.json").write_text(json.dumps({"step": step, "options": asdict(options)}, indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(staging, target)
+        with atomic_folder(target) as temporary:
+            save_file(weights, temporary / "weights.safetensors")
+            save_file(state, temporary / "optimizer.safetensors")
+            (temporary / "state.json").write_text(json.dumps({"step": step, "options": asdict(options)}, indent=1))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
+        if is_disk_full(error):
             raise InputError(f'The disk of "{folder}" is full; free some space and run the same command again.') from error
         raise
     for old in sorted(target.parent.glob("step-*"))[: -options.keep]:

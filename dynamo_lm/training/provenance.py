@@ -6,7 +6,6 @@ Knows no tensors. It repeats paths only as the user gave them.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamo_lm.errors import InputError
+from dynamo_lm.files import write_text
 
 FILE = "training.json"
 PACKAGES = ("dynamo-lm", "torch", "transformers", "safetensors", "numpy")
@@ -89,9 +89,4 @@ def read(folder: Path) -> dict[str, Any] | None:
 def write(folder: Path, record: dict[str, Any]) -> None:
     """Writes the record into `folder`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f".{FILE}.{os.getpid()}"
-    try:
-        staging.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(staging, folder / FILE)
-    finally:
-        staging.unlink(missing_ok=True)
+    write_text(folder / FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
