@@ -1,42 +1,82 @@
-"""What a judge has said, on disk: append-only JSON lines, so that a stopped run asks nothing twice.
+"""JSON lines on disk that a stopped run continues from: a log of records, and a cache of values by key.
 
-A line is {"key": hash of who was asked and what, "value": the answer, ...}; texts are not stored. A line that was cut off by
-a crash counts as never written. Knows nothing about judges.
+A line ends at "\\n" alone: texts may hold U+2028 and the other separators of `str.splitlines`. A last line without its end
+was cut off by a crash and counts as never written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import Any
 
 from dynamo_lm.errors import InputError
 
 
-class Verdicts:
-    """A mapping from keys to JSON values that grows in memory and, if it has a file, at once on disk, too."""
+class JsonlLog:
+    """An append-only file of JSON objects; a record is on disk when `append` returns.
+
+    Attributes:
+        records: what the file held when it was opened.
+        damaged: how many of its complete lines are not JSON objects.
+    """
+
+    def __init__(self, file: Path):
+        """Reads `file`, which need not exist yet.
+
+        Raises:
+            InputError: it cannot be read, or holds no JSON lines.
+        """
+        self.file = Path(file)
+        try:
+            content = self.file.read_bytes() if self.file.exists() else b""
+        except OSError as error:
+            raise InputError(f'"{file}" cannot be read ({error.strerror}); name another file.') from error
+        *lines, torn = content.split(b"\n")
+        parsed = [_object(line) for line in lines if line.strip()]
+        self.records = [record for record in parsed if record is not None]
+        self.damaged = len(parsed) - len(self.records)
+        self._whole = len(content) - len(torn) if torn else None  # bytes to keep when the torn line is cut off
+        if content and not self.records and not (content.startswith(b"{") and not lines):
+            raise InputError(f'"{file}" holds no JSON lines; move it away or name another file.')
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Writes one line.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode(errors="surrogatepass") + b"\n"
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            if self._whole is not None:
+                os.truncate(self.file, self._whole)
+                self._whole = None
+            with self.file.open("ab", buffering=0) as stream:
+                stream.write(line)
+        except OSError as error:
+            raise InputError(f'"{self.file}" cannot be written: {error.strerror}.') from error
+
+
+class JsonlCache:
+    """A mapping from keys to JSON values that grows in memory and, if it has a file, on disk at the same time.
+
+    A line of the file is {"key": hash of the question, "value": its answer, ...}; questions are not stored.
+    """
 
     def __init__(self, file: Path | None = None):
-        """Opens `file`, which need not exist yet; without one, answers are kept for this process only.
+        """Opens `file`, which need not exist yet; without one, values are kept for this process only.
 
         Raises:
             InputError: it holds something else, or cannot be read.
         """
-        self.file = None if file is None else Path(file)
-        self._values: dict[str, Any] = {}
-        self._torn = False  # the last line has no end, so that the next one must not be glued to it
-        if self.file is None:
-            return
-        try:
-            content = self.file.read_bytes() if self.file.exists() else b""
-        except OSError as error:
-            raise InputError(f'The verdicts in "{file}" cannot be read ({error.strerror}); name another file.') from error
-        self._values = dict(_lines(content))
-        self._torn = bool(content) and not content.endswith(b"\n")
-        if content.count(b"\n") and not self._values:
-            raise InputError(f'"{file}" holds no verdicts of a judge; move it away or name another file.')
+        self._log = None if file is None else JsonlLog(file)
+        records = [] if self._log is None else self._log.records
+        self._values = {record["key"]: record["value"] for record in records if "key" in record and "value" in record}
+        if records and not self._values:
+            raise InputError(f'"{file}" holds no cached answers; move it away or name another file.')
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -47,23 +87,15 @@ class Verdicts:
     def __len__(self) -> int:
         return len(self._values)
 
-    def put(self, key: str, value: Any, **about: Any) -> None:
-        """Keeps `value`; `about` goes to the file only, for whoever reads it.
+    def put(self, key: str, value: Any, **details: Any) -> None:
+        """Keeps `value`; `details` go to the file only, for people who read it.
 
         Raises:
             InputError: the file cannot be written.
         """
         self._values[key] = value
-        if self.file is None:
-            return
-        line = json.dumps({"key": key, "value": value, **about}, ensure_ascii=True, allow_nan=False) + "\n"
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("ab", buffering=0) as stream:
-                stream.write(("\n" + line if self._torn else line).encode())
-        except OSError as error:
-            raise InputError(f'The verdicts cannot be written to "{self.file}": {error.strerror}.') from error
-        self._torn = False
+        if self._log is not None:
+            self._log.append({"key": key, "value": value, **details})
 
 
 def key_of(*parts: Any) -> str:
@@ -71,10 +103,9 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()[:32]
 
 
-def _lines(content: bytes) -> Iterator[tuple[str, Any]]:
-    for line in content.splitlines():
-        try:
-            found = json.loads(line)
-            yield found["key"], found["value"]
-        except (ValueError, TypeError, KeyError):  # torn
-            continue
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

@@ -14,6 +14,7 @@ from dynamo_lm.evaluation.completion import prompts as benches
 from dynamo_lm.evaluation.completion.compare import Completions, compare, duels
 from dynamo_lm.evaluation.completion.generate import PAPER, Arm, Text, _resume, arms, write_texts
 from dynamo_lm.evaluation.judges.judges import Pair
+from dynamo_lm.jsonl_cache import JsonlLog
 
 PROMPTS = ["the fox", "a red house", "night"]
 
@@ -238,8 +239,8 @@ def test_lines_of_prompts_end_at_line_feeds_alone_and_a_byte_order_mark_is_no_pa
 
 def test_a_run_whose_texts_hold_line_separators_goes_on(tmp_path):
     file, head = tmp_path / "texts.jsonl", {"seed": 1}
-    assert list(_resume(file, head)) == []
+    assert _resume(JsonlLog(file), head) == []
     text = Text("arm", 0, 0, "a\u2028b\u0085c", [1, 2], [2], 1, 1.0, 0.0, 0)
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(vars(text), ensure_ascii=False) + "\n")
-    assert list(_resume(file, head)) == [text]
+    assert _resume(JsonlLog(file), head) == [text]

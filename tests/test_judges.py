@@ -22,7 +22,7 @@ from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation.judges.endpoint import SCORE, VERDICT, EndpointJudge, _parse
 from dynamo_lm.evaluation.judges.judges import Pair, ReferenceJudge, sanity, shuffle_words, wilson
 from dynamo_lm.evaluation.judges.likelihoods import Reader, Text
-from dynamo_lm.jsonl_cache import Verdicts
+from dynamo_lm.jsonl_cache import JsonlCache
 
 LETTERS = ["<s>", "a", "b", "é"]
 # Behind a comes b with 3/4, behind b comes a with 1/2; é is anybody's with 1/8 and 1/4, as after itself.
@@ -426,7 +426,7 @@ def test_a_stop_by_the_user_keeps_what_was_said(serve, tmp_path):
     pairs = [Pair("p", "x" * number, "y") for number in range(2, 6)]
     with pytest.raises(KeyboardInterrupt):
         endpoint(server, cache=tmp_path / "said.jsonl").pairs(pairs, progress=stop)
-    assert len(Verdicts(tmp_path / "said.jsonl")) == 4
+    assert len(JsonlCache(tmp_path / "said.jsonl")) == 4
 
 
 def test_a_server_that_hangs_is_named(serve):
@@ -503,28 +503,3 @@ def test_an_estimate_names_requests_tokens_and_cost():
     assert found["cost"] == pytest.approx((found["tokens_in"] + 2 * found["tokens_out"]) / 1e6)
     assert found["minutes"] == pytest.approx(25 / 60)
     assert endpoint("http://localhost/v1", key_from=None).estimate(1, 1, 1)["cost"] is None
-
-
-# ---------------------------------------------------------------------- the cache
-
-
-def test_verdicts_survive_a_line_that_was_cut_off(tmp_path):
-    file = tmp_path / "said.jsonl"
-    first = Verdicts(file)
-    first.put("a", 1)
-    first.put("b", None, answer="what?")
-    file.write_bytes(file.read_bytes() + b'{"key": "c", "val')
-    second = Verdicts(file)
-    assert "c" not in second
-    second.put("d", 0.5)
-    third = Verdicts(file)
-    assert (third["a"], third["b"], third["d"]) == (1, None, 0.5)
-    assert len(third) == 3
-
-
-def test_a_file_that_holds_something_else_is_refused(tmp_path):
-    (tmp_path / "notes.txt").write_text("dear diary\n")
-    with pytest.raises(InputError, match="no verdicts"):
-        Verdicts(tmp_path / "notes.txt")
-    with pytest.raises(InputError, match="cannot be read"):
-        Verdicts(tmp_path)

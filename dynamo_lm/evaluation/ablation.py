@@ -11,7 +11,6 @@ Not built of Table 10: see `NOT_BUILT`. Knows nothing about text, tokenizers or 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation import results_file
 from dynamo_lm.files import atomic_write
+from dynamo_lm.jsonl_cache import JsonlLog
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.sampling.options import Algorithm1
 from dynamo_lm.training.log import Progress
@@ -381,8 +381,7 @@ def _width(base: PreTrainedModel) -> int:
 def _seconds(place: Path, tokens: int) -> float:
     """Spent in training steps of `tokens` each, over all sessions, from the run's log."""
     log = place / "log.jsonl"
-    lines = log.read_text().splitlines() if log.is_file() else []
-    return round(sum(tokens / json.loads(line)["tokens_per_second"] for line in lines), 1)
+    return round(sum(tokens / record["tokens_per_second"] for record in JsonlLog(log).records), 1)
 
 
 def _keep_losses(place: Path, losses: dict[str, Tensor]) -> None:

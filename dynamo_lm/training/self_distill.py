@@ -18,7 +18,7 @@ from dynamo_lm.decoding.batch import Batch
 from dynamo_lm.decoding.generate import VERIFIED_ALPHA_C
 from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.errors import InputError
-from dynamo_lm.jsonl_cache import Verdicts, key_of
+from dynamo_lm.jsonl_cache import JsonlCache, key_of
 from dynamo_lm.model.checkpoint import identity
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.sampling.options import Algorithm1
@@ -44,7 +44,7 @@ def distill(
         max_new_tokens: of an answer.
         temperature: 0 for the likeliest token.
         seed: of all random numbers; an answer depends on it and on its prompt, not on the batch.
-        cache: file of the answers (`verdicts.Verdicts`), so that a stopped run resumes.
+        cache: file of the answers (a `JsonlCache`), so that a stopped run resumes.
         progress: is told how many answers there are, of how many.
 
     Returns:
@@ -55,7 +55,7 @@ def distill(
     """
     if temperature < 0:
         raise InputError(f"--distill-temperature is {temperature}; give 0 or more.")
-    answers = Verdicts(cache)
+    answers = JsonlCache(cache)
     who = identity(model)
     ends = frozenset({end_of_turn(tokenizer), tokenizer.eos_token_id})
     widest = model.num_heads if model.cooccurrence is None else min(model.num_heads, model.cooccurrence.order)

@@ -6,11 +6,9 @@ can be compared, and every text is a line of a file at once, so that a run that 
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import torch
 from dynamo_lm.data.chat_template import encode_chat
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation import results_file
-from dynamo_lm.files import write_text
+from dynamo_lm.jsonl_cache import JsonlLog
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 PAPER = "mask+Otsu+blur"
@@ -130,7 +128,8 @@ def write_texts(
         head["base"] = results_file.identity(base)
     if chat:
         head["chat_template"] = tokenizer.chat_template
-    done = {(text.arm, text.prompt, text.seed): text for text in _resume(file, head)}
+    log = JsonlLog(file)
+    done = {(text.arm, text.prompt, text.seed): text for text in _resume(log, head)}
     encoded = [_encode(tokenizer, prompt, chat).to(model.device) for prompt in prompts]
     writers = {arm.name: base if base is not None and arm.role in COMPARED_WITH else model for arm in chosen}
     if any(ids.shape[1] == 0 for ids in encoded):
@@ -138,23 +137,21 @@ def write_texts(
     stops = model.generation_config.eos_token_id  # of all arms, whoever writes
     ends = {"eos_token_id": tokenizer.eos_token_id if stops is None else stops}
     total, fresh = len(prompts) * seeds * len(chosen), True
-    with file.open("a", encoding="utf-8") as stream:
-        for number in range(seeds):
-            for prompt, ids in enumerate(encoded):
-                order = list(chosen)
-                random.Random(f"{seed} {number} {prompt}").shuffle(order)
-                for arm in order:
-                    if (arm.name, prompt, number) in done:
-                        continue
-                    if fresh:  # first calls pay for what is set up once
-                        for other in chosen:
-                            writers[other.name].generate(ids, max_new_tokens=4, seed=0, **other.arguments, **ends)
-                        fresh = False
-                    text = _complete(writers[arm.name], tokenizer, ids, arm, prompt, number, seed, max_new_tokens, ends)
-                    done[arm.name, prompt, number] = text
-                    stream.write(json.dumps(asdict(text), ensure_ascii=False) + "\n")
-                    stream.flush()
-                    progress(len(done), total)
+    for number in range(seeds):
+        for prompt, ids in enumerate(encoded):
+            order = list(chosen)
+            random.Random(f"{seed} {number} {prompt}").shuffle(order)
+            for arm in order:
+                if (arm.name, prompt, number) in done:
+                    continue
+                if fresh:  # first calls pay for what is set up once
+                    for other in chosen:
+                        writers[other.name].generate(ids, max_new_tokens=4, seed=0, **other.arguments, **ends)
+                    fresh = False
+                text = _complete(writers[arm.name], tokenizer, ids, arm, prompt, number, seed, max_new_tokens, ends)
+                done[arm.name, prompt, number] = text
+                log.append(asdict(text))
+                progress(len(done), total)
     return list(done.values())
 
 
@@ -200,23 +197,19 @@ def _complete(
     )
 
 
-def _resume(file: Path, head: dict[str, Any]) -> Iterator[Text]:
-    """The texts of the run in `file`, whose torn last line is cut off; begins the file if there is none."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(head, ensure_ascii=False) + "\n")
-        return
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(file, len(whole))
+def _resume(log: JsonlLog, head: dict[str, Any]) -> list[Text]:
+    """The texts that `log` holds of the run that `head` describes; begins the log if it is empty."""
+    if not log.records and not log.damaged:
+        log.append(head)
+        return []
     try:
-        lines = [json.loads(line) for line in whole.split(b"\n")[:-1]]  # at \\n alone: texts may hold U+2028
-        before, texts = lines[0], [Text(**line) for line in lines[1:]]
-    except (ValueError, TypeError, IndexError) as error:
-        raise InputError(f'"{file}" is damaged; delete it to begin again.') from error
-    if before != head:
-        other = next((key for key in head if before.get(key) != head[key]), "settings")
-        what = "model" if other == "identity" else other.replace("_", " ")
-        raise InputError(f'"{file}" holds a run with another choice of {what}; repeat its options or use another --out.')
-    yield from texts
+        if log.damaged:
+            raise ValueError("a line is not JSON")
+        before, texts = log.records[0], [Text(**record) for record in log.records[1:]]
+    except (ValueError, TypeError) as error:
+        raise InputError(f'"{log.file}" is damaged; delete it to begin again.') from error
+    different = next((key for key in head if before.get(key) != head[key]), "" if before == head else "settings")
+    if different:
+        what = "model" if different == "identity" else different.replace("_", " ")
+        raise InputError(f'"{log.file}" holds a run with another choice of {what}; repeat its options or use another --out.')
+    return texts

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation.judges.judges import Item, Pair, Progress, Verdict
-from dynamo_lm.jsonl_cache import Verdicts, key_of
+from dynamo_lm.jsonl_cache import JsonlCache, key_of
 
 if TYPE_CHECKING:
     import openai
@@ -78,7 +78,7 @@ class EndpointJudge:
             requests_per_minute: at most so many, evenly spaced.
             timeout: seconds to wait for an answer.
             retries: after a time-out, a lost connection, a server error or a rate limit, with growing pauses.
-            cache: file of the answers (`verdicts.Verdicts`).
+            cache: file of the answers (a `JsonlCache`).
             price_in, price_out: money per million tokens read and written, for `estimate`.
 
         Raises:
@@ -112,7 +112,7 @@ class EndpointJudge:
         self._next = 0.0  # earliest time of the next request, by time.monotonic
         self._client = openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout, max_retries=retries)
         self._options: dict[str, Any] = {"temperature": 0, "max_tokens": ANSWER_LIMIT}
-        self._verdicts = Verdicts(cache)
+        self._cache = JsonlCache(cache)
 
     def estimate(self, n_pairs: int, n_singles: int, mean_chars: float) -> dict[str, float | int | None]:
         """What so many verdicts will take at most, before anything is asked.
@@ -185,14 +185,14 @@ class EndpointJudge:
     def _verdict(self, question: str, form: re.Pattern[str]) -> float | None:
         """The parsed answer, from disk if it was asked before; asked twice if the first answer cannot be read."""
         key = key_of(self.name, self.base_url, question)
-        if key not in self._verdicts:
+        if key not in self._cache:
             answer = self._ask(question)
             value = _parse(answer, form)
             if value is None:
                 answer = self._ask(question)
                 value = _parse(answer, form)
-            self._verdicts.put(key, value, judge=self.name, answer=answer)
-        return self._verdicts[key]
+            self._cache.put(key, value, judge=self.name, answer=answer)
+        return self._cache[key]
 
     def _ask(self, question: str) -> str:
         """The endpoint's answer as text, "" for a reply without any."""

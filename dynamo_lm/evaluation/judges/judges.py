@@ -23,7 +23,7 @@ from dynamo_lm.backbone.base_model import fingerprint, load_base
 from dynamo_lm.data.token_store import tokenizer_fingerprint
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation.judges.likelihoods import Reader, Text
-from dynamo_lm.jsonl_cache import Verdicts, key_of
+from dynamo_lm.jsonl_cache import JsonlCache, key_of
 from dynamo_lm.model.loading import DTYPES, choose_device, open_tokenizer, resolve
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
@@ -201,7 +201,7 @@ class ReferenceJudge:
             tie: differences below this are ties, nats per byte.
             batch_size: texts a forward pass.
             dtype: of the weights; "float32" is fastest on most CPUs.
-            cache: file of the log-likelihoods (`verdicts.Verdicts`), so that a stopped run resumes.
+            cache: file of the log-likelihoods (a `JsonlCache`), so that a stopped run resumes.
 
         Raises:
             InputError: no such model or tokenizer, or one that is no causal language model; options out of range.
@@ -227,7 +227,7 @@ class ReferenceJudge:
         self.pool: dict[str, list[float]] = {}  # by prompt: the base model's log-likelihoods, rising
         self._tokenizer = tokenizer
         self._reader = Reader(model, path)
-        self._verdicts = Verdicts(cache)
+        self._cache = JsonlCache(cache)
         self._identity = [_weights(model), str(model.dtype), tokenizer_fingerprint(tokenizer)]
 
     def pairs(self, items: Sequence[Pair], *, progress: Progress | None = None) -> list[Verdict | None]:
@@ -260,7 +260,7 @@ class ReferenceJudge:
         None: an empty completion, or one longer than the reference's context.
         """
         self._compute(items, self._key, scored=True, progress=progress)
-        return [self._verdicts[self._key(item)] for item in items]
+        return [self._cache[self._key(item)] for item in items]
 
     def features(self, items: Sequence[Item | str], *, progress: Progress | None = None) -> np.ndarray:
         """Mean final hidden state over each completion's tokens, scaled to length 1, (items, hidden) in float32; for MAUVE.
@@ -272,7 +272,7 @@ class ReferenceJudge:
         self._compute(texts, self._feature_key, scored=False, progress=progress)
         rows = np.zeros((len(texts), self._reader.width), np.float32)
         for row, item in zip(rows, texts, strict=True):
-            stored = self._verdicts[self._feature_key(item)]
+            stored = self._cache[self._feature_key(item)]
             if stored is not None:
                 row[:] = np.frombuffer(base64.b64decode(stored), np.float16)
         return rows
@@ -299,12 +299,12 @@ class ReferenceJudge:
         """Fills the cache for `items`, longest first, so that a batch has little padding and memory fails early."""
         texts: list[tuple[Item, Text]] = []
         for item in dict.fromkeys(items):
-            if key(item) in self._verdicts:
+            if key(item) in self._cache:
                 continue
             text = self._tokenize(item)
             if text is None:
-                self._verdicts.put(self._key(item), None)
-                self._verdicts.put(self._feature_key(item), None)
+                self._cache.put(self._key(item), None)
+                self._cache.put(self._feature_key(item), None)
             else:
                 texts.append((item, text))
         texts.sort(key=lambda pair: (-len(pair[1].ids), pair[0]))
@@ -321,10 +321,10 @@ class ReferenceJudge:
     def _keep(self, item: Item, total: float | None, feature: np.ndarray) -> None:
         if total is not None:
             value = round(total / len(item[1].encode(errors="replace")), 6)  # beyond, it depends on the rest of the batch
-            self._verdicts.put(self._key(item), value if math.isfinite(value) else None)
-        if self._feature_key(item) not in self._verdicts:
+            self._cache.put(self._key(item), value if math.isfinite(value) else None)
+        if self._feature_key(item) not in self._cache:
             packed = base64.b64encode(feature.astype(np.float16).tobytes()).decode()
-            self._verdicts.put(self._feature_key(item), packed if np.isfinite(feature).all() else None)
+            self._cache.put(self._feature_key(item), packed if np.isfinite(feature).all() else None)
 
     def _tokenize(self, item: Item) -> Text | None:
         """None if there is nothing to score, or more than the context holds; a long prompt loses its beginning instead."""
