@@ -1,4 +1,7 @@
-"""Files and folders that are there whole or not at all: the only place that writes under a temporary name and renames."""
+"""Files: UTF-8 text in, and files and folders out that are there whole or not at all.
+
+This is the only place that writes under a temporary name and renames.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from dynamo_lm.errors import InputError
 
 
 @contextmanager
@@ -85,6 +90,38 @@ def atomic_files(folder: str | os.PathLike) -> Iterator[Path]:
             os.replace(file, target / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """A file's content.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def decode(data: bytes, name: str | os.PathLike, first_line: int = 1) -> str:
+    """UTF-8 text without its byte order mark; `name` and the number of its first line are for the error.
+
+    Raises:
+        InputError: it is not valid UTF-8.
+    """
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = first_line + data.count(b"\n", 0, error.start)
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        raise InputError(f"{name} is not UTF-8: line {line}, byte {column} is 0x{data[error.start]:02x}.") from error
+
+
+def split_lines(text: str) -> list[str]:
+    r"""The lines of a text, which end at "\n" or "\r\n" alone: str.splitlines also cuts at U+2028 and its like."""
+    lines = text.split("\n")
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
 def is_disk_full(error: BaseException) -> bool:

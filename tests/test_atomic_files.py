@@ -6,7 +6,17 @@ import errno
 
 import pytest
 
-from dynamo_lm.files import atomic_files, atomic_folder, atomic_write, is_disk_full, write_text
+from dynamo_lm.errors import InputError
+from dynamo_lm.files import (
+    atomic_files,
+    atomic_folder,
+    atomic_write,
+    decode,
+    is_disk_full,
+    read_bytes,
+    split_lines,
+    write_text,
+)
 
 
 def test_a_file_is_made_and_replaced(tmp_path):
@@ -72,3 +82,19 @@ def test_files_move_up_together_beside_those_that_are_there(tmp_path):
         (temporary / "a").write_text("3")
         raise OSError(errno.ENOSPC, "full")
     assert {file.name: file.read_text() for file in path.iterdir()} == {"a": "1", "b": "2"}
+
+
+def test_text_is_utf8_without_its_byte_order_mark():
+    assert decode("\ufeffOnce\ufeff".encode(), "a.txt") == "Once\ufeff"
+    with pytest.raises(InputError, match=r"^a.txt is not UTF-8: line 3, byte 2 is 0xff\.$"):
+        decode(b"a\nb\xff", "a.txt", first_line=2)
+
+
+def test_lines_end_at_the_line_feed_alone():
+    assert split_lines("a\u2028b\x85c\x0c\r\n\nd\re\n") == ["a\u2028b\x85c\x0c", "", "d\re"]
+    assert split_lines("") == [] and split_lines("\n") == [""] and split_lines("a\n\n") == ["a", ""]
+
+
+def test_a_file_that_cannot_be_read_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere cannot be read: No such file"):
+        read_bytes(tmp_path / "nowhere")

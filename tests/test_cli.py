@@ -316,6 +316,15 @@ def test_a_pipe_gives_the_prompt_and_gets_only_the_text(run, model, monkeypatch)
     assert run.err == ""
     stdin(monkeypatch, b"the fox")
     assert run("generate", model, "-", "-n", 8) == argument
+    stdin(monkeypatch, b"\xef\xbb\xbfthe fox\r\n")
+    assert run("generate", model, "-n", 8) == argument
+
+
+def test_prompt_lines_end_at_the_line_feed_alone_and_a_byte_order_mark_is_no_prompt(run, model, tmp_path):
+    prompts = ["the\u2028fox\x85", "a\x0cb"]
+    (tmp_path / "prompts.txt").write_bytes(("\ufeff" + "\r\n".join(prompts)).encode())
+    rows = run("generate", model, "--prompts", tmp_path / "prompts.txt", "-n", 1, "--json").split("\n")[:-1]
+    assert [json.loads(row)["prompt"] for row in rows] == prompts
 
 
 def test_a_reader_that_goes_away_is_silent(model):

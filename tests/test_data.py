@@ -75,6 +75,43 @@ def test_json_may_be_an_array_or_lines(tmp_path):
     assert list(documents(array)) == list(documents(lines)) == ["one", "two"]
 
 
+@pytest.mark.parametrize(
+    "content, texts",
+    [
+        ('{\n  "text": "one",\n  "more": [1, 2]\n}\n', ["one"]),
+        ('\ufeff\n{\r\n"text": "one"\r\n}', ["one"]),
+        ('{\n"text": "one"\n}\n\n{\n"text": "two"\n}\n', ["one", "two"]),
+        ('{"text": "one"}', ["one"]),
+        ('{"text": "one"} {"text": "two"}', ["one", "two"]),
+        ('[{"text":\n"one\u2028two\u0085"}]', ["one\u2028two\u0085"]),
+    ],
+)
+def test_json_values_may_span_lines(tmp_path, content, texts):
+    assert list(documents(write(tmp_path / "a.json", content))) == texts
+
+
+def test_json_that_spans_lines_says_where_its_records_are(tmp_path):
+    file = write(tmp_path / "a.json", '{\n"text": "one"\n}\n\n{\n"text": 2\n}\n')
+    with pytest.raises(InputError, match=r"a\.json, line 5: the field 'text' is no text"):
+        list(documents(file))
+    with pytest.raises(InputError, match=r"a\.json.* is not JSON at line 3: Expecting"):
+        list(documents(write(tmp_path / "a.json", '{\n"text": "one"\n"more": 2\n}')))
+
+
+def test_json_lines_end_at_the_line_feed_alone(tmp_path):
+    text = "".join(map(chr, (0x0B, 0x0C, 0x1C, 0x1D, 0x1E, 0x85, 0x2028, 0x2029)))
+    line = json.dumps({"text": f"a{text}b"}, ensure_ascii=False)
+    assert list(documents(write(tmp_path / "a.jsonl", f"{line}\r\n{line}\n"))) == [f"a{text}b"] * 2
+    assert list(documents(write(tmp_path / "a.txt", f"a{text}b"))) == [f"a{text}b"]
+
+
+def test_a_byte_order_mark_before_a_record_or_its_text_is_dropped(tmp_path):
+    lines = '\ufeff{"text": "\ufeffone"}\n\ufeff{"text": "two\ufeff"}\n'  # files put one behind the other
+    assert list(documents(write(tmp_path / "a.jsonl", lines))) == ["one", "two\ufeff"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["\ufeffone"]}), tmp_path / "a.parquet")
+    assert list(documents(str(tmp_path / "a.parquet"))) == ["one"]
+
+
 def test_the_only_string_field_is_the_text_when_none_is_called_text(tmp_path):
     source = write(tmp_path / "a.jsonl", '{"story": "one", "words": 1}\n{"story": "two", "by": "a second string"}\n')
     assert list(documents(source)) == ["one", "two"]

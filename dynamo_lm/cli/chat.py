@@ -18,6 +18,7 @@ from rich.text import Text
 
 from dynamo_lm.cli.options import Device, Dtype, Model, Tokenizer, verification
 from dynamo_lm.errors import InputError
+from dynamo_lm.files import decode
 
 if TYPE_CHECKING:
     from dynamo_lm.serving.conversation import Conversation
@@ -142,10 +143,7 @@ class Pipe:
         line = sys.stdin.buffer.readline()
         if not line:
             raise EOFError
-        try:
-            return line.decode().removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise InputError(f"stdin is not UTF-8 text: it has the byte 0x{line[error.start]:02x}.") from error
+        return decode(line, "stdin").removesuffix("\n").removesuffix("\r")
 
     def write(self, text: str, step: int) -> None:
         sys.stdout.write(text)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dynamo_lm.errors import InputError
+from dynamo_lm.files import decode, read_bytes, split_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -331,7 +332,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
     if file is not None:
         if prompt is not None:
             raise InputError("Give either a prompt or --prompts FILE, not both.")
-        lines = _decode(_read(file), str(file)).splitlines()
+        lines = split_lines(decode(read_bytes(file), file))
         while lines and not lines[-1].strip():
             lines.pop()
         empty = next((number for number, line in enumerate(lines, start=1) if not line.strip()), None)
@@ -342,23 +343,8 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
         if sys.stdin.isatty():
             raise InputError('There is no prompt; give one, as in `dynamo-lm generate story "Once upon a time"`.')
         data = getattr(sys.stdin, "buffer", sys.stdin).read()
-        prompt = _decode(data, "stdin") if isinstance(data, bytes) else data
+        prompt = decode(data, "stdin") if isinstance(data, bytes) else data
         prompt = prompt.removesuffix("\n").removesuffix("\r")
     if not prompt:
         raise InputError("The prompt is empty; give a few words to begin with.")
     return [prompt]
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}.") from error
-
-
-def _decode(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = 1 + data.count(b"\n", 0, error.start)
-        raise InputError(f"{name} is not UTF-8 text: line {line} has the byte 0x{data[error.start]:02x}.") from error

@@ -10,13 +10,16 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 from dynamo_lm.errors import InputError
+from dynamo_lm.files import decode, read_bytes
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+VALUE = re.compile(r"\S")  # its first character
 ROWS = 1000  # of a Parquet file that are in memory at once
 
 
@@ -94,48 +97,66 @@ def _read_all(paths: Iterable[Path], text_field: str | None) -> Iterator[str]:
     for file in paths:
         suffix = file.suffix.lower()
         if suffix == ".txt":
-            yield _decode(_bytes(file), file).replace("\r\n", "\n").replace("\r", "\n")
+            yield decode(read_bytes(file), file).replace("\r\n", "\n").replace("\r", "\n")
         elif suffix == ".parquet":
             yield from _parquet(file, text_field)
         else:
             yield from _texts(_json_objects(file), text_field)
 
 
-def _bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from error
-
-
-def _decode(data: bytes, file: Path, first_line: int = 1) -> str:
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = first_line + data.count(b"\n", 0, error.start)
-        column = error.start - data.rfind(b"\n", 0, error.start)
-        raise InputError(f"{file} is not UTF-8: line {line}, byte {column} is 0x{data[error.start]:02x}.") from error
-
-
 def _json_objects(file: Path) -> Iterator[tuple[str, Any]]:
-    """(where it stands, value) for each line of a .jsonl file and each line or array element of a .json file."""
+    """(where it stands, value) for each line of a .jsonl file, and each value, or element of the array, of a .json file."""
     try:
         with open(file, "rb") as lines:  # in bytes: only \n ends a line, so that line numbers are an editor's
-            start = lines.peek().removeprefix(b"\xef\xbb\xbf").lstrip()
-            if file.suffix.lower() == ".json" and start.startswith(b"["):
-                for number, value in enumerate(_parse(_decode(lines.read(), file), file, 1), 1):
-                    yield f"{file}, element {number}", value
+            if file.suffix.lower() == ".json" and _spans_lines(lines, file):
+                yield from _values(decode(lines.read(), file), file)
             for number, line in enumerate(lines, 1):
-                text = _decode(line, file, number)
+                text = decode(line, file, number)
                 if text.strip():
-                    yield f"{file}, line {number}", _parse(text.rstrip(), file, number)
+                    with _parsing(file, number):
+                        value = json.loads(text.rstrip())
+                    yield f"{file}, line {number}", value
     except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from error
+        raise InputError(f"{file} cannot be read: {error.strerror}.") from error
 
 
-def _parse(text: str, file: Path, first_line: int) -> Any:
+def _spans_lines(file: BinaryIO, name: Path) -> bool:
+    """Whether a .json file begins with an array, or with a value that its first line does not end; reads none of it."""
+    text = ""
+    for number, line in enumerate(file, 1):
+        text = decode(line, name, number).strip()
+        if text:
+            break
+    file.seek(0)
+    if not text or text.startswith("["):
+        return bool(text)
     try:
-        return json.loads(text)
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
+def _values(text: str, file: Path) -> list[tuple[str, Any]]:
+    """(where it stands, value) for each value of a text, or for each element if the only value is an array."""
+    decoder, end, line = json.JSONDecoder(), 0, 1
+    values: list[tuple[str, Any]] = []
+    with _parsing(file, 1):
+        while match := VALUE.search(text, end):
+            start = match.start()
+            line += text.count("\n", end, start)
+            value, end = decoder.raw_decode(text, start)
+            values.append((f"{file}, line {line}", value))
+            line += text.count("\n", start, end)
+    if len(values) == 1 and isinstance(values[0][1], list):
+        return [(f"{file}, element {number}", value) for number, value in enumerate(values[0][1], 1)]
+    return values
+
+
+@contextmanager
+def _parsing(file: Path, first_line: int) -> Iterator[None]:
+    try:
+        yield
     except json.JSONDecodeError as error:
         raise InputError(f"{file} is not JSON at line {first_line + error.lineno - 1}: {error.msg}.") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting as deep
@@ -170,7 +191,7 @@ def _names(fields: Iterable[str]) -> str:
 
 
 def text_of(where: str, field: str, value: Any) -> str:
-    """A record's field as text, "" for a null; `where` and `field` are for the error.
+    """A record's field as text without a byte order mark, "" for a null; `where` and `field` are for the error.
 
     Raises:
         InputError: it is no text.
@@ -183,7 +204,7 @@ def text_of(where: str, field: str, value: Any) -> str:
         value.encode()
     except UnicodeEncodeError as error:  # "\ud800" in JSON: tokenizers refuse it
         raise InputError(f"{where}: the field {field!r} holds half a surrogate pair, which is no text.") from error
-    return value
+    return value.removeprefix("\ufeff")  # of the file that the text was once
 
 
 def _parquet(file: Path, text_field: str | None) -> Iterator[str]:
