@@ -18,7 +18,8 @@
 A string in `Annotated` is the option's help; a `typer.Option` or `typer.Argument` in its place has the last word on names,
 range and metavar. Parameters of the command that are not dataclasses follow the same rules. A default of the parameter
 (`compute: ComputeOptions = FAST`, an instance) replaces the defaults of the fields. Dataclasses may inherit, also from a
-dataclass of the library, whose fields then need no declaration here; `__post_init__` may raise `InputError`.
+dataclass of the library (without PANEL), whose fields then need no declaration here and come last in --help;
+`__post_init__` may raise `InputError`.
 `command.__wrapped__` is the function that takes dataclasses. Types are read at import: no torch, no TYPE_CHECKING imports.
 """
 
@@ -64,9 +65,12 @@ def dataclass_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _options(kind: Any, defaults: Any) -> Iterator[inspect.Parameter]:
-    """The fields that have a help text, as parameters."""
+    """The fields that have a help text, as parameters; those of the library last."""
     hints = get_type_hints(kind, include_extras=True)
-    for field in fields(kind):
+    library = {
+        field.name for base in kind.__mro__ if is_dataclass(base) and not hasattr(base, "PANEL") for field in fields(base)
+    }
+    for field in sorted(fields(kind), key=lambda field: field.name in library):
         if get_origin(hints[field.name]) is not Annotated:
             continue
         if defaults is not kind:

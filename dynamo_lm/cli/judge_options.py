@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -99,3 +100,32 @@ def agree(estimate: dict[str, Any], yes: bool) -> None:
     typer.echo(f"{said}; verdicts of an earlier run are not asked for again.", err=True)
     if not yes and sys.stdin.isatty() and not typer.confirm("Ask them?", err=True):
         raise typer.Abort
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    """Who judges."""
+
+    reference: Reference = None
+    endpoint: Endpoint = None
+    judge_model: JudgeModel = None
+    requests_per_minute: RequestsPerMinute = None
+    price_in: PriceIn = None
+    price_out: PriceOut = None
+    key_from: KeyFrom = "OPENAI_API_KEY"
+    yes: Yes = False
+
+    @property
+    def chosen(self) -> bool:
+        """Whether a judge was named."""
+        return self.reference is not None or self.endpoint is not None
+
+    def open(self, out: Path, device: str) -> Judge | None:
+        """The judge that was named, or None; its verdicts are kept in `out`.
+
+        Raises:
+            InputError: it cannot be opened.
+        """
+        options = asdict(self)
+        del options["yes"]
+        return open_judge(out, device=device, **options)

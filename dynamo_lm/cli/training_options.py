@@ -1,115 +1,133 @@
-"""Options of the verbs that train, declared once: `train` and `finetune`."""
+"""Options that `train` and `finetune` share, beside those that `TrainingOptions` declares itself."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
-TEXT, HEADS, LEARNING, LENGTH, MACHINE = "The text", "The heads", "How they learn", "How long", "Machine and output"
+from dynamo_lm.cli.options import ComputeOptions
+from dynamo_lm.errors import InputError
+from dynamo_lm.training.options import OptimizerOptions, ScheduleOptions
 
-Validation = Annotated[
-    list[str] | None,
-    typer.Option(help="Text to measure on, in the same forms. Default: a share of --data.", rich_help_panel=TEXT),
-]
-ValidationFraction = Annotated[
-    float,
-    typer.Option(
-        "--validation-fraction",
-        help="Share of the documents held out to measure on, if there is no --validation; 0 measures nothing.",
-        rich_help_panel=TEXT,
-    ),
-]
-Tokenizer = Annotated[
-    str | None,
-    typer.Option(help="Tokenizer folder or hub id, if BASE does not bring its own.", rich_help_panel=TEXT),
-]
-Init = Annotated[
-    str | None,
-    typer.Option(
-        help="How heads begin: random (the paper; default) or copy (of the last layer; learns faster).",
-        rich_help_panel=HEADS,
-    ),
-]
-Freeze = Annotated[
-    bool,
-    typer.Option(
-        "--freeze/--no-freeze",
-        help="Train the new heads only. The base stays as it is, memory and time shrink, and the result is a small "
-        "folder of heads.",
-        rich_help_panel=LEARNING,
-    ),
-]
-LrM = Annotated[
-    float | None,
-    typer.Option("--lr-m", help="Learning rate of the new heads. Default: 1e-3.", rich_help_panel=LEARNING),
-]
-LrMb = Annotated[
-    float | None,
-    typer.Option("--lr-mb", help="How fast the new heads may change the base. Default: 1e-6.", rich_help_panel=LEARNING),
-]
-LrC = Annotated[float, typer.Option("--lr-c", help="Learning rate of the heads' coupling.", rich_help_panel=LEARNING)]
-Warmup = Annotated[float, typer.Option(help="Share of the steps in which the rates rise.", rich_help_panel=LEARNING)]
-WeightDecay = Annotated[float, typer.Option("--weight-decay", help="Pull of matrices towards 0.", rich_help_panel=LEARNING)]
-Clip = Annotated[float, typer.Option(help="Largest norm of a step's gradient; 0 for no limit.", rich_help_panel=LEARNING)]
-Seed = Annotated[
-    int,
-    typer.Option(help="Of the new heads and the order of the text; same seed, same run.", rich_help_panel=LEARNING),
-]
-Accumulation = Annotated[
-    int,
-    typer.Option(help="Split each step into this many passes, for less memory and the same result.", rich_help_panel=LENGTH),
-]
-Steps = Annotated[int | None, typer.Option(help="How many steps to train.", rich_help_panel=LENGTH)]
-ValidateEvery = Annotated[
-    int,
-    typer.Option("--validate-every", help="Steps between measurements on the held-out text.", rich_help_panel=LENGTH),
-]
-CheckpointEvery = Annotated[
-    int,
-    typer.Option(
-        "--checkpoint-every", help="Steps between checkpoints: what a crash costs at most.", rich_help_panel=LENGTH
-    ),
-]
-Bf16 = Annotated[
-    bool | None,
-    typer.Option(
-        "--bf16/--fp32",
-        help="Compute in bfloat16 or float32; weights are float32 either way. Default: bf16 on GPUs.",
-        rich_help_panel=MACHINE,
-    ),
-]
-Attention = Annotated[
-    str | None,
-    typer.Option(
-        help="sdpa (fused) or eager (plain). Default: eager on CPUs, where it trains faster, sdpa on GPUs.",
-        rich_help_panel=MACHINE,
-    ),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, .. or auto (a GPU if there is one).", rich_help_panel=MACHINE)]
-RunFolder = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FOLDER",
-        help="Run folder: log, checkpoints, and at the end the finished model in FOLDER/model. The same command on "
-        "the same folder resumes.",
-        rich_help_panel=MACHINE,
-    ),
-]
-Save = Annotated[
-    str | None,
-    typer.Option(
-        help="heads (small; the base is fetched by its name) or full. Default: heads if the base was frozen.",
-        rich_help_panel=MACHINE,
-    ),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run",
-        help="Say how large everything is and how long the run, and train nothing.",
-        rich_help_panel=MACHINE,
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=MACHINE)]
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """What to train on, and what to measure on."""
+
+    PANEL: ClassVar[str] = "The text"
+
+    data: Annotated[
+        list[str] | None,
+        "Text to train on: a file (.txt, .jsonl, .json, .parquet), a folder, a glob or a `datasets` id; may be given "
+        "several times. Best like what the model will write.",
+    ] = None
+    validation: Annotated[list[str] | None, "Text to measure on, in the same forms. Default: a share of --data."] = None
+    validation_fraction: Annotated[
+        float, "Share of the documents held out to measure on, if there is no --validation; 0 measures nothing."
+    ] = 0.03
+    tokenizer: Annotated[str | None, "Tokenizer folder or hub id, if the model does not bring its own."] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """The heads of a model that has none, and the table of the finished one."""
+
+    PANEL: ClassVar[str] = "The heads"
+
+    heads: Annotated[int | None, "How many tokens a step may give at most, the base's own included. Default: 3."] = None
+    init: Annotated[
+        str | None, "How heads begin: random (the paper; default) or copy (of the last layer; learns faster)."
+    ] = None
+    tables: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Put this table, made by `dynamo-lm count`, into the finished model, in place of any of its own.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningOptions(OptimizerOptions):
+    """Which weights learn, and how fast. Rates that are None depend on the model and on what else was chosen."""
+
+    PANEL: ClassVar[str] = "How they learn"
+
+    freeze: Annotated[
+        bool,
+        typer.Option(
+            "--freeze/--no-freeze",
+            help="Train the new heads only. The base stays as it is, memory and time shrink, and the result is a small "
+            "folder of heads.",
+        ),
+    ] = False
+    lr_b: Annotated[float | None, "Learning rate of the base, from its own loss. Default: 1e-5."] = None
+    lr_m: Annotated[float | None, "Learning rate of the new heads. Default: 1e-3."] = None
+    lr_mb: Annotated[float | None, "How fast the new heads may change the base. Default: 1e-6."] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthOptions(ScheduleOptions):
+    """How large a step is, and how many there are."""
+
+    PANEL: ClassVar[str] = "How long"
+
+    block_size: Annotated[
+        int | None,
+        "Tokens that are read together. Default: 512 (2048 with a preset), or the model's context if shorter.",
+    ] = None
+    batch_size: Annotated[int | None, "Blocks a step. Default: 16 (64 with a preset)."] = None
+    steps: Annotated[int | None, "How many steps to train."] = None
+    epochs: Annotated[float | None, "How often to read all of the text, instead of --steps. Default: 1."] = None
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise InputError("Give either --steps or --epochs, not both.")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise InputError(f"--epochs is {self.epochs}; give a number above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ComputeOptions):
+    """What to compute with, and what to leave behind."""
+
+    PANEL: ClassVar[str] = "Machine and output"
+
+    bf16: Annotated[
+        bool | None,
+        typer.Option(
+            "--bf16/--fp32",
+            help="Compute in bfloat16 or float32; weights are float32 either way. Default: bf16 on GPUs.",
+        ),
+    ] = None
+    attention: Annotated[
+        str | None, "sdpa (fused) or eager (plain). Default: eager on CPUs, where it trains faster, sdpa on GPUs."
+    ] = None
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Run folder: log, checkpoints, and at the end the finished model in FOLDER/model. The same command on "
+            "the same folder resumes.",
+        ),
+    ] = None
+    save: Annotated[
+        str | None, "heads (small; the base is fetched by its name) or full. Default: heads if the base was frozen."
+    ] = None
+    dry_run: Annotated[bool, "Say how large everything is and how long the run, and train nothing."] = False
+    json: Annotated[bool, "Print the result as JSON."] = False
+
+    def __post_init__(self) -> None:
+        if self.attention not in (None, "sdpa", "eager"):
+            raise InputError(f'--attention is "{self.attention}"; give sdpa or eager.')
+
+    def check_text(self, data: list[str] | None) -> None:
+        """Raises InputError for a run without a text or a folder; a dry run needs neither."""
+        if not data and not self.dry_run:
+            raise InputError("There is nothing to train on; name a text with --data.")
+        if self.out is None and not self.dry_run:
+            raise InputError("Say where the run goes with --out FOLDER.")

@@ -1,30 +1,50 @@
-"""The options of a training run, checked when they are made. Knows no model."""
+"""The options of a training run, checked when they are made. Knows no model.
+
+Texts in `Annotated` are the help of the command line, whose options these fields are.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from dynamo_lm.errors import InputError
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How to train. The defaults are the paper's for Pythia-70M (method.md section 2)."""
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """What goes for every optimizer step."""
+
+    # Not in the paper; at LR_M the coupling learns several times slower.
+    lr_c: Annotated[float, "Learning rate of the heads' coupling."] = 1e-2
+    warmup: Annotated[float, "Share of the steps in which the rates rise."] = 0.01
+    weight_decay: Annotated[float, "Pull of matrices towards 0."] = 0.01
+    clip: Annotated[float, "Largest norm of a step's gradient; 0 for no limit."] = 1.0
+    seed: Annotated[int, "Of the new heads and the order of the text; same seed, same run."] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """How a step is computed, and what happens every so many steps."""
+
+    accumulation: Annotated[int, "Split each step into this many passes, for less memory and the same result."] = 1
+    validate_every: Annotated[int, "Steps between measurements on the held-out text."] = 500
+    checkpoint_every: Annotated[int, "Steps between checkpoints: what a crash costs at most."] = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(ScheduleOptions, OptimizerOptions):
+    """How to train. The defaults are the paper's for Pythia-70M (method.md section 2).
+
+    Without help texts: what the command line decides by device, preset and text (`cli/training_options.py`).
+    """
 
     steps: int  # optimizer steps in all
     lr_b: float = 1e-5  # LR_B: head-1 loss into the base; 0 together with lr_mb freezes the base
     lr_m: float = 1e-3  # LR_M: the heads' own layers
     lr_mb: float = 1e-6  # LR_MB: heads 2..n into the base
-    lr_c: float = 1e-2  # the heads' coupling, if any (not in the paper; at LR_M it learns several times slower)
     batch_size: int = 64  # blocks a step
-    accumulation: int = 1  # forward passes a step is split into
-    warmup: float = 0.01  # share of the steps
-    weight_decay: float = 0.01  # on matrices only
-    clip: float = 1.0  # largest gradient norm, 0 for none
     bf16: bool = True  # autocast; weights and optimizer stay in float32
-    seed: int = 0
-    validate_every: int = 500  # steps
-    checkpoint_every: int = 500  # steps
     keep: int = 2  # checkpoints kept
     coupling_only: bool = False  # base and heads stay as they are; their coupling alone learns
 
