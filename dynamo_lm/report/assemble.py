@@ -23,6 +23,7 @@ from dynamo_lm.evaluation import results_file
 from dynamo_lm.files import write_text
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.report import completion, figures, samples, sections
+from dynamo_lm.report.columns import fit
 from dynamo_lm.report.document import Banner, Headline, Page, Section, Texts, interval
 
 Records = dict[str, dict[str, Any]]
@@ -158,7 +159,7 @@ def markdown(page: Page, figure_folder: str = "figures") -> str:
     environment = _environment(autoescape=False)
     environment.filters |= {"plain": escape, "cell": lambda text: escape(text).replace("|", r"\|"), "fence": fence}
     text = environment.get_template("report.md.jinja").render(page=page, folder=figure_folder)
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return fit(re.sub(r"\n{3,}", "\n\n", text).strip()) + "\n"
 
 
 def write(page: Page, *, html_file: Path, markdown_file: Path) -> list[Path]:
