@@ -1,4 +1,4 @@
-"""The README's tables from the results files: `python -m benchmarks.tables`."""
+"""The tables of the documents from the results files: `python -m benchmarks.tables`."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ order 4. It tells little stories; it is made to show decoding on a laptop, not t
 
 Trained from scratch, base and heads together by the modified-CLM objective, on {seen / 1e6:.1f}M tokens of TinyStories
 (CDLA-Sharing-1.0), TinyFabulist fables (MIT) and, in the first {SWITCH} steps, FairytaleQA tales (Apache-2.0), by
-`python -m recipes.story`. Heads 2..4 sent a quarter of their gradient into the trunk. Weights are stored in bfloat16.
+`python -m recipes.story`. Heads 2..4 sent a quarter of their gradient into the base. Weights are stored in bfloat16.
 
 Perplexities on held-out documents (1 % of each corpus, chosen by content hash; all heads at the same positions):
 
