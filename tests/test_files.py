@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from dynamo_lm import DynaMoForCausalLM, InputError
 from dynamo_lm.backbone.base_model import decoder_layers
 from dynamo_lm.cooccurrence.counting import count
 from dynamo_lm.model.configuration import MEDUSA
+from dynamo_lm.model.loading import open_model
 
 TOKENS = random_tokens(2, 12)
 WEIGHTS = {"full": "model.safetensors", "heads": "heads.safetensors"}
@@ -130,7 +132,7 @@ def test_the_model_card_names_the_heads_the_base_and_the_tables(tmp_path):
     card = (tmp_path / "model" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: dynamo-lm\n")
     assert "T3 DynaMo model" in card
-    assert str(tmp_path / "base") in card
+    assert "# DynaMo heads for base\n" in card and str(tmp_path) not in card
     assert "up to order 3" in card
     assert "heads beside the last" in card and "coupling" not in card and "Medusa" not in card
 
@@ -180,6 +182,75 @@ def test_heads_open_with_the_right_base_from_anywhere(tmp_path):
     (tmp_path / "base").rename(tmp_path / "moved")
     assert_same(DynaMoForCausalLM.from_pretrained(str(folder), base=str(tmp_path / "moved")), model)
     assert "could not be opened" in refused(folder)
+
+
+def test_heads_record_where_their_base_is_and_find_it_beside_them_or_where_it_was(tmp_path):
+    model, folder = saved(tmp_path / "one", "heads")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["base_path"] == str(tmp_path / "one/base") and config["base_fingerprint"] and config["base_hub_id"] is None
+    (folder / "config.json").write_text(json.dumps(config | {"base_name_or_path": "../base"}))
+    shutil.move(folder, tmp_path / "alone")  # to where "../base" is not
+    assert_same(DynaMoForCausalLM.from_pretrained(str(tmp_path / "alone")), model)
+    shutil.move(tmp_path / "one", tmp_path / "two")
+    message = refused(tmp_path / "alone")
+    assert f'"base" (fingerprint {config["base_fingerprint"]}) is not at "{tmp_path / "one/base"}"' in message
+    assert "--base" in message
+    shutil.move(tmp_path / "two/base", tmp_path / "base")
+    opened = DynaMoForCausalLM.from_pretrained(str(tmp_path / "alone"))
+    assert_same(opened, model)
+    opened.save_pretrained(str(tmp_path / "far/away"), weights="heads")
+    assert_same(DynaMoForCausalLM.from_pretrained(str(tmp_path / "far/away")), model)
+
+
+def test_a_base_beside_the_heads_that_is_another_one_is_passed_over(tmp_path):
+    model, folder = saved(tmp_path / "one", "heads")
+    shutil.copytree(folder, tmp_path / "two/model")
+    slightly_other(tmp_path / "two/base")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "two/model/config.json").write_text(json.dumps(config | {"base_name_or_path": "../base"}))
+    assert_same(DynaMoForCausalLM.from_pretrained(str(tmp_path / "two/model")), model)
+
+
+def test_a_base_from_the_hub_is_known_by_its_id(tmp_path, monkeypatch):
+    cached = tmp_path / "models--org--tiny-llama/snapshots/0123"
+    base_of("llama").save_pretrained(cached)
+    model = DynaMoForCausalLM.from_base(str(cached), num_heads=3)
+    model.save_pretrained(tmp_path / "model", weights="heads")
+    card = (tmp_path / "model/README.md").read_text()
+    assert "\nbase_model: org/tiny-llama\n" in card and "# DynaMo heads for org/tiny-llama\n" in card
+    shutil.rmtree(tmp_path / "models--org--tiny-llama")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refused(tmp_path / "model")
+    assert '"org/tiny-llama" could not be opened' in message and "--base" in message
+
+
+def slightly_other(folder: Path) -> str:
+    other = base_of("llama")
+    decoder_layers(other)[-1].self_attn.q_proj.weight.data.mul_(1.05)
+    other.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_base_of_other_weights_is_taken_with_a_warning_and_of_another_shape_never(tmp_path, caplog):
+    model, folder = saved(tmp_path, "heads")
+    other = slightly_other(tmp_path / "other")
+    with pytest.raises(InputError, match="another quantisation of it, with --allow-base-mismatch"):
+        open_model(str(folder), base=other)
+    opened = open_model(str(folder), base=other, allow_base_mismatch=True)
+    assert "were trained for the base" in caplog.text and "more steps" in caplog.text
+    assert torch.equal(opened.heads[0].layers[0].mlp.up_proj.weight, model.heads[0].layers[0].mlp.up_proj.weight)
+    base = AutoModelForCausalLM.from_pretrained(other)
+    expected = base.generate(TOKENS[:1], max_new_tokens=8, do_sample=False)
+    assert torch.equal(opened.generate(TOKENS[:1], max_new_tokens=8, do_sample=False, verify="strict"), expected)
+    base_of("gpt_neox").save_pretrained(tmp_path / "neox")
+    with pytest.raises(InputError, match="another shape"):
+        open_model(str(folder), base=str(tmp_path / "neox"), allow_base_mismatch=True)
+
+
+def test_a_folder_that_holds_its_base_takes_no_other(tmp_path):
+    _, folder = saved(tmp_path, "full")
+    with pytest.raises(InputError, match="holds its own base"):
+        open_model(str(folder), base=str(tmp_path / "base"))
 
 
 def test_a_trained_base_cannot_be_saved_as_heads_alone(tmp_path):

@@ -53,7 +53,8 @@ def describe(name: str) -> dict[str, Any]:
         return facts | {"parameters": sum(p.numel() for p in network.parameters())}
     base = sum(p.numel() for p in network.base.parameters())
     facts |= {
-        "base": config.base_name_or_path,
+        "base": config.base_name,
+        "base_path": config.base_path,
         "base_fingerprint": config.base_fingerprint,
         "num_heads": config.num_heads,
         "layers_per_head": config.layers_per_head,
@@ -100,7 +101,7 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     begun = "at random" if facts["init"] == "random" else "as copies of the last layer"
     more = f"{facts['head_parameters']:,} of heads ({facts['overhead']:.2%} more)"
     coupling = f"learned, of rank {facts['coupling_rank']}: {facts['coupling_parameters']:,} of the heads' parameters"
-    where = "here" if facts["weights"] == "full" else f"not here: it is loaded from {facts['base']}"
+    where = "here" if facts["weights"] == "full" else f"not here: it is loaded from {facts['base_path'] or facts['base']}"
     found = [
         ("model", facts["model"]),
         ("base", f"{facts['base'] or 'a model of its own'} ({facts['architecture']}, {size}), {where}"),

@@ -66,6 +66,10 @@ class ModelOptions(ComputeOptions):
 
     dtype: Annotated[str, "Precision to compute in: float32, bfloat16, float16, or auto (as saved)."] = "auto"
     tokenizer: Annotated[str | None, "Tokenizer folder or hub id, if MODEL does not bring its own."] = None
+    base: Annotated[str | None, "Base of a MODEL that holds heads alone: a folder or hub id; default: as recorded."] = None
+    allow_base_mismatch: Annotated[
+        bool, "Take a base with other weights than the heads were trained for, such as another quantisation."
+    ] = False
 
     def open(self, model: str) -> tuple[DynaMoForCausalLM, Any]:
         """The model and its tokenizer.

@@ -1,6 +1,6 @@
 """A DynaMo model on disk: one folder with configuration, weights and co-occurrence tables.
 
-`full` folders hold everything, `heads` folders only what the heads add, beside the name and the fingerprint of their base.
+`full` folders hold everything, `heads` folders only what the heads add, beside their base's name, place and fingerprint.
 Weights are safetensors with their checksums beside them; pickles are never read. Every file is written under a
 temporary name and renamed.
 """
@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from dynamo_lm.backbone.base_model import fingerprint, load_base
+from dynamo_lm.backbone.base_model import fingerprint
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.errors import InputError
 from dynamo_lm.files import atomic_files, is_disk_full
+from dynamo_lm.model.base_location import describe_base, open_base
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.model_card import model_card
 
@@ -56,8 +57,11 @@ def save(model: Any, folder: str | os.PathLike, weights: str = "full", **kwargs:
     target = Path(folder)
     try:
         with atomic_files(target) as temporary:
-            before = model.config.weights, model.config.base_fingerprint
-            model.config.weights, model.config.base_fingerprint = weights, now
+            described = {"weights": weights, "base_fingerprint": now} | describe_base(model.config, target)
+            if weights == "full":
+                described["base_path"] = None  # of no use without heads that look for it
+            before = {key: getattr(model.config, key) for key in described}
+            vars(model.config).update(described)
             try:
                 if weights == "full":
                     PreTrainedModel.save_pretrained(model, temporary, **kwargs)
@@ -65,11 +69,11 @@ def save(model: Any, folder: str | os.PathLike, weights: str = "full", **kwargs:
                     model.config.save_pretrained(temporary)
                     model.generation_config.save_pretrained(temporary)
                     save_file(head_weights(model), temporary / HEADS_FILE, metadata={"format": "pt"})
+                (temporary / "README.md").write_text(model_card(model), encoding="utf-8")
             finally:
-                model.config.weights, model.config.base_fingerprint = before
+                vars(model.config).update(before)
             if model.cooccurrence is not None:
                 model.cooccurrence.save(temporary / TABLE_FILE)
-            (temporary / "README.md").write_text(model_card(model, weights))
             files = sorted(set(temporary.glob("*.safetensors")) - {temporary / TABLE_FILE})
             checksums = {file.name: _checksum(file) for file in files}
             (temporary / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2) + "\n")
@@ -118,18 +122,21 @@ def identity(model: Any) -> str:
 
 def load(cls: type[PreTrainedModel], name: str, *args: Any, **kwargs: Any) -> Any:
     """Opens what `save` wrote; see `DynaMoForCausalLM.from_pretrained`."""
-    base = kwargs.pop("base", None)
+    base, allow_mismatch = kwargs.pop("base", None), kwargs.pop("allow_base_mismatch", False)
     config = kwargs.pop("config", None)
     name = str(name)
     if not isinstance(config, DynaMoConfig):
         config = read_config(name)
     kwargs["use_safetensors"] = True
     _verify(name)
+    if base is not None and config.weights == "full":
+        raise InputError(f'"{name}" holds its own base; --base goes with folders that hold heads alone, so leave it out.')
     try:
         if config.weights == "full":
             model = _load_full(cls, name, config, *args, **kwargs)
         else:
-            model = _load_heads(cls, name, config, base, **kwargs)
+            kwargs.pop("use_safetensors")
+            model = _load_heads(cls, name, config, open_base(name, config, base, allow_mismatch=allow_mismatch, **kwargs))
     except (SafetensorError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f'The weights in "{name}" are missing, truncated or altered: {reason}') from error
@@ -201,19 +208,7 @@ def _load_full(cls: type[PreTrainedModel], name: str, config: DynaMoConfig, *arg
     return model
 
 
-def _load_heads(cls: type[PreTrainedModel], name: str, config: DynaMoConfig, base: Any, **kwargs: Any) -> Any:
-    kwargs.pop("use_safetensors")
-    base = base if base is not None else config.base_name_or_path
-    source = base if isinstance(base, str) else type(base).__name__
-    if isinstance(base, str):
-        here = Path(name) / base  # a base beside the heads may be named relative to them
-        base = load_base(str(here) if here.is_dir() else base, **kwargs)
-    found = fingerprint(base)
-    if found != config.base_fingerprint:
-        raise InputError(
-            f'The heads in "{name}" were trained for the base {config.base_fingerprint} '
-            f'("{config.base_name_or_path}"), but "{source}" is {found}; open them with that base.'
-        )
+def _load_heads(cls: type[PreTrainedModel], name: str, config: DynaMoConfig, base: PreTrainedModel) -> Any:
     model: Any = cls(config, base)
     file = _find(name, HEADS_FILE)
     if file is None:

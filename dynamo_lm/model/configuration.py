@@ -6,6 +6,8 @@ Knows no tensors. The seven Pythia models of the paper are here as named presets
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -28,7 +30,9 @@ class DynaMoConfig(PreTrainedConfig):
             embedding; with `MEDUSA`'s other settings, the heads of Medusa (arXiv 2401.10774).
         coupling_rank: rank of the learned coupling between heads, see `dynamo_lm.model.coupling`; 0 for none.
         weights: what a saved folder holds, "full" or "heads".
-        base_name_or_path: where the base of a heads-only folder comes from.
+        base_name_or_path: what the base was opened by: a hub id, or a folder, which may be relative to the heads' own.
+        base_hub_id: its hub id, if it has one.
+        base_path: the absolute path of its folder when the heads were saved, of heads-only folders.
         base_fingerprint: identity of that base, see `dynamo_lm.backbone.base_model.fingerprint`.
     """
 
@@ -50,6 +54,8 @@ class DynaMoConfig(PreTrainedConfig):
         coupling_rank: int = 0,
         weights: str = "full",
         base_name_or_path: str | None = None,
+        base_hub_id: str | None = None,
+        base_path: str | None = None,
         base_fingerprint: str | None = None,
         **kwargs: Any,
     ):
@@ -68,6 +74,8 @@ class DynaMoConfig(PreTrainedConfig):
         self.coupling_rank = coupling_rank
         self.weights = weights
         self.base_name_or_path = base_name_or_path
+        self.base_hub_id = base_hub_id
+        self.base_path = base_path
         self.base_fingerprint = base_fingerprint
         kwargs.pop("tie_word_embeddings", None)  # the base ties its own
         super().__init__(tie_word_embeddings=False, **kwargs)  # type: ignore[call-arg]
@@ -103,6 +111,18 @@ class DynaMoConfig(PreTrainedConfig):
     @property
     def vocab_size(self) -> int:
         return self.base_config.get_text_config().vocab_size  # type: ignore[union-attr]
+
+    @property
+    def base_name(self) -> str | None:
+        """The base's hub id or the name of its folder; None for a model of its own."""
+        recorded = self.base_name_or_path
+        if self.base_hub_id or not recorded:
+            return self.base_hub_id
+        return (
+            recorded
+            if self.base_path is None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", recorded)
+            else (Path(self.base_path or recorded).name)
+        )
 
     @property
     def max_context(self) -> int | None:

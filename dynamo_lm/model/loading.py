@@ -79,9 +79,20 @@ def open_tokenizer(name: str, *, vocab_size: int | None = None, trust_remote_cod
 
 
 def open_model(
-    name: str, *, dtype: str = "auto", device: str = "auto", tokenizer: Any = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    tokenizer: Any = None,
+    base: str | None = None,
+    allow_base_mismatch: bool = False,
+    trust_remote_code: bool = False,
 ) -> DynaMoForCausalLM:
     """A DynaMo model ready to generate; code that comes with it runs only if it is trusted.
+
+    Args:
+        base: for a folder that holds heads alone, the base to use instead of the recorded one: a folder or hub id.
+        allow_base_mismatch: take a base with other weights than the heads were trained for, with a warning.
 
     Raises:
         InputError: no such model, damaged files, or tables that were counted with another tokenizer.
@@ -89,7 +100,10 @@ def open_model(
     if dtype not in DTYPES:
         raise InputError(f'--dtype is "{dtype}"; give one of {", ".join(DTYPES)}.')
     where = choose_device(device)
-    model = DynaMoForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if base is not None:
+        options["base"] = resolve(base)
+    model = DynaMoForCausalLM.from_pretrained(name, allow_base_mismatch=allow_base_mismatch, **options)
     if tokenizer is not None:
         check_table(model.cooccurrence, tokenizer, model.config.vocab_size, name)
     return model.to(where).eval()  # type: ignore[arg-type]
@@ -102,9 +116,11 @@ def open_for_evaluation(
     dtype: str,
     device: str,
     threads: int | None = None,
+    base: str | None = None,
+    allow_base_mismatch: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[DynaMoForCausalLM, Any]:
-    """A DynaMo model and its tokenizer; sets the number of CPU threads if one is given.
+    """A DynaMo model and its tokenizer; sets the number of CPU threads if one is given. See `open_model` for the base.
 
     Raises:
         InputError: as the functions above, or a model without heads.
@@ -114,9 +130,17 @@ def open_for_evaluation(
     config = open_config(name)
     if not isinstance(config, DynaMoConfig):
         raise InputError(f'"{model}" has no DynaMo heads; add some with `dynamo-lm train {model} --data ...`.')
-    trusted = {"trust_remote_code": trust_remote_code}
-    tokens = open_tokenizer(tokenizer or name, vocab_size=config.vocab_size, **trusted)
-    return open_model(name, dtype=dtype, device=device, tokenizer=tokens, **trusted), tokens
+    tokens = open_tokenizer(tokenizer or name, vocab_size=config.vocab_size, trust_remote_code=trust_remote_code)
+    network = open_model(
+        name,
+        dtype=dtype,
+        device=device,
+        tokenizer=tokens,
+        base=base,
+        allow_base_mismatch=allow_base_mismatch,
+        trust_remote_code=trust_remote_code,
+    )
+    return network, tokens
 
 
 def check_table(table: Any, tokenizer: Any, vocab_size: int, name: str) -> None:

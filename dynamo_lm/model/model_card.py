@@ -7,29 +7,30 @@ from typing import Any
 from dynamo_lm.model.configuration import MEDUSA
 
 
-def model_card(model: Any, weights: str) -> str:
-    """Markdown with the metadata block that model hubs read; `weights` is "full" or "heads"."""
+def model_card(model: Any) -> str:
+    """Markdown with the metadata block that model hubs read."""
     config = model.config
-    base = config.base_name_or_path or "a model of its own"
+    base = config.base_name or "a model of its own"
     table = model.cooccurrence
-    counted = "none" if table is None else f"n-grams up to order {table.order}"
+    tables = "none" if table is None else f"n-grams up to order {table.order}"
+    more = model.overhead()
     medusa = all(getattr(config, key) == value for key, value in MEDUSA.items())
     where = "of the Medusa kind, behind" if medusa else "beside"
     coupled = ""
     if model.coupling is not None:
         count = sum(p.numel() for p in model.coupling.parameters())
         coupled = f"\nThe heads are joined by a learned coupling of rank {model.coupling.rank} ({count:,} parameters)."
-    named = f"base_model: {base}\n" if config.base_name_or_path and "/" in base and not base.startswith((".", "/")) else ""
+    hub_id = f"base_model: {config.base_hub_id}\n" if config.base_hub_id else ""
     return f"""---
 library_name: dynamo-lm
 pipeline_tag: text-generation
 tags: [dynamo, multi-token-prediction, speculative-decoding]
-{named}---
+{hub_id}---
 
 # DynaMo heads for {base}
 
 A T{config.num_heads} DynaMo model: {config.num_heads - 1} extra token heads {where} the last decoder layer,
-{model.overhead():.2%} more parameters than the base. Weights here: {weights}. Co-occurrence tables: {counted}.{coupled}
+{more:.2%} more parameters than the base. Weights here: {config.weights}. Co-occurrence tables: {tables}.{coupled}
 
 ```python
 from dynamo_lm import DynaMoForCausalLM

@@ -323,7 +323,9 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         """Opens a folder or hub repository written by `save_pretrained`, full or heads-only.
 
         Args:
-            base: for a heads-only folder, the base to use (name or loaded model) instead of the recorded name.
+            base: for a heads-only folder, the base to use (name or loaded model) instead of the recorded one.
+            allow_base_mismatch: take a base of the same shape whose weights differ from those that the heads were trained
+                for, such as another quantisation of it; with a warning.
             **kwargs: as in transformers.
 
         Raises:
