@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, BertConfig, GPTNeoXForCausalLM, T5Config
 
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.cli.main import main
-from dynamo_lm.cli.train import train as train_verb
+from dynamo_lm.cli.train import train as train_command
 from dynamo_lm.data.token_store import tokenizer_fingerprint
 from dynamo_lm.model import loading
 from dynamo_lm.training import log as training_log
@@ -55,7 +55,7 @@ def stdin(monkeypatch, data: bytes) -> None:
 # --- help -----------------------------------------------------------------------
 
 
-def test_the_help_names_every_verb(run):
+def test_the_help_names_every_command(run):
     said = run("--help")
     assert run() == said  # nothing at all asks for help
     for verb in ("demo", "generate", "train", "count", "info"):
@@ -86,7 +86,7 @@ def test_the_help_names_every_verb(run):
         ("info", "--json"),
     ],
 )
-def test_the_help_of_a_verb_explains_its_options(run, monkeypatch, verb, options):
+def test_the_help_of_a_command_explains_its_options(run, monkeypatch, verb, options):
     monkeypatch.setenv("COLUMNS", "200")
     said = run(verb, "--help")
     for option in options.split():
@@ -98,7 +98,7 @@ def test_the_defaults_that_train_shows_are_those_of_the_library():
     import inspect
 
     library = {field.name: field.default for field in fields(options.TrainingOptions)}
-    shown = inspect.signature(train_verb).parameters
+    shown = inspect.signature(train_command).parameters
     for name in ("warmup", "weight_decay", "clip", "seed", "validate_every", "checkpoint_every", "accumulation"):
         assert shown[name].default == library[name], name
 
@@ -578,6 +578,18 @@ def test_options_that_make_no_sense_are_refused(run, model, arguments, sentence)
 def test_training_options_that_make_no_sense_are_refused(run, made, tmp_path, arguments, sentence):
     names = {"TEXT": str(made / "text.jsonl"), "OUT": str(tmp_path / "run")}
     assert sentence in run.refused("train", made / "base", *(names.get(word, word) for word in arguments))
+
+
+@pytest.mark.parametrize("command", ["train", "finetune", "count"])
+def test_threads_are_those_given(run, made, tmp_path, command):
+    before = torch.get_num_threads()
+    try:
+        refused = run.refused(command, made / "base", "--data", made / "text.jsonl", "--out", tmp_path / "x", "--threads", 0)
+        assert "--threads is 0; give 1 or more" in refused
+        run(command, made / "base", "--out", tmp_path / "x", "--data", "nowhere.txt", "--threads", before + 1, status=2)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

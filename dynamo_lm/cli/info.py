@@ -8,12 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from dynamo_lm.cli.dataclass_options import dataclass_options
 
+
+@dataclass_options
 def info(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help='A model folder, a hub id, or "story" for the bundled model.')
     ],
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines for people.")] = False,
+    json: Annotated[bool, "Print JSON instead of lines for people."] = False,
 ) -> None:
     """Say what a model folder holds: base, heads, tables, what it was trained on.
 
@@ -35,6 +38,7 @@ def describe(name: str) -> dict[str, Any]:
     from dynamo_lm import DynaMoForCausalLM
     from dynamo_lm.model.configuration import DynaMoConfig
     from dynamo_lm.model.loading import open_config, skeleton
+    from dynamo_lm.training.provenance import IDENTITY
 
     config = open_config(name)
     text = config.get_text_config()
@@ -56,14 +60,7 @@ def describe(name: str) -> dict[str, Any]:
         "base": config.base_name,
         "base_path": config.base_path,
         "base_fingerprint": config.base_fingerprint,
-        "num_heads": config.num_heads,
-        "layers_per_head": config.layers_per_head,
-        "feed": config.feed,
-        "init": config.init,
-        "own_output_embedding": config.own_output_embedding,
-        "adapter_rank": config.adapter_rank,
-        "residual_block": config.residual_block,
-        "coupling_rank": config.coupling_rank,
+        **{name: getattr(config, name) for name in IDENTITY["model"]},
         "coupling_parameters": sum(p.numel() for p in network.coupling.parameters()) if network.coupling is not None else 0,
         "weights": config.weights,
         "parameters": base,
@@ -78,8 +75,6 @@ def describe(name: str) -> dict[str, Any]:
 
 def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """The same for people: a name and a sentence each."""
-    from dynamo_lm.model.configuration import MEDUSA
-
     size = f"{facts['layers']} layers x {facts['hidden_size']}, vocabulary {facts['vocab_size']:,}"
     context = f"{facts['context']:,} tokens" if facts["context"] else "not stated"
     if not facts["dynamo"]:
@@ -90,56 +85,63 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             ("context", context),
             ("heads", f"no DynaMo heads; add some with `dynamo-lm train {facts['model']} --data TEXT --out FOLDER`"),
         ]
-    extra = facts["num_heads"] - 1
+    weights = "included" if facts["weights"] == "full" else f"not included: loaded from {facts['base_path'] or facts['base']}"
+    heads = f"{facts['head_parameters']:,} of heads ({facts['overhead']:.2%} more)"
+    return [
+        ("model", facts["model"]),
+        ("base", f"{facts['base'] or 'a model of its own'} ({facts['architecture']}, {size}), {weights}"),
+        *_head_lines(facts),
+        ("parameters", f"{facts['parameters']:,} + {heads}"),
+        ("dtype", facts["dtype"]),
+        ("context", context),
+        *_table_lines(facts["table"]),
+        *_training_lines(facts["training"]),
+        ("defaults", ", ".join(f"{key} {value}" for key, value in facts["defaults"].items())),
+    ]
+
+
+def _head_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    from dynamo_lm.model.configuration import MEDUSA
+
     rank, layers = facts["adapter_rank"], facts["layers_per_head"]
     kind = f"rank-{rank} adapters" if rank else f"{layers} layer{'' if layers == 1 else 's'} each"
     kind += ", a residual block each" if facts["residual_block"] else ""
     kind += ", own output embeddings" if facts["own_output_embedding"] else ""
     if all(facts[key] == value for key, value in MEDUSA.items()):
         kind = "of the Medusa kind: a residual block and an output embedding each"
-    fed = "penultimate" if facts["feed"] == "stem" else "last"
-    begun = "at random" if facts["init"] == "random" else "as copies of the last layer"
-    more = f"{facts['head_parameters']:,} of heads ({facts['overhead']:.2%} more)"
-    coupling = f"learned, of rank {facts['coupling_rank']}: {facts['coupling_parameters']:,} of the heads' parameters"
-    where = "here" if facts["weights"] == "full" else f"not here: it is loaded from {facts['base_path'] or facts['base']}"
-    found = [
-        ("model", facts["model"]),
-        ("base", f"{facts['base'] or 'a model of its own'} ({facts['architecture']}, {size}), {where}"),
-        ("heads", f"{facts['num_heads']} (T{facts['num_heads']}): the base's own and {extra} more, {kind}"),
-        ("", f"fed by the {fed} layer" + ("" if rank or not layers else f", begun {begun}")),
-        *([("coupling", coupling)] if facts["coupling_rank"] else []),
-        ("parameters", f"{facts['parameters']:,} + {more}"),
-        ("dtype", facts["dtype"]),
-        ("context", context),
+    feed = "penultimate" if facts["feed"] == "stem" else "last"
+    init = "at random" if facts["init"] == "random" else "as copies of the last layer"
+    n = facts["num_heads"]
+    lines = [
+        ("heads", f"{n} (T{n}): the base's own and {n - 1} more, {kind}"),
+        ("", f"fed by the {feed} layer" + ("" if rank or not layers else f", begun {init}")),
     ]
-    table = facts["table"]
+    if facts["coupling_rank"]:
+        coupling = f"learned, of rank {facts['coupling_rank']}: {facts['coupling_parameters']:,} of the heads' parameters"
+        lines.append(("coupling", coupling))
+    return lines
+
+
+def _table_lines(table: dict[str, Any] | None) -> list[tuple[str, str]]:
     if table is None:
-        found.append(("tables", "none; count some with `dynamo-lm count`"))
-    else:
-        rows = ", ".join(
-            f"{n:,} {name}" for n, name in zip(table["rows"][1:], ("pairs", "triples", "quadruples"), strict=False)
-        )
-        pruned = ", ".join(f"{share:.1%}" for share in table["pruned_mass"][1:])
-        found.append(("tables", f"{rows}; {table['megabytes']} MB; pruned mass {pruned}"))
-        if table["description"]:
-            found.append(("", f"counted: {table['description']}"))
-    record = facts["training"]
+        return [("tables", "none; count some with `dynamo-lm count`")]
+    rows = ", ".join(f"{n:,} {name}" for n, name in zip(table["rows"][1:], ("pairs", "triples", "quadruples"), strict=False))
+    pruned = ", ".join(f"{share:.1%}" for share in table["pruned_mass"][1:])
+    lines = [("tables", f"{rows}; {table['megabytes']} MB; pruned mass {pruned}")]
+    return lines + ([("", f"counted: {table['description']}")] if table["description"] else [])
+
+
+def _training_lines(record: dict[str, Any] | None) -> list[tuple[str, str]]:
     if record is None:
-        found.append(("trained on", "not recorded"))
-    else:
-        data = record.get("data", {})
-        sources = ", ".join(data.get("sources", [])) or "unknown"
-        found.append(
-            ("trained on", f"{sources} ({data.get('training_tokens', 0):,} tokens), {record.get('steps', '?')} steps")
-        )
-        if record.get("perplexities"):
-            found.append(("held out", _perplexities(record["perplexities"])))
-    found.append(("defaults", ", ".join(f"{key} {value}" for key, value in facts["defaults"].items())))
-    return found
-
-
-def _perplexities(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+        return [("trained on", "not recorded")]
+    data = record.get("data", {})
+    sources = ", ".join(data.get("sources", [])) or "unknown"
+    tokens = f"{data.get('training_tokens', 0):,} tokens"
+    lines = [("trained on", f"{sources} ({tokens}), {record.get('steps', '?')} steps")]
+    if record.get("perplexities"):
+        values = ", ".join(f"{name} {value:.2f}" for name, value in record["perplexities"].items())
+        lines.append(("held out", values))
+    return lines
 
 
 def _defaults(name: str) -> dict[str, Any]:

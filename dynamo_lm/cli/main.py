@@ -1,6 +1,6 @@
-"""The command line, one verb per capability: `dynamo-lm demo | generate | train | count | info | bench | eval | ..`.
+"""The command line, one command per capability: `dynamo-lm demo | generate | train | count | info | bench | eval | ..`.
 
-Input that cannot be used is one sentence on stderr and exit status 2; Ctrl-C is 130; a reader that goes away is silent.
+Bad input gets one sentence on stderr and exit status 2, Ctrl-C 130; a closed pipe is silent.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from dynamo_lm.cli.serve import serve
 from dynamo_lm.cli.train import train
 from dynamo_lm.errors import InputError
 
-WRONG, INTERRUPTED, READER_GONE = 2, 130, 141  # exit statuses, as shells know them
-EXTRAS = {  # packages that only some verbs need: which extra brings them
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses, as shells know them
+EXTRAS = {  # packages that only some commands need, by the extra that brings them
     "eval": ("lm_eval", "accelerate", "datasets", "matplotlib", "openai", "mauve", "faiss", "sacrebleu"),
     "train": ("tensorboard", "pyarrow", "peft"),
     "bench": ("xllamacpp", "gguf", "flashspec"),
@@ -44,11 +44,11 @@ EXTRAS = {  # packages that only some verbs need: which extra brings them
 
 app = typer.Typer(
     name="dynamo-lm",
-    help="Language models that predict several tokens per forward pass, with a dial from exact to fast.\n\n"
+    help="Language models that predict several tokens per forward pass, exactly or, within limits you set, faster.\n\n"
     "Begin with `dynamo-lm demo`. To do the same to a model of your own: `train` adds heads to it, `finetune` teaches it "
     "to answer, `count` makes the tables that make them agree, `generate` writes with it, `chat` talks with it, `serve` "
     "lets other programs do so, `info` says what a folder holds. `eval` measures it, "
-    "`bench` races it, `calibrate` chooses its dial, `report` makes a page of it all.",
+    "`bench` races it, `calibrate` chooses its settings, `report` makes a page of it all.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -56,8 +56,8 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(value: bool) -> None:
+    if value:
         print(f"dynamo-lm {dynamo_lm.__version__}")
         raise typer.Exit
 
@@ -77,10 +77,10 @@ evaluation = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-questions: tuple[Callable[..., None], ...] = (perplexity, nlu, completion, ablation)
-for question in questions:
-    evaluation.command()(question)
-verbs: tuple[Callable[..., None], ...] = (
+EVALUATIONS: tuple[Callable[..., None], ...] = (perplexity, nlu, completion, ablation)
+for command in EVALUATIONS:
+    evaluation.command()(command)
+COMMANDS: tuple[Callable[..., None], ...] = (
     demo,
     generate,
     chat,
@@ -93,13 +93,13 @@ verbs: tuple[Callable[..., None], ...] = (
     calibrate,
     report,
 )
-for verb in verbs:
-    app.command()(verb)
+for command in COMMANDS:
+    app.command()(command)
 app.add_typer(evaluation)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Carries out one command line and returns its exit status."""
+    """Carry out a command line and return its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and not {"-h", "--help", "--version"}.intersection(arguments):  # help needs neither torch nor transformers
         _quiet()
@@ -116,9 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _complain(f'This needs the package {missing}; install it with: pip install "dynamo-lm[{extra}]"')
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):  # so that the interpreter's last flush finds a reader
+        with contextlib.suppress(OSError, ValueError):  # so that the interpreter's last flush has a reader
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return READER_GONE
+        return BROKEN_PIPE
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted.")
         return INTERRUPTED
@@ -132,17 +132,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not hasattr(error, "format_message"):  # what typer raises for wrong usage; its class moved between versions
             raise
         depth = 2 if arguments[:1] == ["eval"] else 1
-        typed = [word for word in arguments[:depth] if not word.startswith("-")]
-        return _complain(f"{error.format_message()} See `{' '.join(['dynamo-lm', *typed, '--help'])}`.")
+        names = [word for word in arguments[:depth] if not word.startswith("-")]
+        return _complain(f"{error.format_message()} See `{' '.join(['dynamo-lm', *names, '--help'])}`.")
 
 
 def _complain(message: str) -> int:
     print("dynamo-lm: " + " ".join(message.split()), file=sys.stderr)
-    return WRONG
+    return BAD_INPUT
 
 
 def _quiet() -> None:
-    """Only this program speaks: libraries keep their notes, warnings and progress bars to themselves."""
+    """Turn off the notes, warnings and progress bars of libraries."""
     import transformers
 
     warnings.filterwarnings("ignore")

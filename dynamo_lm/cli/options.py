@@ -83,18 +83,18 @@ class ModelOptions(ComputeOptions):
 
 
 def verification(text: str) -> str | float:
-    """The dial of --verify: "strict", "off" or a budget in nats per token.
+    """The value of --verify: "strict", "off" or a budget in nats per token.
 
     Raises:
         InputError: anything else.
     """
     from dynamo_lm.decoding.options import check_verify
 
-    dial: str | float = text
+    verify: str | float = text
     with suppress(ValueError):
-        dial = float(text)
-    check_verify(dial)
-    return dial
+        verify = float(text)
+    check_verify(verify)
+    return verify
 
 
 def grid(text: str, option: str) -> list[float]:
@@ -108,11 +108,11 @@ def grid(text: str, option: str) -> list[float]:
             start, end, step = (float(part) for part in text.split(":"))
             if step <= 0 or end < start:
                 raise ValueError
-            found = [round(start + index * step, 10) for index in range(int((end - start) / step + 1e-9) + 1)]
+            values = [round(start + index * step, 10) for index in range(int((end - start) / step + 1e-9) + 1)]
         else:
-            found = [float(part) for part in text.split(",")]
+            values = [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f'{option} is "{text}"; give numbers as 0,0.5,1 or as FROM:TO:STEP.') from None
-    if any(not 0 <= value <= 1 for value in found):
+    if any(not 0 <= value <= 1 for value in values):
         raise InputError(f'{option} is "{text}"; every number must lie from 0 to 1.')
-    return sorted(set(found))
+    return sorted(set(values))

@@ -1,4 +1,4 @@
-"""What a person sees while something takes long: always on stderr, and only where that is a terminal."""
+"""Progress on stderr: bars on a terminal; in a file at most a line now and then."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def training(steps: int) -> Iterator[Callable[[Step], None]]:
 
         def report(step: Step) -> None:
             nonlocal last
-            said = f"{_losses(step)}  {step.tokens_per_second:,.0f} tok/s"
-            progress.update(task, completed=step.step, description=said)
+            text = f"{_losses(step)}  {step.tokens_per_second:,.0f} tok/s"
+            progress.update(task, completed=step.step, description=text)
             due = not screen.is_terminal and time.monotonic() - last >= PAUSE
             if step.validation is not None:
-                screen.print(f"step {step.step}/{steps}  {said}  {step.validation}", soft_wrap=True)
+                screen.print(f"step {step.step}/{steps}  {text}  {step.validation}", soft_wrap=True)
             elif due or (step.step == steps and not screen.is_terminal):
-                screen.print(f"step {step.step}/{steps}  {said}", soft_wrap=True)
+                screen.print(f"step {step.step}/{steps}  {text}", soft_wrap=True)
             if due:
                 last = time.monotonic()
 
