@@ -85,7 +85,8 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             ("context", context),
             ("heads", f"no DynaMo heads; add some with `dynamo-lm train {facts['model']} --data TEXT --out FOLDER`"),
         ]
-    weights = "included" if facts["weights"] == "full" else f"not included: loaded from {facts['base_path'] or facts['base']}"
+    source = facts["base_path"] or facts["base"]
+    weights = "included" if facts["weights"] == "full" else f"not included: loaded from {source}"
     heads = f"{facts['head_parameters']:,} of heads ({facts['overhead']:.2%} more)"
     return [
         ("model", facts["model"]),
