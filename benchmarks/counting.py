@@ -25,7 +25,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dynamo_lm.assets import bundled
-from dynamo_lm.bench.race import spread
+from dynamo_lm.bench.summary import spread
 from dynamo_lm.bench.tables import machine
 from dynamo_lm.cooccurrence.counting import count
 from dynamo_lm.data.token_store import TokenStore, tokenize

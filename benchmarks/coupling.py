@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.story import PROMPTS
 from dynamo_lm import DynaMoForCausalLM
-from dynamo_lm.bench.prompt_race import log_likelihood
+from dynamo_lm.bench.summary import log_likelihood
 from dynamo_lm.data.token_store import TokenStore
 from dynamo_lm.decoding.statistics import Statistics
 from dynamo_lm.sampling.drafting import conditional
@@ -69,7 +69,7 @@ def settings(num_heads: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 class Run:
-    """All prompts as one batch, rows apart: sampled ways once per seed, and their numbers over all rows."""
+    """All prompts as one batch, rows apart: sampled methods once per seed, and their numbers over all rows."""
 
     def __init__(self, model: DynaMoForCausalLM, tokenizer: Any, lines: list[str], new_tokens: int, seeds: int):
         self.model, self.new_tokens, self.seeds = model, new_tokens, seeds

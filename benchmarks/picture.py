@@ -7,24 +7,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dynamo_lm.cli.demo_options import DemoOptions
 from dynamo_lm.cli.demo_view import demo
 
 
 def main() -> None:
     console = Console(record=True, width=100, highlight=False)
-    demo(
-        None,
-        None,
-        max_new_tokens=120,
-        eps_b=None,
-        num_heads=None,
-        seed=0,
-        delay=False,
-        json_output=False,
-        console=console,
-        save=Path(sys.argv[2]),
-        repetitions=5,
-    )
+    options = DemoOptions(delay=False, repetitions=5, time_limit=600)
+    demo("story", options, console=console, save=Path(sys.argv[2]))
     console.save_svg(sys.argv[1], title="dynamo-lm demo")
 
 

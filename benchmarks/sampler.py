@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
+from benchmarks.random_model import random_model, random_prompts
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.assets import bundled
-from dynamo_lm.bench.random_model import random_model, random_prompts
 from dynamo_lm.kernels import loader
 
 SMOLLM2 = {

@@ -15,34 +15,35 @@ def demo_table(results: dict[str, Any]) -> str:
         "| decoding | tokens per step (at most) | speed-up (spread) | baseline | same text | log-likelihood | pairs |",
         "|---|---|---|---|---|---|---|",
     ]
-    for way in results["ways"]:
-        speed, base = way["speed_up"], way["baseline"] == way["name"]
+    for method in results["methods"]:
+        speed, base = method["ratio"], method["baseline"] == method["name"]
         faster = "1" if base else f"**{speed['median']:.2f}x** ({speed['min']:.2f}-{speed['max']:.2f})"
-        same = {None: "", True: "yes", False: "no"}[way["identical"]]
+        same = method["identical"] and ("yes" if method["identical"]["texts"] == method["identical"]["of"] else "no")
         lines.append(
-            f"| {way['name']} | {way['tokens_per_step']:.2f} ({way['ceiling']}) | {faster} "
-            f"| {'' if base else way['baseline']} | {same} | {way['log_likelihood']:.2f} | {way['distinct_bigrams']:.2f} |"
+            f"| {method['name']} | {method['tokens_per_step']:.2f} ({method['ceiling']}) | {faster} "
+            f"| {'' if base else method['baseline']} | {same or ''} | {method['log_likelihood']:.2f} "
+            f"| {method['distinct_bigrams']:.2f} |"
         )
     return "\n".join(lines)
 
 
 def steps_table(results: dict[str, Any]) -> str:
     """Tokens per step of strict decoding by n and alpha_c, and of Algorithm 1 by n and eps_b."""
-    ways = {way["name"]: way for way in results["ways"]}
+    methods = {method["name"]: method for method in results["methods"]}
     strengths = ("0.0", "0.5", "1.0")
     lines = [f"| strict, greedy | {' | '.join(f'alpha_c {s}' for s in strengths)} |", "|---|---|---|---|"]
     for n in (2, 3, 4):
-        row = [f"{ways[f'strict, greedy, n={n}, alpha_c={s}']['tokens_per_step']:.2f}" for s in strengths]
+        row = [f"{methods[f'strict, greedy, n={n}, alpha_c={s}']['tokens_per_step']:.2f}" for s in strengths]
         lines.append(f"| n = {n} | {' | '.join(row)} |")
     lines += ["", "| greedy, n = 4 | tokens per step | log-likelihood | distinct pairs | regret |", "|---|---|---|---|---|"]
-    for name, way in ways.items():
+    for name, method in methods.items():
         if "tree" in name or "budget" in name:
             kind = name.removeprefix("strict, greedy, ").replace("n=4, ", "").replace(", n=4", "")
             lines.append(
-                f"| {kind} | {way['tokens_per_step']:.2f} | {way['log_likelihood']:.2f} "
-                f"| {way['distinct_bigrams']:.2f} | {way['mean_regret']:.3f} |"
+                f"| {kind} | {method['tokens_per_step']:.2f} | {method['log_likelihood']:.2f} "
+                f"| {method['distinct_bigrams']:.2f} | {method['regret']:.3f} |"
             )
-    sampled = ways["one token, sampled"]
+    sampled = methods["one token, sampled"]
     lines += [
         "",
         f"One token per step, sampled as under `off` (top-k 50, temperature 0.7, repetition penalty 1.1): log-likelihood "
@@ -51,11 +52,11 @@ def steps_table(results: dict[str, Any]) -> str:
         "| off, sampled | tokens per step | log-likelihood | distinct pairs | regret |",
         "|---|---|---|---|---|",
     ]
-    for name, way in ways.items():
+    for name, method in methods.items():
         if name.startswith("off"):
             lines.append(
-                f"| {name.removeprefix('off, ')} | {way['tokens_per_step']:.2f} | {way['log_likelihood']:.2f} "
-                f"| {way['distinct_bigrams']:.2f} | {way['mean_regret']:.2f} |"
+                f"| {name.removeprefix('off, ')} | {method['tokens_per_step']:.2f} | {method['log_likelihood']:.2f} "
+                f"| {method['distinct_bigrams']:.2f} | {method['regret']:.2f} |"
             )
     return "\n".join(lines)
 
@@ -64,27 +65,27 @@ def bench_table(race: dict[str, Any], *, trained: bool = True) -> str:
     """One race of `dynamo-lm bench`: every ratio with its spread, tokens per step with their ceiling, and the quality."""
     last = "log-likelihood | pairs" if trained else "ms per step"
     lines = [
-        f"| way | ratio (spread) | tokens per step | ratio over tokens per step | same texts | {last} |",
+        f"| method | ratio (spread) | tokens per step | ratio over tokens per step | same texts | {last} |",
         "|---|---|---|---|---|---|" + ("---|" if trained else ""),
     ]
-    kind = race["ways"][0]["kind"]
-    for way in race["ways"]:
-        ratio, same, base = way["ratio"], way["identical"], way["name"] == way["baseline"]
-        if way["kind"] != kind:
+    kind = race["methods"][0]["kind"]
+    for method in race["methods"]:
+        ratio, same, base = method["ratio"], method["identical"], method["name"] == method["baseline"]
+        if method["kind"] != kind:
             lines.append("|" + " |" * (7 if trained else 6))
-        kind = way["kind"]
-        ceiling = f" of {way['ceiling']}" if way["ceiling"] not in (None, 1) else ""
-        arrives = f" of {way['efficiency_ceiling']:.2f}" if way.get("efficiency_ceiling") else ""
+        kind = method["kind"]
+        ceiling = f" of {method['ceiling']}" if method["ceiling"] not in (None, 1) else ""
+        arrives = f" of {method['efficiency_ceiling']:.2f}" if method.get("efficiency_ceiling") else ""
         quality = (
-            f"{way['log_likelihood']:.2f} | {way['distinct_bigrams']:.2f}"
+            f"{method['log_likelihood']:.2f} | {method['distinct_bigrams']:.2f}"
             if trained
-            else f"{1000 * way['step_seconds']:.1f}"
+            else f"{1000 * method['step_seconds']:.1f}"
         )
         alike = "" if same is None else f"{same['texts']}/{same['of']}"
         faster = "baseline" if base else f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
         lines.append(
-            f"| {'**' if base else ''}{way['name']}{'**' if base else ''}{'' if way['lossless'] else ' *'} | {faster} "
-            f"| {way['tokens_per_step']:.2f}{ceiling} | {way['efficiency']:.2f}{arrives} "
+            f"| {'**' if base else ''}{method['name']}{'**' if base else ''}{'' if method['lossless'] else ' *'} | {faster} "
+            f"| {method['tokens_per_step']:.2f}{ceiling} | {method['efficiency']:.2f}{arrives} "
             f"| {alike} | {quality} |"
         )
     floor = race["floor"]
@@ -93,63 +94,63 @@ def bench_table(race: dict[str, Any], *, trained: bool = True) -> str:
 
 
 def groups_table(race: dict[str, Any]) -> str:
-    """A race over a benchmark's groups: each way's ratio and tokens per step in each of them."""
-    groups = sorted(race["ways"][0]["groups"])
-    lines = [f"| way | all | {' | '.join(groups)} |", "|---|---|" + "---|" * len(groups)]
-    for way in race["ways"]:
-        ratio = way["ratio"]
+    """A race over a benchmark's groups: each method's ratio and tokens per step in each of them."""
+    groups = sorted(race["methods"][0]["groups"])
+    lines = [f"| method | all | {' | '.join(groups)} |", "|---|---|" + "---|" * len(groups)]
+    for method in race["methods"]:
+        ratio = method["ratio"]
         cells = [
-            f"{each['ratio']['median']:.2f} at {each['tokens_per_step']:.2f}" for _, each in sorted(way["groups"].items())
+            f"{each['ratio']['median']:.2f} at {each['tokens_per_step']:.2f}" for _, each in sorted(method["groups"].items())
         ]
-        every = f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}) at {way['tokens_per_step']:.2f}"
-        lines.append(f"| {way['name']}{'' if way['lossless'] else ' *'} | {every} | {' | '.join(cells)} |")
+        every = f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f}) at {method['tokens_per_step']:.2f}"
+        lines.append(f"| {method['name']}{'' if method['lossless'] else ' *'} | {every} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def batches_table(races: list[dict[str, Any]]) -> str:
-    """The same ways at several batch sizes, and what the largest writes over what the smallest does."""
+    """The same methods at several batch sizes, and what the largest writes over what the smallest does."""
     sizes = [race["batch"] for race in races]
     lines = [
-        f"| way | tokens per step | {' | '.join(f'batch {size}' for size in sizes)} | tokens a second, last over first |",
+        f"| method | tokens per step | {' | '.join(f'batch {size}' for size in sizes)} | tokens a second, last over first |",
         "|---|---|" + "---|" * (len(sizes) + 1),
     ]
-    ways = [{way["name"]: way for way in race["ways"]} for race in races]
-    for name, way in ways[-1].items():
+    by_race = [{method["name"]: method for method in race["methods"]} for race in races]
+    for name, method in by_race[-1].items():
         cells = []
-        for found in ways:
-            each = found[name]["ratio"]
+        for methods in by_race:
+            each = methods[name]["ratio"]
             spread = f"{each['median']:.2f} ({each['min']:.2f}-{each['max']:.2f})"
-            cells.append("baseline" if found[name]["baseline"] == name else spread)
-        most = f" of {way['ceiling']}" if way["ceiling"] not in (None, 1) else ""
-        gain = way["tokens_per_second"]["median"] / ways[0][name]["tokens_per_second"]["median"]
-        star = "" if way["lossless"] else " *"
-        lines.append(f"| {name}{star} | {way['tokens_per_step']:.2f}{most} | {' | '.join(cells)} | {gain:.1f} |")
+            cells.append("baseline" if methods[name]["baseline"] == name else spread)
+        most = f" of {method['ceiling']}" if method["ceiling"] not in (None, 1) else ""
+        gain = method["tokens_per_second"]["median"] / by_race[0][name]["tokens_per_second"]["median"]
+        star = "" if method["lossless"] else " *"
+        lines.append(f"| {name}{star} | {method['tokens_per_step']:.2f}{most} | {' | '.join(cells)} | {gain:.1f} |")
     return "\n".join(lines)
 
 
 def contexts_table(races: list[dict[str, Any]]) -> str:
-    """The same ways behind short and long contexts."""
+    """The same methods after short and long contexts."""
     header = [f"{race['context']}: ratio (spread) | tokens per step | log-likelihood" for race in races]
-    lines = [f"| way | {' | '.join(header)} |", "|---|" + "---|" * 3 * len(races)]
-    ways = [{way["name"]: way for way in race["ways"]} for race in races]
-    for name, way in ways[-1].items():
+    lines = [f"| method | {' | '.join(header)} |", "|---|" + "---|" * 3 * len(races)]
+    by_race = [{method["name"]: method for method in race["methods"]} for race in races]
+    for name, method in by_race[-1].items():
         cells = []
-        for each in (found[name] for found in ways):
+        for each in (methods[name] for methods in by_race):
             ratio = each["ratio"]
             spread = f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
             faster = "baseline" if each["baseline"] == name else spread
             cells.append(f"{faster} | {each['tokens_per_step']:.2f} | {each['log_likelihood']:.2f}")
-        lines.append(f"| {name}{'' if way['lossless'] else ' *'} | {' | '.join(cells)} |")
+        lines.append(f"| {name}{'' if method['lossless'] else ' *'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def shares_table(profiles: dict[str, dict[str, Any]]) -> str:
-    """Where a step's time goes, by way."""
-    parts = list(dict.fromkeys(part for found in profiles.values() for part in found["shares"]))
-    lines = [f"| way | ms per step | {' | '.join(parts)} |", "|---|---|" + "---|" * len(parts)]
-    for name, found in profiles.items():
-        shares = [f"{100 * found['shares'].get(part, 0):.1f} %" for part in parts]
-        lines.append(f"| {name} | {1000 * found['step_seconds']:.2f} | {' | '.join(shares)} |")
+    """Where a step's time goes, by method."""
+    parts = list(dict.fromkeys(part for profile in profiles.values() for part in profile["shares"]))
+    lines = [f"| method | ms per step | {' | '.join(parts)} |", "|---|---|" + "---|" * len(parts)]
+    for name, profile in profiles.items():
+        shares = [f"{100 * profile['shares'].get(part, 0):.1f} %" for part in parts]
+        lines.append(f"| {name} | {1000 * profile['step_seconds']:.2f} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
 
@@ -183,11 +184,11 @@ if __name__ == "__main__":
         record = json.loads(file.read_text())
         for race in record["races"]:
             print(f"\n{file.parent.name}: {race['context']} context, batch {race['batch']}\n")
-            print(bench_table(race, trained=race["ways"][0]["log_likelihood"] is not None))
-            if len(race["ways"][0]["groups"]) > 1:
+            print(bench_table(race, trained=race["methods"][0]["log_likelihood"] is not None))
+            if len(race["methods"][0]["groups"]) > 1:
                 print("", groups_table(race), sep="\n")
         if len(record["races"]) > 1:
             together = batches_table if record["races"][-1]["batch"] > 1 else contexts_table
             print("", together(record["races"]), sep="\n")
-        if record["profiles"]:
+        if record.get("profiles"):
             print("", shares_table(record["profiles"]), sep="\n")

@@ -47,7 +47,7 @@ from transformers import AutoTokenizer
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.assets import bundled
 from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
-from dynamo_lm.bench.race import spread
+from dynamo_lm.bench.summary import spread
 from dynamo_lm.bench.tables import machine
 from dynamo_lm.data.packing import Blocks, targets
 from dynamo_lm.data.token_store import tokenize

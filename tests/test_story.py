@@ -8,7 +8,12 @@ from transformers import AutoTokenizer
 
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.assets import bundled
-from dynamo_lm.bench.prompt_race import Method, log_likelihood, race
+from dynamo_lm.bench.benchmark import open_context
+from dynamo_lm.bench.methods import dynamo
+from dynamo_lm.bench.options import RaceOptions
+from dynamo_lm.bench.prompts import Prompt
+from dynamo_lm.bench.race import race
+from dynamo_lm.bench.summary import log_likelihood, summaries
 
 OPENINGS = (Path(__file__).parent.parent / "benchmarks" / "openings.txt").read_text().splitlines()
 
@@ -40,16 +45,23 @@ def test_strict_greedy_is_transformers_own_greedy_in_less_than_half_the_passes(s
 
 def test_a_race_counts_what_the_statistics_count_and_scores_by_the_base_alone(story):
     model, tokenizer = story
-    prompts = [tokenizer(opening, return_tensors="pt").input_ids for opening in OPENINGS[:2]]
-    one = Method("one", {"verify": "strict", "num_heads": 1}, "one")
-    strict = Method("strict", {"verify": "strict"}, "one", same_text_as="one")
-    plain, fast = race(model, prompts, [one, strict], max_new_tokens=20, repetitions=1)
-    assert plain.tokens == fast.tokens == [40] and plain.forwards == [40] and fast.forwards[0] < 40
-    assert fast.identical and plain.speed_ups == [1.0]
-    assert [sum(map(len, steps)) for steps in fast.steps] == [20, 20]
-    total = sum(log_likelihood(model, torch.tensor(s), p.shape[1]) for s, p in zip(plain.sequences, prompts, strict=True))
-    assert plain.log_likelihood == pytest.approx(total / 40)
-    assert plain.log_likelihood == pytest.approx(fast.log_likelihood)
+    prompts = [Prompt("a", tuple(tokenizer(opening).input_ids)) for opening in OPENINGS[:2]]
+    one = dynamo("one", {"verify": "strict", "num_heads": 1})
+    strict = dynamo("strict", {"verify": "strict", "num_heads": model.num_heads}, identical_to="one")
+    context = open_context(model, tokenizer, RaceOptions())
+    outcome = race(context, prompts, [one, strict], max_new_tokens=20, repetitions=1, bandwidth_bytes=0)
+    plain, fast = summaries(outcome, context)
+    assert plain["tokens"] == fast["tokens"] == 40 and plain["steps"] == 40 and fast["steps"] < 40
+    assert fast["identical"]["texts"] == 2 and plain["ratio"]["median"] == 1.0
+    for output in outcome.results[1].outputs[0]:
+        assert sum(output.step_sizes[0]) == 20 and len(output.step_sizes[0]) == output.steps
+    assert sum(size * count for size, count in enumerate(fast["histogram"], start=1)) == 40
+    total = sum(
+        log_likelihood(model, torch.tensor([*prompt.tokens, *text]), len(prompt.tokens))
+        for prompt, text in zip(prompts, outcome.results[0].texts(), strict=True)
+    )
+    assert plain["log_likelihood"] == pytest.approx(total / 40)
+    assert plain["log_likelihood"] == pytest.approx(fast["log_likelihood"])
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 9])

@@ -1,6 +1,6 @@
 """The speed benchmark of `dynamo-lm bench`: every method of decoding the same weights, raced in one run.
 
-`methods` lists what is raced. `runners` and `peers` run it. `race` interleaves and repeats it. `roofline` and `step_profile`
-say what a step must cost and where its time goes. `prompts` and `random_model` make prompts and models. `tables` and `plot`
-present the results.
+`methods` lists what is raced, `runners` and `llama_cpp` run it, `prompts` reads what is continued. `race` interleaves and
+repeats, `summary` turns a race into numbers, `roofline` measures the floor that memory sets, `tables` presents it all and
+`benchmark` puts it together. Other programs, random models, profiles and pictures are in the repository's `benchmarks/`.
 """

@@ -1,6 +1,6 @@
-"""What is continued: prompts from a file or from Spec-Bench's six groups, as they are or behind a long context of real text.
+"""What is continued: prompts from a file or from Spec-Bench's six groups, as they are or after a long context of real text.
 
-Everything here is token ids once it is read; random ids stand in where a model has no tokenizer (see `shapes`).
+Everything here is token ids once it is read.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def read_spec_bench(file: Path, tokenizer: Any, *, limit: int | None = None) -> 
             entry = json.loads(line)
             category, text = entry["category"], entry["turns"][0]
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise InputError(f'{file}:{number} is no question of Spec-Bench; it needs "category" and "turns".') from error
+            raise InputError(f'{file}:{number} is not a question of Spec-Bench; it needs "category" and "turns".') from error
         group = "mt-bench" if category in MT_BENCH else category
-        found = groups.setdefault(group, [])
-        if limit is None or len(found) < limit:
-            found.append(Prompt(group, _tokens(text, tokenizer)))
+        own = groups.setdefault(group, [])
+        if limit is None or len(own) < limit:
+            own.append(Prompt(group, _tokens(text, tokenizer)))
     if not groups:
         raise InputError(f'"{file}" has no prompts; name Spec-Bench\'s question file.')
     return [prompt for group in sorted(groups) for prompt in groups[group]]
@@ -72,27 +72,27 @@ def filler(file: Path, tokenizer: Any, tokens: int) -> list[int]:
     Raises:
         InputError: no such file, or no text in it.
     """
-    found: list[int] = []
+    ids: list[int] = []
     for text in documents(str(file)):
-        found += tokenizer(text, add_special_tokens=False).input_ids
-        if len(found) >= tokens:
+        ids += tokenizer(text, add_special_tokens=False).input_ids
+        if len(ids) >= tokens:
             break
-    if not found:
+    if not ids:
         raise InputError(f'"{file}" has no text to put before the prompts.')
-    return list(islice(cycle(found), max(tokens, len(found))))
+    return list(islice(cycle(ids), max(tokens, len(ids))))
 
 
 def lengthened(prompts: Sequence[Prompt], length: int, text: Sequence[int]) -> list[Prompt]:
     """Every prompt with text before it, to `length` tokens; each gets another stretch of the text. Longer ones stay."""
-    found, at = [], 0
+    longer, at = [], 0
     for prompt in prompts:
         missing = max(0, length - len(prompt.tokens))
         if missing > len(text):
             raise InputError(f"{missing} tokens of text are needed before a prompt and the filler has {len(text)}.")
         at = at if at + missing <= len(text) else 0
-        found.append(Prompt(prompt.group, (*text[at : at + missing], *prompt.tokens)))
+        longer.append(Prompt(prompt.group, (*text[at : at + missing], *prompt.tokens)))
         at += missing
-    return found
+    return longer
 
 
 def fitted(prompts: Sequence[Prompt], context: int, max_new_tokens: int) -> tuple[list[Prompt], int]:
@@ -110,12 +110,12 @@ def fitted(prompts: Sequence[Prompt], context: int, max_new_tokens: int) -> tupl
 
 def batches(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
     """Prompts in batches of one group each; a batch that is not full takes that group's first prompts again."""
-    found = []
+    chunks = []
     for group in dict.fromkeys(prompt.group for prompt in prompts):
         own = [prompt for prompt in prompts if prompt.group == group]
         for start in range(0, len(own), size):
-            found.append(list(islice(cycle(own[start:] + own[:start]), size)))
-    return found
+            chunks.append(list(islice(cycle(own[start:] + own[:start]), size)))
+    return chunks
 
 
 def _tokens(text: str, tokenizer: Any) -> tuple[int, ...]:

@@ -58,7 +58,7 @@ def head_bytes(model: DynaMoForCausalLM, num_heads: int) -> int:
 
 
 def cache_bytes(base: PreTrainedModel, length: float) -> float:
-    """Bytes of keys and values of one row behind `length` tokens (a mean, so it need not be whole)."""
+    """Bytes of keys and values of one text of `length` tokens (a mean, so it need not be whole)."""
     config = base.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -66,7 +66,7 @@ def cache_bytes(base: PreTrainedModel, length: float) -> float:
 
 
 def floor_seconds(base: PreTrainedModel, length: float, bandwidth: float, *, batch: int = 1) -> float:
-    """Least seconds of a one-token step of `batch` rows with `length` tokens behind each, at so many bytes a second."""
+    """Least seconds of a one-token step of `batch` texts of `length` tokens each, at so many bytes a second."""
     return (weight_bytes(base) + batch * cache_bytes(base, length)) / bandwidth
 
 

@@ -1,52 +1,94 @@
-"""How the ways are carried out by DynaMo's own loop and by transformers' `generate`.
+"""How methods are run: a runner takes prompts as token ids and gives new token ids and how long they took.
 
-A contender takes prompts as token ids and gives new token ids and how long they took; every contender pays for its prompt.
-Other libraries are in `peers`. What a machine cannot run is refused with a reason, and the benchmark goes on without it.
+Every runner pays for its prompt. `ENGINES` says who runs what; a benchmark may add an engine of its own. What a machine
+cannot run is refused with a reason, and the benchmark goes on without it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import CompileConfig
 
-from dynamo_lm.bench import peers
-from dynamo_lm.bench.context import BenchmarkContext, Output, Runner, _padding, padded, until_end
 from dynamo_lm.bench.methods import Method
 from dynamo_lm.decoding.compiled import check_compiler
 from dynamo_lm.errors import InputError
+from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 
-def open_runner(way: Method, among: BenchmarkContext) -> Runner:
-    """The way as a function.
+@dataclass
+class Output:
+    """The result of one call."""
+
+    texts: list[list[int]]  # new tokens by prompt
+    seconds: float  # prompt included
+    steps: int  # forwards of the base, summed over prompts
+    regret: float = 0.0  # nats that unverified tokens cost, summed
+    scored: int = 0  # tokens that the sum is over
+    step_sizes: list[list[int]] = field(default_factory=list)  # tokens of every step, by prompt, where they are known
+
+
+Runner = Callable[[Sequence[Sequence[int]], int, int], Output]  # prompts, new tokens at most, seed
+
+
+@dataclass
+class BenchmarkContext:
+    """What runners are made of: the models in one dtype on one device, and what ends a text."""
+
+    models: dict[str, DynaMoForCausalLM]  # "model" is the one measured
+    end_tokens: tuple[int, ...]
+    length: int  # of a text at most, in tokens
+    draft: PreTrainedModel | None = None  # a smaller model for assisted generation
+    close: list[Callable[[], None]] = field(default_factory=list)  # what to call when all is done
+
+    @property
+    def model(self) -> DynaMoForCausalLM:
+        return self.models["model"]
+
+    @property
+    def padding(self) -> int:
+        own = self.model.generation_config.pad_token_id
+        return own if isinstance(own, int) else (self.end_tokens[0] if self.end_tokens else 0)
+
+    def padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Prompts as one tensor, padded on the left, and its attention mask; both (prompts, longest)."""
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[self.padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+    def until_end(self, tokens: list[int]) -> list[int]:
+        """Up to the first end token, which is kept."""
+        end = next((i for i, token in enumerate(tokens) if token in self.end_tokens), len(tokens) - 1)
+        return tokens[: end + 1]
+
+
+def open_runner(method: Method, context: BenchmarkContext) -> Runner:
+    """The method as a function.
 
     Raises:
         InputError: this machine, model or installation cannot run it; the sentence is the reason.
         ModuleNotFoundError: a package is missing.
     """
-    if way.draft and among.draft is None:
+    if method.draft and context.draft is None:
         raise InputError("No draft model was given with --draft.")
-    if way.engine == "dynamo":
-        return _own(way, among)
-    if way.engine == "transformers":
-        return _transformers(way, among)
-    if way.engine == "compiled":
-        return _compiled(way, among)
-    if way.engine == "flashspec":
-        return peers.flashspec(way, among)
-    return peers.llama_cpp(way, among)
+    if method.engine not in ENGINES:
+        raise InputError(f'"{method.engine}" is not an engine; there are {", ".join(ENGINES)}.')
+    return ENGINES[method.engine](method, context)
 
 
-def _own(way: Method, among: BenchmarkContext) -> Runner:
+def _dynamo(method: Method, context: BenchmarkContext) -> Runner:
     """DynaMo's own loop."""
-    model = among.models[way.model]
+    model = context.models[method.model]
 
-    def write(prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> Output:
-        ids, mask = padded(prompts, among)
+    def run(prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> Output:
+        ids, mask = context.padded(prompts)
         began = time.perf_counter()
         output = model.generate(
             ids,
@@ -54,62 +96,70 @@ def _own(way: Method, among: BenchmarkContext) -> Runner:
             max_new_tokens=max_new_tokens,
             seed=seed,
             return_dict_in_generate=True,
-            eos_token_id=list(among.end_tokens) or None,
-            **{"do_sample": False, **way.arguments},
+            eos_token_id=list(context.end_tokens) or None,
+            **{"do_sample": False, **method.arguments},
         )
         new = output.sequences[:, ids.shape[1] :].tolist()
         seconds = time.perf_counter() - began
-        counted = output.statistics
-        texts = [row[: own.new_tokens] for row, own in zip(new, counted, strict=True)]
+        counts = output.statistics
         return Output(
-            texts,
+            [tokens[: own.new_tokens] for tokens, own in zip(new, counts, strict=True)],
             seconds,
-            sum(own.forwards for own in counted),
-            sum(own.regret for own in counted),
-            sum(own.scored for own in counted),
+            sum(own.forwards for own in counts),
+            sum(own.regret for own in counts),
+            sum(own.scored for own in counts),
+            [own.step_sizes for own in counts],
         )
 
-    return write
+    return run
 
 
-def _transformers(way: Method, among: BenchmarkContext, **more: Any) -> Runner:
+def _transformers(method: Method, context: BenchmarkContext, **more: Any) -> Runner:
     """`generate` of the base, as its users call it."""
-    base: Any = among.model.base
-    arguments = {"do_sample": False, **way.arguments, **more}
-    if way.draft:
-        assert among.draft is not None
-        arguments["assistant_model"] = among.draft
+    base: Any = context.model.base
+    arguments = {"do_sample": False, **method.arguments, **more}
+    if method.draft:
+        arguments["assistant_model"] = context.draft
     if "assistant_ensemble_weight" in arguments and not hasattr(base.generation_config, "assistant_ensemble_weight"):
         raise InputError("This version of transformers has no assistant_ensemble_weight.")
-    assisted = way.ceiling != 1
 
-    def write(prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> Output:
-        ids, mask = padded(prompts, among)
+    def run(prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> Output:
+        ids, mask = context.padded(prompts)
         torch.manual_seed(seed)
-        with _Forwards(base if assisted else None) as forwards:
+        forwards = 0
+
+        def count(module: Any, args: Any) -> None:
+            nonlocal forwards
+            forwards += 1
+
+        hook = None if method.ceiling == 1 else base.register_forward_pre_hook(count)
+        try:
             began = time.perf_counter()
             sequences = base.generate(
                 ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=list(among.end_tokens) or None,
-                pad_token_id=_padding(among),
+                eos_token_id=list(context.end_tokens) or None,
+                pad_token_id=context.padding,
                 **arguments,
             )
             new = sequences[:, ids.shape[1] :].tolist()
             seconds = time.perf_counter() - began
-        texts = [until_end(row, among.end_tokens) for row in new]
-        return Output(texts, seconds, forwards.count if assisted else sum(map(len, texts)))
+        finally:
+            if hook is not None:
+                hook.remove()
+        texts = [context.until_end(tokens) for tokens in new]
+        return Output(texts, seconds, sum(map(len, texts)) if hook is None else forwards)
 
-    return write
+    return run
 
 
-def _compiled(way: Method, among: BenchmarkContext) -> Runner:
+def _compiled(method: Method, context: BenchmarkContext) -> Runner:
     """`generate` of the base with a static cache, whose steps transformers compiles with `torch.compile`.
 
     On a GPU transformers does so by itself; on a CPU a static cache alone compiles nothing, so it is told to.
     """
-    if among.model.device.type == "cpu":
+    if context.model.device.type == "cpu":
         from torch._inductor import config
 
         check_compiler()
@@ -118,22 +168,32 @@ def _compiled(way: Method, among: BenchmarkContext) -> Runner:
         compiling._compile_all_devices = True  # type: ignore[assignment]
     else:
         compiling = CompileConfig()
-    return _transformers(way, among, cache_implementation="static", compile_config=compiling)
+    return _transformers(method, context, cache_implementation="static", compile_config=compiling)
 
 
-class _Forwards:
-    """Counts calls of a model within a block."""
+def _llama_cpp(method: Method, context: BenchmarkContext) -> Runner:
+    """llama.cpp on the GGUF file of the method's arguments, in a process of its own."""
+    from dynamo_lm.bench.llama_cpp import LlamaCpp
 
-    def __init__(self, model: PreTrainedModel | None):
-        self.model, self.count = model, 0
+    if context.model.device.type != "cpu":
+        raise InputError("llama.cpp is raced on CPUs only: the wheel on PyPI has no GPU code.")
+    precision = "F32" if context.model.dtype == torch.float32 else "BF16"
+    engine = LlamaCpp(
+        method.arguments["gguf"], context=context.length, threads=torch.get_num_threads(), cache_type=precision
+    )
+    context.close.append(engine.close)
 
-    def __enter__(self) -> _Forwards:
-        self.hook = self.model.register_forward_pre_hook(self._seen) if self.model is not None else None
-        return self
+    def run(prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> Output:
+        tokens, seconds = engine.generate(prompts[0], max_new_tokens, context.end_tokens)
+        tokens = context.until_end(tokens)
+        return Output([tokens], seconds, len(tokens))
 
-    def __exit__(self, *error: object) -> None:
-        if self.hook is not None:
-            self.hook.remove()
+    return run
 
-    def _seen(self, module: Any, args: Any) -> None:
-        self.count += 1
+
+ENGINES: dict[str, Callable[[Method, BenchmarkContext], Runner]] = {
+    "dynamo": _dynamo,
+    "transformers": _transformers,
+    "compiled": _compiled,
+    "llama.cpp": _llama_cpp,
+}

@@ -1,37 +1,28 @@
-"""`dynamo-lm demo`."""
+"""`dynamo-lm demo`; `demo_view` runs it."""
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
 
+from dynamo_lm.cli.dataclass_options import dataclass_options
+from dynamo_lm.cli.demo_options import DemoOptions
 
+# Threads that wait for each other sleep instead of spinning, so that another busy program costs its share and no more.
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+
+
+@dataclass_options
 def demo(
+    options: DemoOptions,
     model: Annotated[
         str | None,
         typer.Argument(metavar="[MODEL]", help="DynaMo model: a folder or hub id. Default: the bundled story model."),
     ] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="The text to continue. Default: four beginnings of stories.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", min=1, help="How many tokens to write for each prompt.")
-    ] = 120,
-    eps_b: Annotated[
-        float | None,
-        typer.Option(
-            "--eps-b", help="The dynamic row's dial, 0 (fastest) to 1 (one token at a time). Default: the model's."
-        ),
-    ] = None,
-    heads: Annotated[
-        int | None, typer.Option("--heads", help="The most tokens a step may give. Default: all heads the model has.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the random numbers; the same seed gives the same texts.")] = 0,
-    delay: Annotated[
-        bool, typer.Option("--delay/--no-delay", help="Show the texts at the speed they were written with.")
-    ] = True,
-    json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON instead of texts and table.")] = False,
+    json: Annotated[bool, "Print the numbers as JSON instead of texts and table."] = False,
 ) -> None:
     """Watch a model write one token at a time, and several at a time.
 
@@ -39,16 +30,9 @@ def demo(
     and **dynamic** (the paper's sampling, faster still). Then a table: speed, its ceiling, and the quality
     measured with it.
     """
+    for name, value in PASSIVE.items():  # before torch is loaded, which reads them once
+        os.environ.setdefault(name, value)
+    print("Loading PyTorch and the model.", file=sys.stderr, flush=True)
     from dynamo_lm.cli.demo_view import demo as race
-    from dynamo_lm.model.loading import resolve
 
-    race(
-        None if model is None else resolve(model),
-        prompt,
-        max_new_tokens=max_new_tokens,
-        eps_b=eps_b,
-        num_heads=heads,
-        seed=seed,
-        delay=delay,
-        json_output=json,
-    )
+    race(model or "story", options, json_output=json)

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
 
 from dynamo_lm.bench.prompts import Prompt
+from dynamo_lm.cli.options import ModelOptions
 from dynamo_lm.cooccurrence.counting import count
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.errors import InputError
@@ -40,19 +41,27 @@ def config(shape: str) -> GPTNeoXConfig:
     return presets()[shape].base_config(CONTEXT)
 
 
+def open_shape(shape: str, num_heads: int, compute: ModelOptions, table_rows: int, seed: int) -> DynaMoForCausalLM:
+    """`random_model` of a named shape in the precision and on the device that a user asks for."""
+    dtype = torch.float32 if compute.dtype == "auto" else getattr(torch, compute.dtype)
+    return random_model(
+        config(shape), num_heads=num_heads, dtype=dtype, device=compute.torch_device(), table_rows=table_rows, seed=seed
+    )
+
+
 def random_model(
     shape: GPTNeoXConfig, *, num_heads: int, dtype: torch.dtype, device: torch.device | str, table_rows: int, seed: int
 ) -> DynaMoForCausalLM:
     """A DynaMo model with random weights and, if `table_rows` is not 0, about so many random triples in its table.
 
-    No token ends a text, so that every way writes as many tokens.
+    No token ends a text, so that every method writes as many tokens.
     """
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_config(shape, dtype=dtype)
     _favour(base)
     model = DynaMoForCausalLM.from_base(base, num_heads=num_heads)
-    for one in (model, model.base):
-        generation: Any = one.generation_config
+    for part in (model, model.base):
+        generation: Any = part.generation_config
         generation.eos_token_id = generation.bos_token_id = None
         generation.pad_token_id = 0
     if table_rows:

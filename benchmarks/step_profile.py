@@ -3,6 +3,8 @@
 Functions of the engine are wrapped for the duration of one run and put back afterwards, whatever happens. Time is exclusive:
 what a wrapped function spends in another one counts there. On a GPU every boundary waits for the device, so shares are right
 and the total is not. `PARTS` is the list to adapt when the engine's functions change; a name that is gone is an error.
+
+Used by `benchmarks.race --profile`.
 """
 
 from __future__ import annotations
@@ -15,8 +17,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
-from dynamo_lm.bench.runners import Runner
+from dynamo_lm.bench.methods import Method, choose
+from dynamo_lm.bench.options import RaceOptions
+from dynamo_lm.bench.prompts import Prompt
+from dynamo_lm.bench.runners import BenchmarkContext, Runner, open_runner
 
 REST = "Python and the rest"
 PARTS: tuple[tuple[str, str, str], ...] = (  # part, module, name in it; Class.method for a method
@@ -85,9 +92,9 @@ class Clock:
 
 
 def profile(
-    contender: Runner, prompts: Sequence[Sequence[Sequence[int]]], *, max_new_tokens: int, seed: int, device: torch.device
+    runner: Runner, prompts: Sequence[Sequence[Sequence[int]]], *, max_new_tokens: int, seed: int, device: torch.device
 ) -> dict[str, Any]:
-    """Runs a way of DynaMo's own once over all prompts, a batch at a time.
+    """Run a method of DynaMo's own once over all prompts, a batch at a time.
 
     Returns:
         seconds and steps in all, and the share of every part that the engine has; shares sum to 1.
@@ -96,7 +103,7 @@ def profile(
     with _wrapped(clock):
         clock.enter(REST)
         for batch in prompts:
-            steps += contender(batch, max_new_tokens, seed).steps
+            steps += runner(batch, max_new_tokens, seed).steps
         clock.leave()
     total = sum(clock.seconds.values())
     parts = [part for part in dict.fromkeys([part for part, _, _ in PARTS] + [REST]) if part in clock.seconds]
@@ -106,6 +113,46 @@ def profile(
         "step_seconds": total / steps,
         "shares": {part: clock.seconds[part] / total for part in parts},
     }
+
+
+def profiles(
+    context: BenchmarkContext, methods: Sequence[Method], options: RaceOptions, texts: Sequence[Prompt], max_new_tokens: int
+) -> dict[str, dict[str, Any]]:
+    """The profile of every uncompiled method of the model's own loop, one prompt at a time."""
+    chosen = choose(methods, batch=1, sampled=options.sampled, only=options.only)
+    return {
+        method.name: profile(
+            open_runner(method, context),
+            [[list(prompt.tokens)] for prompt in texts],
+            max_new_tokens=max_new_tokens,
+            seed=options.seed,
+            device=context.model.device,
+        )
+        for method in chosen
+        # What is compiled has no functions left to time, and wrapping them would compile it anew.
+        if method.engine == "dynamo" and method.model == "model" and not method.compiles
+    }
+
+
+def shares(profiles: dict[str, dict[str, Any]]) -> Table:
+    """Where a step's time goes, a line per method."""
+    parts = list(dict.fromkeys(part for profile in profiles.values() for part in profile["shares"]))
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1), title="share of a step")
+    table.add_column("", no_wrap=True)
+    for heading in ("ms per\nstep", *(part.replace(" ", "\n") for part in parts)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, profile in profiles.items():
+        own = profile["shares"]
+        cells = [f"{own[part]:.1%}" if part in own else "" for part in parts]
+        table.add_row(name, f"{profile['step_seconds'] * 1000:.1f}", *cells)
+    return table
+
+
+def show(profiles: dict[str, dict[str, Any]]) -> None:
+    console = Console(highlight=False)
+    console.width = max(console.width, 128)
+    console.print()
+    console.print(shares(profiles))
 
 
 @contextmanager

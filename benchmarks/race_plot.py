@@ -1,15 +1,20 @@
-"""One race as a picture: a bar a way, its spread, what a free step would have given, and the baseline at 1.
+"""Races as pictures: `python -m benchmarks.race_plot results/bench-story` draws those of its bench.json.
 
-Plain numbers in, SVG and PNG out. Nothing is said by colour alone: DynaMo's bars are solid, other programs' are hatched,
-lossy ways end in a star. Colours are Okabe and Ito's. Needs matplotlib (extra `bench`).
+A bar per method, its spread, what a step at no extra cost would have given, and the baseline at 1.
+
+Plain numbers in, SVG and PNG out. Colour is not the only sign: DynaMo's bars are solid, other programs' are hatched,
+lossy methods end in a star. Colours are Okabe and Ito's. Needs matplotlib (extra `bench`).
 """
 
 from __future__ import annotations
 
 import io
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
+from dynamo_lm.bench.tables import title
 from dynamo_lm.files import write_bytes
 from dynamo_lm.report import figures
 
@@ -23,7 +28,7 @@ def draw(race: dict[str, Any], *, heading: str = "") -> dict[str, bytes]:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    rows = sorted(race["ways"], key=lambda row: ORDER[row["kind"]])
+    rows = sorted(race["methods"], key=lambda row: ORDER[row["kind"]])
     names = [row["name"] + ("" if row["lossless"] else " *") for row in rows]
     settings: Any = {**matplotlib.rcParamsDefault, **figures.RC, "axes.grid": False}
     with matplotlib.rc_context(settings):
@@ -75,7 +80,7 @@ def draw(race: dict[str, Any], *, heading: str = "") -> dict[str, bytes]:
         axes.set_yticks(range(len(rows) + 1), [*names, "memory-bandwidth floor"], fontsize=8.5)
         axes.invert_yaxis()
         axes.set_xlim(0, edge)
-        axes.set_xlabel("speed over the strongest one-token way of the same kind", fontsize=9)
+        axes.set_xlabel("speed over the strongest one-token method of the same kind", fontsize=9)
         keys: list[Any] = [
             Patch(facecolor=figures.BLUE, edgecolor=figures.INK, label="DynaMo"),
             Patch(facecolor=figures.ORANGE, edgecolor=figures.INK, hatch="////", label="other programs and methods"),
@@ -85,20 +90,27 @@ def draw(race: dict[str, Any], *, heading: str = "") -> dict[str, bytes]:
         drawing.legend(handles=keys, loc="outside upper left", ncols=2, handlelength=1.6)
         if heading:
             axes.set_title(f"{heading} Whiskers: least and most. *: lossy.", fontsize=8, loc="right")
-        found = {}
+        files = {}
         for form in ("svg", "png"):
             stream = io.BytesIO()
             metadata = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
             drawing.savefig(stream, format=form, dpi=150, metadata=metadata)
-            found[form] = stream.getvalue()
-    return found
+            files[form] = stream.getvalue()
+    return files
 
 
-def save(race: dict[str, Any], folder: Path, name: str, *, heading: str = "") -> list[str]:
-    """Writes `name`.svg and `name`.png into `folder`, each whole or not at all; returns the names."""
-    found = []
-    for form, data in draw(race, heading=heading).items():
-        file = folder / f"{name}.{form}"
-        write_bytes(file, data)
-        found.append(file.name)
-    return found
+def save_all(record: dict[str, Any], folder: Path) -> list[str]:
+    """Draw every race of a record into `folder`; the first is bench.svg and bench.png. Returns the names."""
+    names = []
+    for number, race in enumerate(record["races"]):
+        heading = f"{record['model']['name']}, {record['model']['dtype']}, {title(race)}."
+        suffix = "" if number == 0 else f"-{race['context']}-batch{race['batch']}"
+        for form, data in draw(race, heading=heading).items():
+            names.append(f"bench{suffix}.{form}")
+            write_bytes(folder / names[-1], data)
+    return names
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        print(*save_all(json.loads(Path(argument, "bench.json").read_text(encoding="utf-8")), Path(argument)))
