@@ -24,6 +24,7 @@ from dynamo_lm.backbone.base_model import fingerprint
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.errors import InputError
 from dynamo_lm.files import atomic_files, is_disk_full
+from dynamo_lm.model.base_check import check_contract
 from dynamo_lm.model.base_location import describe_base, open_base
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.model_card import model_card
@@ -140,6 +141,7 @@ def load(cls: type[PreTrainedModel], name: str, *args: Any, **kwargs: Any) -> An
     except (SafetensorError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f'The weights in "{name}" are missing, truncated or altered: {reason}') from error
+    check_contract(model.base, cls)
     table = _find(name, TABLE_FILE)
     if table is not None:
         model.cooccurrence = Cooccurrence.load(table)

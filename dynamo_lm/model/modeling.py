@@ -25,6 +25,7 @@ from dynamo_lm.decoding.runtime import Runtime
 from dynamo_lm.errors import InputError
 from dynamo_lm.kernels import loader
 from dynamo_lm.kernels.linear import optimize_modules
+from dynamo_lm.model.base_check import check_contract
 from dynamo_lm.model.checkpoint import load, save
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.coupling import Coupling
@@ -295,11 +296,13 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
             **kwargs: handed to `AutoModelForCausalLM.from_pretrained` when `base` is a name (dtype, revision, ...).
 
         Raises:
-            InputError: the base cannot be loaded or is not a decoder-only language model.
+            InputError: the base cannot be loaded, is not a decoder-only language model, or its code ignores what it is
+                handed (see `dynamo_lm.model.base_check`).
         """
         name = base if isinstance(base, str) else (base.config._name_or_path or None)
         loaded = load_base(base, **kwargs) if isinstance(base, str) else base
         check_base(loaded)
+        check_contract(loaded, cls)
         config = DynaMoConfig(
             loaded.config,
             num_heads,

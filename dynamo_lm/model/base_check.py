@@ -1,0 +1,254 @@
+"""Whether a base's own code does what the decoding loop and the trainer ask of it; tried, not looked up by name.
+
+The loop hands a base ready-made masks, position ids and a cache in which every sequence has a length of its own, and relies
+on the result being what the base computes from the token ids alone. Some bases ignore one of them: they mask or bias by
+slot, count positions by the cache's length, or keep their state somewhere else. In: a base. Out: nothing, or an InputError
+with the reason. The check runs on a tiny model of the base's class and configuration (`backbone.tiny_base`), whose extra
+head is a copy of its last layer: every head must then give the logits of the token ids alone. It takes tenths of a second,
+and its result is kept for all bases of the same class and configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
+from dynamo_lm.backbone.tiny_base import tiny_base
+from dynamo_lm.decoding.kv_cache import RaggedKVCache, StaticKVCache
+from dynamo_lm.decoding.protocol import MultiHeadLM
+from dynamo_lm.errors import InputError
+from dynamo_lm.files import write_text
+from dynamo_lm.model.configuration import DynaMoConfig
+
+VERSION = 1  # of this file's checks: results of another version are not believed
+EXACT, ROUNDED = 1e-2, 0.1  # largest error that is rounding, of the logits' spread, in float32 and in half precision
+LARGEST = 3e8  # parameters of a model that is made only to be checked
+PREFIXES = (2, 9, 5)  # tokens of the sequences of a ragged batch; longer and shorter than a tiny base's windows
+TREES = ([0, 0, 1, 2], [0, 1, 2, 3], [0, 0, 0, 3])  # by sequence, the place of the token before each but the first
+DOCUMENTS = (4, 7, 3)  # tokens of the documents of a packed block
+
+_results: dict[str, str] = {}  # by key: the reason for which such a base is refused, or ""
+
+
+def check_contract(base: PreTrainedModel, model_class: Callable[[DynaMoConfig, PreTrainedModel], MultiHeadLM]) -> None:
+    """Refuses a base that ignores masks, positions or the cache, see above.
+
+    Args:
+        base: passes `check_base`.
+        model_class: makes a model with heads of a configuration and a base.
+
+    Raises:
+        InputError: with the reason.
+    """
+    AttentionMaskBuilder.of(base.config, base.dtype)
+    if base.device.type == "meta":
+        return
+    key = contract_key(base)
+    if key not in _results:
+        _results[key] = _kept_result(key, lambda: _reason(base, model_class))
+    if _results[key]:
+        raise InputError(f"{type(base).__name__} cannot carry heads: {_results[key]}.")
+
+
+def contract_key(base: PreTrainedModel) -> str:
+    """Identity of what is checked: class, configuration and libraries. 16 hexadecimal digits."""
+    config = {name: value for name, value in base.config.to_dict().items() if name != "_name_or_path"}
+    parts = [VERSION, transformers.__version__, torch.__version__, type(base).__module__, type(base).__qualname__]
+    parts += [base.config._attn_implementation, json.dumps(config, sort_keys=True, default=str)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _kept_result(key: str, compute: Callable[[], str]) -> str:
+    """The result of an earlier process, or a new one, which is kept where torch keeps compiled code."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    path = Path(cache_dir()) / "dynamo_lm" / f"base-{key}.json"
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["refused"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    result = compute()
+    try:
+        os.makedirs(path.parent, exist_ok=True)
+        write_text(path, json.dumps({"refused": result}))
+    except OSError:  # a full or read-only disk: it is computed anew next time
+        pass
+    return result
+
+
+def _reason(base: PreTrainedModel, model_class: Callable[[DynaMoConfig, PreTrainedModel], MultiHeadLM]) -> str:
+    """Why the base is refused, or "". On the base itself, without heads, where no tiny model of its kind can be made."""
+    for narrow in (True, False):
+        try:
+            if not narrow and _size(base) > LARGEST:
+                continue
+            tiny = tiny_base(type(base), base.config, narrow=narrow)
+            with torch.inference_mode():
+                tiny(input_ids=_tokens(tiny, 3))
+        except Exception:  # a configuration that does not make sense to its class when it is smaller
+            continue
+        return first_fault(model_class(DynaMoConfig(tiny.config, 2, init="copy"), tiny))
+    return first_fault(model_class(DynaMoConfig(base.config, 1), base))
+
+
+def _size(base: PreTrainedModel) -> float:
+    """About how many parameters a few layers of a base have."""
+    return base.num_parameters() * 4 / base.config.get_text_config().num_hidden_layers
+
+
+def first_fault(model: MultiHeadLM) -> str:
+    """What the first check that fails says, or "". model: its heads 2.. are copies of the base's last layer."""
+    limit = EXACT if model.dtype == torch.float32 else ROUNDED
+    with torch.inference_mode():
+        for reason, check in CHECKS.items():
+            try:
+                for logits, expected in check(model):
+                    error = (logits - expected).abs().max() / expected.std()
+                    if not error <= limit:
+                        return reason
+            except Exception as error:  # whatever the base's own code raises
+                text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                return f"{reason} ({type(error).__name__}: {text})"
+    return ""
+
+
+Compared = Iterator[tuple[Tensor, Tensor]]  # logits of all heads at some tokens, and what they must be
+
+
+def _whole(model: MultiHeadLM) -> Compared:
+    tokens = _tokens(model.base, 12)
+    order = torch.arange(12, device=tokens.device)[None]
+    mask = AttentionMaskBuilder.of(model.base.config, model.dtype).mask(order, order)
+    hidden = model.hidden(tokens, attention_mask=mask, position_ids=order)
+    yield _logits(model, hidden)[:, 0], _alone(model, tokens[0].tolist())
+
+
+def _cached(model: MultiHeadLM) -> Compared:
+    texts = [_Text(model, 7, seed=5)]
+    cache = RaggedKVCache(model.cache_entries, 1)
+    for start, end in ((0, 3), (3, 6), (6, 7)):
+        yield from _step(model, cache, texts, [texts[0].tokens[start:end]], [end - start])
+
+
+def _ragged(model: MultiHeadLM) -> Compared:
+    cache = RaggedKVCache(model.cache_entries, len(PREFIXES))
+    texts = [_Text(model, 15, seed=row) for row in range(len(PREFIXES))]
+    width = max(PREFIXES)
+    padded = [text.tokens[:size] + [0] * (width - size) for text, size in zip(texts, PREFIXES, strict=True)]
+    yield from _step(model, cache, texts, padded, list(PREFIXES))
+    for kept in ([3, 1, 2], [1, 3, 3]):  # what is not kept is overwritten by the next step
+        lengths = cache.lengths.tolist()
+        yield from _step(model, cache, texts, [t.tokens[n : n + 3] for t, n in zip(texts, lengths, strict=True)], kept)
+
+
+def _trees(model: MultiHeadLM) -> Compared:
+    cache = RaggedKVCache(model.cache_entries, len(PREFIXES))
+    texts = [_tokens(model.base, 16, seed=10 + row)[0].tolist() for row in range(len(PREFIXES))]
+    width = max(PREFIXES)
+    _run(model, cache, [text[:size] + [0] * (width - size) for text, size in zip(texts, PREFIXES, strict=True)], PREFIXES)
+    nodes = [text[11:16] for text in texts]
+    logits = _logits(model, _run(model, cache, nodes, [0] * len(nodes), TREES))
+    for row, (text, size, parents) in enumerate(zip(texts, PREFIXES, TREES, strict=True)):
+        for leaf in set(range(len(parents) + 1)) - set(parents):
+            path = [leaf]
+            while path[0]:
+                path.insert(0, parents[path[0] - 1])
+            alone = _alone(model, text[:size] + [nodes[row][place] for place in path])
+            yield logits[:, row, path], alone[size:]
+
+
+def _packed(model: MultiHeadLM) -> Compared:
+    tokens = _tokens(model.base, sum(DOCUMENTS), seed=20)
+    segments = torch.repeat_interleave(torch.arange(len(DOCUMENTS)), torch.tensor(DOCUMENTS))[None].to(tokens.device)
+    positions = torch.cat([torch.arange(size) for size in DOCUMENTS])[None].to(tokens.device)
+    order = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    form = AttentionMaskBuilder.of(model.base.config, model.dtype)
+    mask = form.mask(order, order, query_segments=segments, key_segments=segments)
+    logits = _logits(model, model.hidden(tokens, attention_mask=mask, position_ids=positions))[:, 0]
+    start = 0
+    for size in DOCUMENTS:
+        yield logits[:, start : start + size], _alone(model, tokens[0, start : start + size].tolist())
+        start += size
+
+
+def _unwritten(model: MultiHeadLM) -> Compared:
+    texts = [_Text(model, 6, seed=30)]
+    cache = StaticKVCache(model.cache_entries, 24, model.device)
+    _run(model, cache, [[0] * 9], [0])  # what an earlier text left: of this one, nothing is written yet
+    for start, end in ((0, 4), (4, 6)):
+        yield from _step(model, cache, texts, [texts[0].tokens[start:end]], [end - start])
+
+
+CHECKS: dict[str, Callable[[MultiHeadLM], Compared]] = {
+    "with a ready-made mask and position ids it computes other logits than from token ids": _whole,
+    "it does not read the past from the cache that it is handed": _cached,
+    "sequences of different lengths change one another in a batch (positions or masks go by the cache's slots)": _ragged,
+    "drafts in a tree change one another (positions or masks go by the cache's slots)": _trees,
+    "documents packed into one block change one another": _packed,
+    "entries of the cache that were never written change the result": _unwritten,
+}
+
+
+def _tokens(base: PreTrainedModel, length: int, seed: int = 1) -> Tensor:
+    """Random ids, (1, length)."""
+    size = base.config.get_text_config().vocab_size
+    return torch.randint(4, size, (1, length), generator=torch.Generator().manual_seed(seed)).to(base.device)
+
+
+class _Text:
+    """Random tokens, and the base's logits at each of them, (tokens, vocabulary)."""
+
+    def __init__(self, model: MultiHeadLM, length: int, seed: int):
+        self.tokens: list[int] = _tokens(model.base, length, seed)[0].tolist()
+        self.logits = _alone(model, self.tokens)
+
+
+def _alone(model: MultiHeadLM, tokens: list[int]) -> Tensor:
+    """What the base computes from token ids alone, (tokens, vocabulary), float32."""
+    return model.base(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0].float()
+
+
+def _logits(model: MultiHeadLM, hidden: Tensor) -> Tensor:
+    """Logits of all heads, (heads, rows, width, vocabulary), float32."""
+    return torch.stack([model.readout(states, head) for head, states in enumerate(hidden, start=1)]).float()
+
+
+def _run(
+    model: MultiHeadLM,
+    cache: RaggedKVCache,
+    rows: Sequence[list[int]],
+    kept: Sequence[int],
+    trees: Sequence[list[int]] | None = None,
+) -> Tensor:
+    """One forward over equally many tokens of every row, of which so many are kept, as the decoding loop does it."""
+    positions = cache.reserve(len(rows[0]))
+    keys, visible = torch.arange(cache.end)[None], None
+    if trees is not None:
+        positions, keys, visible = cache.as_trees(positions, trees)
+    form = AttentionMaskBuilder.of(model.base.config, model.dtype)
+    hidden = model.hidden(
+        torch.tensor(rows, device=model.device),
+        attention_mask=form.mask(positions, keys, visible=visible, device=model.device),
+        position_ids=positions.to(model.device),
+        past_key_values=cache,
+    )
+    cache.commit(torch.tensor(kept))
+    return hidden
+
+
+def _step(model: MultiHeadLM, cache: RaggedKVCache, texts: list[_Text], rows: list[list[int]], kept: list[int]) -> Compared:
+    """One forward over the next tokens of every text, compared with each text alone."""
+    lengths = cache.lengths.tolist()
+    logits = _logits(model, _run(model, cache, rows, kept))
+    for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        width = len(rows[row]) if length else kept[row]
+        yield logits[:, row, :width], text.logits[length : length + width]
