@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.cooccurrence.counting import count
 from dynamo_lm.data.token_store import tokenizer_fingerprint
+from dynamo_lm.decoding.settings import algorithm_of
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation.perplexity.dynamic import StepSize
 from dynamo_lm.evaluation.perplexity.masked import Mask, coverage
-from dynamo_lm.evaluation.perplexity.scoring import Options, Sums, Text, algorithm_of, measure, read_text, windows
+from dynamo_lm.evaluation.perplexity.scoring import Options, Sums, Text, measure, read_text, windows
 from dynamo_lm.sampling.algorithm1 import draw
 from dynamo_lm.sampling.drafting import draft
 from dynamo_lm.sampling.options import Algorithm1
@@ -285,8 +286,8 @@ def test_the_masked_walk_ends_at_ppl_1_too() -> None:
 def test_the_walk_chooses_as_the_model_would_generate() -> None:
     model = dynamo_of("gpt_neox", 2)
     model.generation_config.top_k, model.generation_config.otsu = 7, False
-    assert algorithm_of(model) == Algorithm1(top_k=7, otsu=False)
-    assert algorithm_of(model, top_k=9, otsu=None) == Algorithm1(top_k=9, otsu=False)
+    assert algorithm_of(model, model.generation_config) == Algorithm1(top_k=7, otsu=False)
+    assert algorithm_of(model, {"top_k": 9, "otsu": None}, model.generation_config) == Algorithm1(top_k=9, otsu=False)
 
 
 def test_options_that_cannot_be_are_refused() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamo_lm.backbone.base_model import fingerprint, load_base
+from dynamo_lm.backbone.token_limits import context_limit, token_ids
 from dynamo_lm.bench import llama_cpp, methods, summary, tables
 from dynamo_lm.bench import prompts as prompt_sets
 from dynamo_lm.bench.methods import Method
@@ -24,7 +25,6 @@ from dynamo_lm.model.loading import open_model, resolve
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 EPS_B = 0.3  # raced where the model has no calibrated one
-UNLIMITED = 2**31
 
 
 def open_context(model: DynaMoForCausalLM, tokenizer: Any, options: RaceOptions) -> BenchmarkContext:
@@ -33,8 +33,7 @@ def open_context(model: DynaMoForCausalLM, tokenizer: Any, options: RaceOptions)
     Raises:
         InputError: --also or --draft names a model that does not fit.
     """
-    ends = model.generation_config.eos_token_id
-    ends = (ends,) if isinstance(ends, int) else tuple(ends or ())
+    ends = tuple(token_ids(model.generation_config.eos_token_id))
     models = {"model": model}
     precision = str(model.dtype).removeprefix("torch.")
     for folder in options.also:
@@ -50,7 +49,7 @@ def open_context(model: DynaMoForCausalLM, tokenizer: Any, options: RaceOptions)
         draft = load_base(resolve(options.draft), dtype=model.dtype).to(model.device).eval()  # type: ignore[arg-type]
         if draft.config.get_text_config().vocab_size != model.config.vocab_size:
             raise InputError(f'"{options.draft}" has another vocabulary than the model; --draft needs the same tokenizer.')
-    return BenchmarkContext(models, ends, model.config.max_context or UNLIMITED, draft)
+    return BenchmarkContext(models, ends, context_limit(model.config), draft)
 
 
 def all_methods(context: BenchmarkContext, options: RaceOptions, more: Sequence[Method] = ()) -> list[Method]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.configuration_utils import CompileConfig
 
+from dynamo_lm.backbone.token_limits import token_ids
 from dynamo_lm.bench.methods import Method
 from dynamo_lm.decoding.compiled import check_compiler
 from dynamo_lm.errors import InputError
@@ -53,8 +54,7 @@ class BenchmarkContext:
 
     @property
     def padding(self) -> int:
-        own = self.model.generation_config.pad_token_id
-        return own if isinstance(own, int) else (self.end_tokens[0] if self.end_tokens else 0)
+        return next(iter([*token_ids(self.model.generation_config.pad_token_id), *self.end_tokens]), 0)
 
     def padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Prompts as one tensor, padded on the left, and its attention mask; both (prompts, longest)."""

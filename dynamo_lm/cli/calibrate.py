@@ -130,6 +130,7 @@ def calibrate(
 
     `dynamo-lm calibrate runs/mine/model --data stories.jsonl --max-tokens 20000`
     """
+    from dynamo_lm.backbone.token_limits import end_tokens
     from dynamo_lm.cli.progress import console, counting
     from dynamo_lm.evaluation import calibration, results_file
     from dynamo_lm.evaluation.perplexity.scoring import Options
@@ -169,9 +170,7 @@ def calibrate(
         settings |= settings_of(options) | {key: measured.record()[key] for key in ("text", "window", "stride")}
     elif criterion == "regret":
         encoded = _encoded(prompts, tokens)
-        arguments: dict[str, Any] = {}
-        if network.generation_config.eos_token_id is None:
-            arguments["eos_token_id"] = tokens.eos_token_id
+        arguments = {"eos_token_id": end_tokens(network.generation_config, tokens) or None}
         texts = len(encoded) * samples
         total = texts * (1 + sum(dial != 1 for dial in dials))
         with counting() as progress:

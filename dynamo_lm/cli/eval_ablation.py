@@ -97,6 +97,7 @@ def ablation(
     """
     import torch
 
+    from dynamo_lm.backbone.token_limits import context_limit
     from dynamo_lm.cli.progress import tokenizing
     from dynamo_lm.data.packing import Blocks
     from dynamo_lm.data.token_store import tokenize
@@ -126,7 +127,7 @@ def ablation(
     )
     name = resolve(model)
     config = open_config(name)
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    longest = context_limit(config)
     if block_size > longest:
         raise InputError(f"--block-size is {block_size}, but the model's context is {longest}; give that or less.")
     where = choose_device(device)

@@ -142,22 +142,23 @@ def perplexity(
 
     `dynamo-lm eval perplexity story --data stories.jsonl --max-tokens 20000`
     """
+    from dynamo_lm.decoding.settings import algorithm_of
     from dynamo_lm.evaluation import results_file
-    from dynamo_lm.evaluation.perplexity.scoring import Options, algorithm_of
+    from dynamo_lm.evaluation.perplexity.scoring import Options
     from dynamo_lm.model.loading import open_for_evaluation, print_json
 
     # 1. What was asked for, checked before the long part.
     dials = () if eps_b == "none" else tuple(grid(eps_b, "--eps-b"))
     network, tokens = open_for_evaluation(model, tokenizer=tokenizer, dtype=dtype, device=device, threads=threads)
-    algorithm = algorithm_of(
-        network,
-        alpha_c=alpha_c,
-        otsu=otsu,
-        blur=blur,
-        top_k=top_k,
-        temperature=temperature,
-        repetition_penalty=repetition_penalty,
-    )
+    asked = {
+        "alpha_c": alpha_c,
+        "otsu": otsu,
+        "blur": blur,
+        "top_k": top_k,
+        "temperature": temperature,
+        "repetition_penalty": repetition_penalty,
+    }
+    algorithm = algorithm_of(network, asked, network.generation_config)
     options = Options.of(
         network,
         num_heads=heads,

@@ -241,10 +241,10 @@ def _choose(
 
 def _end_after_turns(model: DynaMoForCausalLM, tokenizer: Any) -> None:
     """End generation where it ended before, if that is a special token, at the end of text and at the end of a turn."""
+    from dynamo_lm.backbone.token_limits import token_ids
     from dynamo_lm.data.chat_template import end_of_turn, special_tokens
 
-    before = model.generation_config.eos_token_id
     special = special_tokens(tokenizer)
-    kept = [token for token in ([before] if isinstance(before, int) else before or []) if token in special]
-    stops = list(dict.fromkeys([*kept, tokenizer.eos_token_id, end_of_turn(tokenizer)]))
+    kept = [token for token in token_ids(model.generation_config.eos_token_id) if token in special]
+    stops = token_ids([*kept, tokenizer.eos_token_id, end_of_turn(tokenizer)])
     model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops

@@ -189,6 +189,7 @@ def generate(
     """
     import torch
 
+    from dynamo_lm.backbone.token_limits import end_tokens
     from dynamo_lm.cli.options import verification
     from dynamo_lm.decoding.detokenizer import IncrementalDetokenizer
     from dynamo_lm.model.configuration import DynaMoConfig
@@ -233,9 +234,8 @@ def generate(
         "top_p": top_p,
         "repetition_penalty": repetition_penalty,
         "stop_strings": stop or None,
+        "eos_token_id": end_tokens(network.generation_config, tokens) or None,
     }
-    if network.generation_config.eos_token_id is None:
-        given["eos_token_id"] = tokens.eos_token_id
 
     # 4. Write, and print as it comes where there is one text.
     writers = [IncrementalDetokenizer(tokens, row, stop or []) for row in encoded]

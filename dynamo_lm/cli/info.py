@@ -36,6 +36,7 @@ def info(
 def describe(name: str) -> dict[str, Any]:
     """Everything `info` knows about a folder or hub id, as plain data."""
     from dynamo_lm import DynaMoForCausalLM
+    from dynamo_lm.backbone.token_limits import stated_context
     from dynamo_lm.model.configuration import DynaMoConfig
     from dynamo_lm.model.loading import open_config, skeleton
     from dynamo_lm.training.provenance import IDENTITY
@@ -49,7 +50,7 @@ def describe(name: str) -> dict[str, Any]:
         "layers": getattr(text, "num_hidden_layers", None),
         "hidden_size": getattr(text, "hidden_size", None),
         "vocab_size": getattr(text, "vocab_size", None),
-        "context": getattr(text, "max_position_embeddings", None),
+        "context": stated_context(config),
         "dtype": str(config.dtype or getattr(text, "dtype", None) or "float32").removeprefix("torch."),
     }
     network = skeleton(config)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import typer
 
+from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.cli.progress import tokenizing, training
 from dynamo_lm.cli.training_options import LearningOptions, LengthOptions, RunOptions, TextOptions
 from dynamo_lm.cooccurrence.table import Cooccurrence
@@ -222,7 +223,7 @@ def block_length(given: int | None, usual: int, config: PreTrainedConfig) -> int
     Raises:
         InputError: more than the context holds.
     """
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    longest = context_limit(config)
     length = given or min(usual, longest)
     if length > longest:
         raise InputError(f"--block-size is {length}, but the model's context is {longest}; give that or less.")

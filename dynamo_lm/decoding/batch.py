@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.decoding.candidates import Candidates
 from dynamo_lm.decoding.draft_length import AdaptiveDraftLength
 from dynamo_lm.decoding.draft_tree import depths, grow
 from dynamo_lm.decoding.draft_vocabulary import draft_vocabulary_of
 from dynamo_lm.decoding.kv_cache import RaggedKVCache
 from dynamo_lm.decoding.logprobs import LogProbs
-from dynamo_lm.decoding.model_runner import ModelRunner, context_of
+from dynamo_lm.decoding.model_runner import ModelRunner
 from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.decoding.sequence import SequenceState
@@ -381,7 +382,7 @@ def check_heads(model: MultiHeadLM, num_heads: int) -> None:
 def check_row(model: MultiHeadLM, prompt: Sequence[int], options: DecodingOptions) -> None:
     """The preconditions of one row. Raises InputError."""
     check_heads(model, options.num_heads)
-    context = context_of(model)
+    context = context_limit(model.config)
     if len(prompt) == 0:
         raise InputError("The prompt is empty; give at least one token.")
     if len(prompt) >= context + (options.max_new_tokens == 0):

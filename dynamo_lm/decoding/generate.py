@@ -24,12 +24,13 @@ from transformers.generation import (
 )
 from transformers.utils import ModelOutput
 
+from dynamo_lm.backbone.token_limits import context_limit, token_ids
 from dynamo_lm.decoding.batch import decode
-from dynamo_lm.decoding.options import DecodingOptions, LogitsProcessor, StoppingCriterion
+from dynamo_lm.decoding.options import LogitsProcessor, StoppingCriterion
 from dynamo_lm.decoding.protocol import MultiHeadLM
+from dynamo_lm.decoding.settings import Settings, as_logits_processor, resolve
 from dynamo_lm.decoding.statistics import Statistics
 from dynamo_lm.errors import InputError
-from dynamo_lm.sampling.options import Algorithm1
 
 OF_ALGORITHM_1 = (TemperatureLogitsWarper, TopKLogitsWarper, RepetitionPenaltyLogitsProcessor)
 POSITIONS = (  # attributes of transformers' processors that count from the padded prompt's start
@@ -39,9 +40,6 @@ POSITIONS = (  # attributes of transformers' processors that count from the padd
     "begin_index",
     "regulation_start",
 )
-# Power of the mask in drafts that are verified, without and with a learned coupling: where the most of them are kept, as
-# measured (LOG.md). The paper's 1 is for what nobody verifies.
-VERIFIED_ALPHA_C = (0.5, 0.25)
 REFUSED = {  # what no mode of this loop does, and the value that asks for it
     "num_beams": lambda value: value not in (None, 1),
     "output_scores": bool,
@@ -85,33 +83,27 @@ def generate(
     **kwargs: Any,
 ) -> Tensor | DynaMoOutput:
     """Continues prompts, several tokens per forward pass; see `dynamo_lm.DynaMoForCausalLM.generate`."""
-    given = [generation_config, model.generation_config]
-
-    def setting(name: str, argument: Any, default: Any) -> Any:
-        """The first that says something: the argument, the call's GenerationConfig, the model's own, the default."""
-        values = [argument, *(getattr(config, name, None) for config in given if config is not None)]
-        return next((value for value in values if value is not None), default)
-
-    verify = setting("verify", verify, "strict")
-    off, paper = verify == "off", Algorithm1()
-    algorithm = Algorithm1(
-        eps_b=setting("eps_b", eps_b, paper.eps_b),
-        alpha_c=setting("alpha_c", alpha_c, paper.alpha_c if off else VERIFIED_ALPHA_C[model.coupling is not None]),
-        otsu=setting("otsu", otsu, paper.otsu),
-        blur=setting("blur", blur, paper.blur),
-        top_k=setting("top_k", kwargs.get("top_k"), None) or paper.top_k
-        if off
-        else min(paper.top_k, model.config.vocab_size),
-        temperature=setting("temperature", kwargs.get("temperature"), paper.temperature) if off else 1.0,
-        repetition_penalty=setting("repetition_penalty", kwargs.get("repetition_penalty"), paper.repetition_penalty),
-    )
+    arguments = {
+        "verify": verify,
+        "num_heads": num_heads,
+        "eps_b": eps_b,
+        "alpha_c": alpha_c,
+        "otsu": otsu,
+        "blur": blur,
+        "tree": tree,
+        "compile": compile,
+    }
+    sources = (arguments | kwargs, generation_config, model.generation_config)
+    setting = Settings(*sources).get
+    off = setting("verify") == "off"
     for name, asks in REFUSED.items():
-        if asks(setting(name, kwargs.get(name), None)):
+        if asks(setting(name)):
             raise InputError(f"{name} is not supported by DynaMo decoding; leave it out, or call model.base.generate.")
     for name in ("assistant_model", "past_key_values", "inputs_embeds", "negative_prompt_ids"):
         if kwargs.get(name) is not None:
             raise InputError(f"{name} is not supported by DynaMo decoding; give token ids as inputs.")
-    stop_strings = setting("stop_strings", kwargs.pop("stop_strings", None), None)
+    stop_strings = setting("stop_strings")
+    kwargs.pop("stop_strings", None)
     criteria = StoppingCriteriaList(stopping_criteria or [])
     if stop_strings is not None:
         if tokenizer is None:
@@ -120,8 +112,8 @@ def generate(
     ids = inputs if inputs is not None else kwargs.get("input_ids")
     if ids is not None and ids.shape[-1] == 0:
         raise InputError("The prompt is empty; give at least one token.")
-    context = model.config.max_context
-    if ids is not None and context and kwargs.get("attention_mask") is None and ids.shape[-1] >= context:
+    context = context_limit(model.config)
+    if ids is not None and kwargs.get("attention_mask") is None and ids.shape[-1] >= context:
         raise InputError(f"The prompt has {ids.shape[-1]} tokens and the model's context is {context}; shorten it.")
 
     def carry_out(
@@ -132,22 +124,16 @@ def generate(
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor | DynaMoOutput:
-        ends = generation_config.eos_token_id
         prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
-        logits_processors = _logits_processors(
-            logits_processor, off, [input_ids.shape[1] - len(prompt) for prompt in prompts]
-        )
-        options = DecodingOptions(
+        options = resolve(
+            model,
+            *sources,
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
-            num_heads=model.num_heads if num_heads is None else num_heads,
-            verify=verify,
             sample=bool(generation_config.do_sample),
-            tree=tree,
-            compile=compile,
-            algorithm=algorithm,
-            draft_temperature=(generation_config.temperature or 1.0) if generation_config.do_sample else 1.0,
-            end_tokens=frozenset([ends] if isinstance(ends, int) else ends or []),
-            logits_processors=logits_processors,
+            end_tokens=generation_config.eos_token_id,
+            logits_processors=_logits_processors(
+                logits_processor, off, [input_ids.shape[1] - len(prompt) for prompt in prompts]
+            ),
             stops=tuple(_stop(c) for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))),
         )
 
@@ -161,8 +147,7 @@ def generate(
         rows = decode(model, prompts, options, seeds=_seeds(seed, len(prompts)), on_step=stepped)
         if streamer is not None:
             streamer.end()
-        pad = generation_config.pad_token_id
-        pad = pad if pad is not None else next(iter(options.end_tokens), 0)
+        pad = next(iter([*token_ids(generation_config.pad_token_id), *options.end_tokens]), 0)
         longest = max(len(row.new_tokens) for row in rows)
         new = torch.tensor([row.new_tokens + [pad] * (longest - len(row.new_tokens)) for row in rows])
         sequences = torch.cat([input_ids, new.to(input_ids.device)], dim=1)
@@ -193,11 +178,9 @@ def _logits_processors(processors: LogitsProcessorList, off: bool, padding: Sequ
                     'use verify="strict", which honours every processor.'
                 )
         return ()
-    here = [_on_cpu(processor) for processor in processors]
-    rows = [[_without_padding(processor, count) for processor in here] for count in padding]
-    return tuple(
-        lambda row, tokens, logits, i=i: rows[row][i](tokens[None], logits[None].clone())[0] for i in range(len(here))
-    )
+    on_cpu = [_on_cpu(processor) for processor in processors]
+    by_row = [[as_logits_processor(_without_padding(processor, count)) for processor in on_cpu] for count in padding]
+    return tuple(lambda row, tokens, logits, i=i: by_row[row][i](row, tokens, logits) for i in range(len(on_cpu)))
 
 
 def _on_cpu(processor: Any) -> Any:

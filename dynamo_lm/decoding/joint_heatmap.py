@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.decoding.protocol import MultiHeadLM
+from dynamo_lm.decoding.settings import Settings
 from dynamo_lm.errors import InputError
 from dynamo_lm.sampling.algorithm1 import survivors
 from dynamo_lm.sampling.joint import Joint, Joints
@@ -89,14 +91,13 @@ def heatmap(model: MultiHeadLM, tokenizer: Any, prompt: str, *, eps_b: float | N
     ids = tokenizer(prompt, verbose=False)["input_ids"] if prompt else []
     if not ids:
         raise InputError("The prompt is empty; give a few words with --prompt.")
-    limit = model.config.max_context
-    if limit and len(ids) > limit:
+    limit = context_limit(model.config)
+    if len(ids) > limit:
         raise InputError(f"The prompt has {len(ids)} tokens and the model's context is {limit}; shorten it.")
     states = model.hidden(torch.tensor([ids], device=model.device), num_heads=2)[:, :, -1:]  # (2, 1, 1, hidden)
     logits = torch.cat([model.readout(state, head)[0] for head, state in enumerate(states, start=1)])  # (2, V)
-    own = getattr(model.generation_config, "eps_b", None)
-    dial = eps_b if eps_b is not None else own if own is not None else Algorithm1().eps_b
-    options = Algorithm1(eps_b=dial, top_k=min(Algorithm1().top_k, model.config.vocab_size))
+    eps_b = Settings({"eps_b": eps_b}, model.generation_config).get("eps_b", Algorithm1().eps_b)
+    options = Algorithm1(eps_b=eps_b, top_k=min(Algorithm1().top_k, model.config.vocab_size))
     heads, found, emits = grids(logits.float().cpu(), model.cooccurrence, options, ids)
     shown = min(SHOWN, options.top_k)
     best = np.unravel_index(int(found["masked"].argmax()), found["masked"].shape)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
+from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.decoding.compiled import CompiledStep, capacity, compile_steps
 from dynamo_lm.decoding.kv_cache import RaggedKVCache, StaticKVCache
 from dynamo_lm.decoding.protocol import MultiHeadLM
@@ -37,7 +38,7 @@ class ModelRunner:
         else:
             self.model = model.optimize_for_inference(num_heads)
             self.forward = self.model.hidden
-        self.context = context_of(model)
+        self.context = context_limit(model.config)
         self.device = self.model.device  # here and below: what to ask the model anew in every step would be slow
         self._mask_form = AttentionMaskBuilder.of(self.model.base.config, self.model.dtype)
 
@@ -132,8 +133,3 @@ class ModelRunner:
         if list(batch_slots) != list(range(cache.rows)):
             hidden = hidden.index_select(1, sent(torch.tensor(batch_slots), hidden.device))
         return hidden
-
-
-def context_of(model: MultiHeadLM) -> int:
-    """Tokens that the model can hold; where it states no limit, more than any."""
-    return model.config.max_context or 2**31

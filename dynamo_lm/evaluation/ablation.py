@@ -25,15 +25,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.data.packing import Blocks, targets
 from dynamo_lm.decoding.batch import decode
-from dynamo_lm.decoding.options import DecodingOptions
+from dynamo_lm.decoding.settings import resolve
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation import results_file
 from dynamo_lm.files import atomic_write
 from dynamo_lm.jsonl_cache import JsonlLog
 from dynamo_lm.model.modeling import DynaMoForCausalLM
-from dynamo_lm.sampling.options import Algorithm1
 from dynamo_lm.training.log import Progress
 from dynamo_lm.training.loss import CHUNK, packed_hidden
 from dynamo_lm.training.memory_estimate import parameters
@@ -238,13 +238,8 @@ def strict_tokens_per_step(
     The text is the base's own greedy text, so a variant that changes the base writes another one; the ceiling is n, and
     one token per step is the baseline.
     """
-    context = model.config.max_context or 2**31
-    options = DecodingOptions(
-        max_new_tokens=min(NEW_TOKENS, context - PROMPT_TOKENS),
-        num_heads=model.num_heads,
-        algorithm=Algorithm1(alpha_c=0, top_k=min(50, model.config.vocab_size), temperature=1.0),
-        end_tokens=frozenset() if end_token is None else frozenset({end_token}),
-    )
+    length = min(NEW_TOKENS, context_limit(model.config) - PROMPT_TOKENS)
+    options = resolve(model, {"alpha_c": 0}, max_new_tokens=length, sample=False, end_tokens=end_token)
     rows = [row.statistics for row in decode(model, prompts, options, seeds=[0] * len(prompts))]
     tokens, forwards = ([getattr(row, name) for row in rows] for name in ("new_tokens", "forwards"))
     return ratio(torch.tensor(tokens, dtype=torch.float64), torch.tensor(forwards, dtype=torch.float64))

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from dynamo_lm.backbone.token_limits import stated_context
 from dynamo_lm.errors import InputError
 
 
@@ -127,7 +128,7 @@ class DynaMoConfig(PreTrainedConfig):
     @property
     def max_context(self) -> int | None:
         """Longest sequence in tokens that the base has positions for, or None where it states none."""
-        return getattr(self.get_text_config(), "max_position_embeddings", None)
+        return stated_context(self)
 
 
 # Heads of the Medusa kind: no decoder layer, no cache entry; a residual block on the last layer's normed state and an output

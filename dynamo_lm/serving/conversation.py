@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from dynamo_lm.backbone.token_limits import context_limit, token_ids
 from dynamo_lm.data.chat_template import chat_template, encode_chat, end_of_turn
 from dynamo_lm.decoding.detokenizer import IncrementalDetokenizer
 from dynamo_lm.decoding.options import check_verify
@@ -74,9 +75,8 @@ class Conversation:
         """
         self.model, self.tokenizer, self.dials = model, chat_template(tokenizer), dials
         self.preface = [{"role": "system", "content": system}] if system else []
-        known = model.generation_config.eos_token_id
-        ends = [*(known if isinstance(known, list) else [known]), tokenizer.eos_token_id, end_of_turn(tokenizer)]
-        self.ends = sorted({token for token in ends if token is not None})
+        own = token_ids(model.generation_config.eos_token_id)
+        self.ends = token_ids([*own, tokenizer.eos_token_id, end_of_turn(tokenizer)])
         self.reset()
 
     def reset(self) -> None:
@@ -152,12 +152,12 @@ class Conversation:
         Room is kept for the answer, though no more than half of the context.
         """
         turns = self.messages[len(self.preface) :]
-        context = self.model.config.max_context
+        context = context_limit(self.model.config)
         left_out = self._left_out
         while True:
             prompt = encode_chat(self.tokenizer, [*self.preface, *turns[2 * left_out :], said])
-            room = min(self.dials.max_new_tokens, context // 2) if context else 0
-            if not context or len(prompt) + room <= context or 2 * left_out >= len(turns):
+            room = min(self.dials.max_new_tokens, context // 2)
+            if len(prompt) + room <= context or 2 * left_out >= len(turns):
                 return prompt, left_out
             left_out += 1
 

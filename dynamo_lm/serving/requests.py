@@ -12,25 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from dynamo_lm.backbone.token_limits import context_limit, end_tokens
 from dynamo_lm.data.chat_template import encode_chat, end_of_turn
 from dynamo_lm.decoding.batch import check_row
 from dynamo_lm.decoding.detokenizer import IncrementalDetokenizer
-from dynamo_lm.decoding.generate import VERIFIED_ALPHA_C
-from dynamo_lm.decoding.model_runner import context_of
-from dynamo_lm.decoding.options import DecodingOptions, LogitsProcessor, StoppingCriterion
+from dynamo_lm.decoding.options import DecodingOptions, StoppingCriterion
+from dynamo_lm.decoding.settings import resolve
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.modeling import DynaMoForCausalLM
-from dynamo_lm.sampling.options import Algorithm1
 from dynamo_lm.serving.protocol import APIError, ChatRequest, CompletionRequest, Request
 from dynamo_lm.serving.token_text import Vocabulary
 
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; chats may fill what is left
 WIDEST = 100  # candidates of a head under "off": its grids grow with a power of it, and everybody waits for a step
-COLDEST = 0.01  # a temperature below is the same as 0
 
 
 @dataclass(frozen=True)
@@ -100,12 +96,9 @@ class RequestParser:
     def __init__(self, model: DynaMoForCausalLM, tokenizer: Any, dials: GenerationSettings, limits: Limits):
         self.model, self.tokenizer, self.dials, self.limits = model, tokenizer, dials, limits
         self.vocabulary = Vocabulary(tokenizer)
-        self.context = context_of(model)
+        self.context = context_limit(model.config)
         self.longest_prompt = min(limits.prompt_tokens or self.context, self.context)
-        ends = model.generation_config.eos_token_id
-        if ends is None:
-            ends = tokenizer.eos_token_id
-        self.ends = frozenset([ends] if isinstance(ends, int) else ends or [])
+        self.ends = frozenset(end_tokens(model.generation_config, tokenizer))
         self.chat_ends = self.ends | ({end_of_turn(tokenizer)} if tokenizer.chat_template else set())
 
     # ------------------------------------------------------------------ requests
@@ -246,63 +239,25 @@ class RequestParser:
 
     def _options(self, request: Request, **more: Any) -> DecodingOptions:
         """How to decode, by the request, else the server, else the model's generation configuration, else OpenAI."""
-        own, paper = self.model.generation_config, Algorithm1()
-
-        def setting(name: str, default: Any) -> Any:
-            values = (getattr(request, name, None), getattr(own, name, None))
-            return next((value for value in values if value is not None), default)
-
-        verify = self._verify(request)
-        off = verify == "off"
-        heads = self.dials.num_heads if request.num_heads is None else request.num_heads
-        if heads > self.dials.num_heads:
-            raise APIError(
-                400,
-                f"num_heads is {heads}, but this server has {self.dials.num_heads}; give that or less.",
-                param="num_heads",
-            )
-        temperature = setting("temperature", paper.temperature if off else 1.0)
-        sample = temperature >= COLDEST
-        top_k, top_p, penalty = setting("top_k", 0), setting("top_p", 1.0), setting("repetition_penalty", None)
-        if off and request.top_p not in (None, 1.0):
-            raise APIError(400, 'top_p does not apply to verify "off"; use top_k, or verify "strict".', param="top_p")
-        if off and top_k > WIDEST:
-            raise APIError(400, f'top_k is {top_k}, but verify "off" takes {WIDEST} at most here.', param="top_k")
-        logits_processors: tuple[LogitsProcessor, ...] = ()
-        if not off:
-            logits_processors = _logits_processors(temperature if sample else None, top_k, top_p, penalty)
-        return DecodingOptions(
-            num_heads=heads,
-            verify=verify,
-            sample=sample,
-            algorithm=Algorithm1(
-                eps_b=self._eps_b(request, off, setting("eps_b", paper.eps_b)),
-                alpha_c=setting("alpha_c", paper.alpha_c if off else VERIFIED_ALPHA_C[self.model.coupling is not None]),
-                otsu=setting("otsu", paper.otsu),
-                blur=setting("blur", paper.blur),
-                top_k=top_k or paper.top_k if off else min(paper.top_k, self.model.config.vocab_size),
-                temperature=temperature if off and sample else paper.temperature if off else 1.0,
-                repetition_penalty=paper.repetition_penalty if penalty is None else penalty,
-            ),
-            draft_temperature=temperature if sample and not off else 1.0,
-            logits_processors=logits_processors,
-            **more,
-        )
-
-    def _verify(self, request: Request) -> str | float:
-        verify = self.dials.verify if request.verify is None else request.verify
-        if self.dials.strict_only and verify != "strict" and verify != 0:
+        served = self.dials
+        if served.strict_only and request.verify not in (None, "strict", 0):
             raise APIError(
                 400, 'This server decodes exactly (--strict-only); leave verify out, or give "strict".', param="verify"
             )
-        return verify
-
-    def _eps_b(self, request: Request, off: bool, default: float) -> float:
-        if request.eps_b is None:
-            return default if self.dials.eps_b is None else self.dials.eps_b
-        if not off:
+        if (request.num_heads or 0) > served.num_heads:
+            raise APIError(
+                400,
+                f"num_heads is {request.num_heads}, but this server has {served.num_heads}; give that or less.",
+                param="num_heads",
+            )
+        options = resolve(self.model, request, served, self.model.generation_config, **more)
+        if options.off and request.top_p not in (None, 1.0):
+            raise APIError(400, 'top_p does not apply to verify "off"; use top_k, or verify "strict".', param="top_p")
+        if options.off and (top_k := options.algorithm.top_k) > WIDEST:
+            raise APIError(400, f'top_k is {top_k}, but verify "off" takes {WIDEST} at most here.', param="top_k")
+        if not options.off and request.eps_b is not None:
             raise APIError(400, 'eps_b belongs to verify "off"; verified decoding has no use for it.', param="eps_b")
-        return request.eps_b
+        return options
 
 
 def refuse_unsupported(request: Request) -> None:
@@ -312,27 +267,3 @@ def refuse_unsupported(request: Request) -> None:
             raise APIError(400, f"{name} is not supported; leave it out, or see repetition_penalty.", param=name)
     if request.stream_options is not None and not request.stream:
         raise APIError(400, "stream_options goes with stream: true.", param="stream_options")
-
-
-def _logits_processors(
-    temperature: float | None, top_k: int, top_p: float, penalty: float | None
-) -> tuple[LogitsProcessor, ...]:
-    """transformers' processors, in its order, as functions of one row; without a temperature only a penalty counts."""
-    processors: list[Any] = []
-    if penalty not in (None, 1.0):
-        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
-    if temperature is not None:
-        if temperature != 1.0:
-            processors.append(TemperatureLogitsWarper(float(temperature)))
-        if top_k:
-            processors.append(TopKLogitsWarper(top_k))
-        if top_p < 1.0:
-            processors.append(TopPLogitsWarper(top_p))
-    return tuple(_as_logits_processor(processor) for processor in processors)
-
-
-def _as_logits_processor(processor: Any) -> LogitsProcessor:
-    def apply(row: int, tokens: Tensor, logits: Tensor) -> Tensor:
-        return torch.as_tensor(processor(tokens[None], logits[None].clone())[0])
-
-    return apply

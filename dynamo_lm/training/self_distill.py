@@ -12,16 +12,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynamo_lm.backbone.token_limits import token_ids
 from dynamo_lm.data.chat_template import encode_chat, end_of_turn
 from dynamo_lm.data.conversations import Messages
 from dynamo_lm.decoding.batch import Batch
-from dynamo_lm.decoding.generate import VERIFIED_ALPHA_C
-from dynamo_lm.decoding.options import DecodingOptions
+from dynamo_lm.decoding.settings import resolve
 from dynamo_lm.errors import InputError
 from dynamo_lm.jsonl_cache import JsonlCache, key_of
 from dynamo_lm.model.checkpoint import identity
 from dynamo_lm.model.modeling import DynaMoForCausalLM
-from dynamo_lm.sampling.options import Algorithm1
 
 
 def distill(
@@ -57,7 +56,7 @@ def distill(
         raise InputError(f"--distill-temperature is {temperature}; give 0 or more.")
     answers = JsonlCache(cache)
     who = identity(model)
-    ends = frozenset({end_of_turn(tokenizer), tokenizer.eos_token_id})
+    ends = token_ids([end_of_turn(tokenizer), tokenizer.eos_token_id])
     widest = model.num_heads if model.cooccurrence is None else min(model.num_heads, model.cooccurrence.order)
     results: list[Messages | None] = [[] for _ in found]
     total = sum(message["role"] == "assistant" for messages in found for message in messages)
@@ -78,15 +77,8 @@ def distill(
             room = min(max_new_tokens, longest - len(prompt))
             key = key_of(who, prompt, room, temperature, seed)
             if room >= 1 and key not in answers:
-                options = DecodingOptions(
-                    max_new_tokens=room,
-                    num_heads=widest,
-                    sample=temperature > 0,
-                    algorithm=Algorithm1(alpha_c=VERIFIED_ALPHA_C[model.coupling is not None]),
-                    draft_temperature=temperature or 1.0,
-                    end_tokens=ends,
-                    logits_processors=(lambda row, tokens, logits: logits / temperature,) if temperature > 0 else (),
-                )
+                how = {"num_heads": widest, "temperature": temperature}
+                options = resolve(model, how, max_new_tokens=room, sample=temperature > 0, end_tokens=ends)
                 batch.join(prompt, options, seed=int(key[:12], 16), number=index)
                 keys[index] = key
                 return

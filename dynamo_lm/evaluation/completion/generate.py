@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dynamo_lm.backbone.token_limits import end_tokens
 from dynamo_lm.data.chat_template import encode_chat
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation import results_file
@@ -134,8 +135,7 @@ def write_texts(
     writers = {arm.name: base if base is not None and arm.role in COMPARED_WITH else model for arm in chosen}
     if any(ids.shape[1] == 0 for ids in encoded):
         raise InputError("A prompt is empty; give a few words to begin with.")
-    stops = model.generation_config.eos_token_id  # of all arms, whoever writes
-    ends = {"eos_token_id": tokenizer.eos_token_id if stops is None else stops}
+    ends = {"eos_token_id": end_tokens(model.generation_config, tokenizer) or None}  # of all arms, whoever writes
     total, fresh = len(prompts) * seeds * len(chosen), True
     for number in range(seeds):
         for prompt, ids in enumerate(encoded):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamo_lm.backbone.base_model import PassThrough
+from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.errors import InputError
 from dynamo_lm.kernels.linear import optimize_modules
 
@@ -41,7 +42,7 @@ class Reader:
         """
         self._model = model
         config = model.config.get_text_config()
-        self.context = getattr(config, "max_position_embeddings", None) or 1 << 30
+        self.context = context_limit(config)
         self._body: Any = getattr(model, model.base_model_prefix, None)
         output = model.get_output_embeddings()
         self._readout: Any = None  # a twin of the model whose body hands hidden states through

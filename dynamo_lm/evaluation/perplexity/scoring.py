@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
+from dynamo_lm.backbone.token_limits import context_limit, stated_context
 from dynamo_lm.data.token_store import tokenize
+from dynamo_lm.decoding.settings import algorithm_of
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation.perplexity.dynamic import Walk
 from dynamo_lm.evaluation.perplexity.masked import SMOOTHING, Mask, coverage
@@ -87,29 +89,19 @@ class Options:
         Raises:
             InputError: more heads than the model has, a window beyond its context, tables that do not reach.
         """
-        n, context = num_heads or model.num_heads, model.config.max_context or WINDOW
+        n, context = num_heads or model.num_heads, stated_context(model.config) or WINDOW
         if not 1 <= n <= model.num_heads or num_heads == 0:
             raise InputError(f"{num_heads} heads are asked of a model that has {model.num_heads}; give 1 to that many.")
-        if window is not None and model.config.max_context and window > context:
+        if window is not None and window > context_limit(model.config):
             raise InputError(f"The window is {window} tokens, but the model's context is {context}; give a smaller window.")
         window = min(WINDOW, context) if window is None else window
-        algorithm = kwargs.setdefault("algorithm", algorithm_of(model))
+        algorithm = kwargs.setdefault("algorithm", algorithm_of(model, model.generation_config))
         masked = masked and model.cooccurrence is not None and algorithm.alpha_c > 0
         options = cls(n, window, max(1, window // 2) if stride is None else stride, masked=masked, **kwargs)
         table = model.cooccurrence if masked else None
         if n > 1:
             check(replace(algorithm, eps_b=0.5), n, model.config.vocab_size, table)
         return options
-
-
-def algorithm_of(model: DynaMoForCausalLM, **given: Any) -> Algorithm1:
-    """Algorithm 1 as `generate(verify="off")` would run it: what is given and not None, the model's own, the paper's."""
-    names = Algorithm1.__dataclass_fields__
-    own = {name: getattr(model.generation_config, name, None) for name in names}
-    chosen = {name: given.get(name) if given.get(name) is not None else own[name] for name in names}
-    if not chosen["top_k"]:  # transformers' 0 is "all"; `generate` reads it as the paper's
-        chosen["top_k"] = None
-    return Algorithm1(**{name: value for name, value in chosen.items() if value is not None})
 
 
 def read_text(
