@@ -27,7 +27,7 @@ from dynamo_lm.decoding.joint_heatmap import grids, heatmap
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation import results_file
 from dynamo_lm.evaluation.completion.generate import BASELINE
-from dynamo_lm.report import assemble, samples
+from dynamo_lm.report import assemble, render, samples
 from dynamo_lm.report.document import Table
 from dynamo_lm.report.sections import visible
 from dynamo_lm.sampling.options import Algorithm1
@@ -306,6 +306,18 @@ def test_a_full_folder_gives_every_section_and_only_names_what_needs_the_model(f
     ]
 
 
+def test_a_page_is_titled_by_the_models_name(story, tmp_path, monkeypatch):
+    (tmp_path / "tiny-chat/model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "tiny-chat/model")
+    names = ["story", "org/tiny-chat", str(tmp_path / "tiny-chat/model"), f"{tmp_path}/tiny-chat/model/", "."]
+    assert [results_file.model_name(name) for name in names] == ["story", *["tiny-chat"] * 4]
+    entry = results_file.begin("perplexity", [], story[0], names[2], seed=7, settings={}) | perplexity()
+    results_file.save(tmp_path / "results", entry)
+    page = assemble.assemble(tmp_path / "results")
+    assert page.title == "tiny-chat, measured"
+    assert f"dynamo-lm eval nlu {names[2]} --out {tmp_path / 'results'}" in [command for _, command in page.missing]
+
+
 def test_the_page_begins_with_the_matched_speed_up_and_the_plain_one_is_smaller(full):
     first, second, *rest = assemble.assemble(full).headlines
     assert (first.value, first.unit, first.small) == (
@@ -322,10 +334,10 @@ def test_the_page_begins_with_the_matched_speed_up_and_the_plain_one_is_smaller(
 def test_a_useless_judge_leaves_a_banner_and_no_win_rate_anywhere(story, tmp_path):
     write_results(tmp_path, *story, useful=False, texts=False)
     page = assemble.assemble(tmp_path)
-    text = assemble.html(replace(page, sections=page.sections[:1]))
+    text = render.html(replace(page, sections=page.sections[:1]))
     assert "This judge is useless here" in text and "it prefers shuffled words." in text
     assert not any(figure.name.startswith("win") for figure in page.figures())
-    assert "win rate, matched" not in assemble.markdown(page) and "Same-quality speed-up" not in text
+    assert "win rate, matched" not in render.markdown(page) and "Same-quality speed-up" not in text
     assert "2.60" not in [headline.value for headline in page.headlines]
 
 
@@ -336,7 +348,7 @@ def test_where_too_few_prompts_gave_an_interval_there_is_none(full):
         for each in method["points"]:
             each |= {"tokens_per_step_interval": None, "speed_up": {"median": 1.234, "low": None, "high": None}}
     file.write_text(json.dumps(found))
-    assert "| 1.23x |" in assemble.markdown(assemble.assemble(full))
+    assert "| 1.23x |" in render.markdown(assemble.assemble(full))
 
 
 @pytest.mark.parametrize("kind", ["completion", "perplexity", "calibration", "nlu", "ablation"])
@@ -346,11 +358,11 @@ def test_every_part_is_optional_and_a_missing_one_is_named_with_its_command(stor
     measured = {"completion", "perplexity", "calibration", "nlu", "ablation"} - {kind}
     commands = " ".join(command for _, command in page.missing)
     assert all(f" {kind.replace('calibration', 'calibrate')} story" in commands for kind in measured)
-    assert "# story, measured" in assemble.markdown(page)
+    assert "# story, measured" in render.markdown(page)
 
 
 def test_the_page_is_one_file_without_scripts_whose_ids_are_unique_and_whose_links_stay_inside(explained):
-    parsed = Parser(assemble.html(explained))
+    parsed = Parser(render.html(explained))
     assert not {"script", "link", "img", "iframe", "object"} & set(parsed.tags)
     assert len(parsed.ids) == len(set(parsed.ids))
     assert all(link[0] == "#" and link[1:] in parsed.ids for link in parsed.links)
@@ -358,7 +370,7 @@ def test_the_page_is_one_file_without_scripts_whose_ids_are_unique_and_whose_lin
 
 def test_the_same_results_give_the_same_bytes(measured):
     first, second = assemble.assemble(measured), assemble.assemble(measured)
-    assert assemble.markdown(first) == assemble.markdown(second)
+    assert render.markdown(first) == render.markdown(second)
     assert first.figures()[0].svg == second.figures()[0].svg and "<dc:date>" not in first.figures()[0].svg
 
 
@@ -368,15 +380,15 @@ def test_what_a_model_wrote_never_becomes_markup(story, full):
     (full / "completion.texts.jsonl").write_text("\n".join([lines[0], json.dumps(entry)]) + "\n")
     page = assemble.assemble(full, title="<b>bold</b>")
     page = replace(page, sections=page.sections[-1:])  # without figures
-    text = assemble.html(page)
+    text = render.html(page)
     assert "<script" not in text and "&lt;script&gt;" in text and "<b>bold" not in text
-    plain = assemble.markdown(page)
+    plain = render.markdown(page)
     assert "<script" not in plain and r"\*b\* &#124; \_c\_ \`d\` \[e\](f) &amp; more" in plain
 
 
 def test_markdown_links_to_the_figures_that_were_written_beside_it(explained, tmp_path):
     page = explained
-    assemble.write(page, html_file=tmp_path / "a" / "page.html", markdown_file=tmp_path / "b" / "page.md")
+    render.write(page, html_file=tmp_path / "a" / "page.html", markdown_file=tmp_path / "b" / "page.md")
     links = re.findall(r"\]\((figures/[^)]*)\)", (tmp_path / "b" / "page.md").read_text())
     assert len(links) == len(page.figures()) > 8
     assert all((tmp_path / "b" / link).read_text().startswith("<?xml") for link in links)
@@ -456,7 +468,7 @@ def test_the_joint_of_a_prompt_shows_its_likeliest_pair(story):
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=30))
 def test_escaped_text_has_no_markup_and_stays_on_one_line(text):
-    escaped = assemble.escape(text)
+    escaped = render.escape(text)
     assert not re.search(r"[<>\n\r]", escaped)
     assert not re.search(r"(?<!\\)(?:\\\\)*[*_`\[\]|~$]", re.sub(r"\\[^\w\s]", "", escaped))
     assert len(visible(text)) <= 12 and "\n" not in visible(text)
@@ -464,7 +476,7 @@ def test_escaped_text_has_no_markup_and_stays_on_one_line(text):
 
 def test_only_what_begins_a_list_or_heading_is_escaped_at_the_start_of_a_line():
     starts = {"1. one": r"1\. one", "- a": r"\- a", "---": r"\---", "2.60": "2.60", "-0.5": "-0.5", "# a": r"\# a"}
-    assert {text: assemble.escape(text) for text in starts} == starts
+    assert {text: render.escape(text) for text in starts} == starts
 
 
 def test_every_row_of_every_table_has_a_cell_for_every_column(explained):
@@ -534,5 +546,5 @@ def test_a_run_without_a_judge_is_shown_without_win_rates(story, tmp_path):
         for point in method["points"]:
             point["plain"] = point["matched"] = None
     file.write_text(json.dumps(entry))
-    page = assemble.markdown(assemble.assemble(tmp_path))
+    page = render.markdown(assemble.assemble(tmp_path))
     assert "No judge was asked" in page and "useless" not in page and "win rate, matched" not in page

@@ -53,7 +53,8 @@ def report(
     listed with the command that would.
     """
     try:
-        from dynamo_lm.report import assemble as pages
+        from dynamo_lm.report import render
+        from dynamo_lm.report.assemble import assemble, look_closer
     except ModuleNotFoundError as error:
         raise InputError(f'{error.name} is not installed; install it with `pip install "dynamo-lm[eval]"`.') from error
 
@@ -64,12 +65,12 @@ def report(
         raise InputError("--prompt needs the model that was measured; name it with --model.")
     if prompt is not None and not prompt.strip():
         raise InputError("--prompt is empty; give a few words.")
-    page = pages.assemble(folder, title=title)
+    page = assemble(folder, title=title)
     if model is not None:
         from dynamo_lm.model.loading import open_for_evaluation
 
         network, tokens = open_for_evaluation(model, tokenizer=tokenizer, dtype=dtype, device=device, threads=threads)
-        pages.look_closer(folder, network, tokens, model, command=ctx.find_root().obj, prompt=prompt)
-        page = pages.assemble(folder, title=title)
-    written = pages.write(page, html_file=targets["--html"], markdown_file=targets["--markdown"])
+        look_closer(folder, network, tokens, model, command=ctx.find_root().obj, prompt=prompt)
+        page = assemble(folder, title=title)
+    written = render.write(page, html_file=targets["--html"], markdown_file=targets["--markdown"])
     print("\n".join(map(str, written)))

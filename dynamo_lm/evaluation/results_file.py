@@ -30,10 +30,17 @@ def begin(
     return provenance.begin(command, kind=kind, model=describe(model, name), seed=seed, settings=settings)
 
 
+def model_name(name: str) -> str:
+    """The last part of a hub id or folder; of a folder that training called "model", its run's."""
+    path = Path(name).resolve() if Path(name).is_dir() else Path(name)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
 def describe(model: DynaMoForCausalLM, name: str) -> dict[str, Any]:
     """What a reader must know of the model behind a number."""
     return {
-        "name": name if Path(name).name == name else Path(name.rstrip("/")).name,
+        "name": model_name(name),
+        "path": name,
         "identity": identity(model),
         "architecture": model.base.config.model_type,
         "num_heads": model.num_heads,

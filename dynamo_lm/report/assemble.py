@@ -1,32 +1,25 @@
-"""One page from a folder of results: reads every record, builds the sections there is data for, writes HTML and Markdown.
+"""One page from a folder of results: reads every record and builds the sections there is data for.
 
 Every part is optional; one that is missing is named with the command that would make it. Needs no model: what only a model
-can say (the joint distribution, which tokens came from one step) is read from records that `look_closer` wrote. The same
-folder gives the same bytes.
+can tell (the joint distribution, which tokens came from one step) is read from records that `look_closer` wrote.
 """
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import jinja2
-from markupsafe import Markup
 
 from dynamo_lm.decoding.joint_heatmap import HeatMap, heatmap
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation import results_file
-from dynamo_lm.files import write_text
 from dynamo_lm.model.modeling import DynaMoForCausalLM
-from dynamo_lm.report import completion, figures, samples, sections
-from dynamo_lm.report.columns import fit
-from dynamo_lm.report.document import Banner, Headline, Page, Section, Texts, interval
+from dynamo_lm.report import completion, samples, sections
+from dynamo_lm.report.document import Headline, Page, Section, Texts, interval
 
-Records = dict[str, dict[str, Any]]
+Record = dict[str, Any]
+Records = dict[str, Record]
 PROMPT = "Once upon a time, there was"
 MEASURED = {  # kind: what it is, and the command behind `dynamo-lm`
     "completion": (
@@ -34,11 +27,18 @@ MEASURED = {  # kind: what it is, and the command behind `dynamo-lm`
         "eval completion {model} --out {folder}",
     ),
     "perplexity": ("Perplexities, fixed and dynamic", "eval perplexity {model} --data TEXT --out {folder}"),
-    "calibration": ("A calibrated dial", "calibrate {model} --data TEXT --out {folder}"),
+    "calibration": ("A calibrated eps_b", "calibrate {model} --data TEXT --out {folder}"),
     "nlu": ("Benchmarks of understanding, base beside DynaMo", "eval nlu {model} --out {folder}"),
     "ablation": ("Training ablations", "eval ablation {model} --data TEXT --out {folder}"),
     "heatmap": ("The joint distribution for a prompt", "report {folder} --model {model} --prompt TEXT"),
     "samples": ("Sample texts by step", "report {folder} --model {model}"),
+}
+SECTIONS: dict[str, Callable[[Record], Section]] = {
+    "calibration": sections.calibration,
+    "perplexity": sections.perplexity,
+    "nlu": sections.nlu,
+    "ablation": sections.ablation,
+    "heatmap": lambda record: sections.joint(HeatMap(**record["heatmap"]), record),
 }
 
 
@@ -50,62 +50,38 @@ def assemble(folder: Path, *, title: str | None = None) -> Page:
     """
     records = results_file.load_all(folder)
     model = next(iter(records.values()))["model"]
-    completions = {kind: entry for kind, entry in records.items() if kind.split("-")[0] == "completion"}
-    written: list[Section] = []
-    headlines: list[Headline] = []
-    lead: list[str] = []
-    banners: list[Banner] = []
+    completions = _completions(records)
+    page = Page(title or f"{model['name']}, measured", _facts(model))
 
-    def build(kind: str, make: Callable[[], Any]) -> Any:
+    def build(kind: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         try:
-            return make()
+            return make(records[kind], *arguments, **options)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             what = f"has no usable {error}" if isinstance(error, KeyError) else f"has values that make no sense ({error})"
             command = MEASURED.get(kind.split("-")[0], ("", "eval"))[1].split(" {")[0]
             raise InputError(f'"{folder / kind}.json" {what}; delete it and run `dynamo-lm {command}` again.') from error
 
-    for kind, entry in sorted(completions.items()):
-        bench = kind.partition("-")[2]
-        written += build(kind, partial(completion.sections, entry, prefix=bench and f"{bench}-", bench=bench))
-        banners += build(kind, partial(completion.banners, entry))
-    main = max(completions.values(), key=lambda entry: len(entry["prompts"]), default=None)  # the surest numbers
-    if main is not None:
-        kind = next(kind for kind, entry in completions.items() if entry is main)
-        headlines = build(kind, partial(completion.headlines, main))
-        lead = build(kind, partial(_lead, main, bool(headlines)))
-    for kind, builder in (
-        ("calibration", sections.calibration),
-        ("perplexity", sections.perplexity),
-        ("nlu", sections.nlu),
-        ("ablation", sections.ablation),
-    ):
-        if kind in records:
-            written.append(build(kind, partial(builder, records[kind])))
-    if not headlines and "perplexity" in records:
-        headlines = build("perplexity", lambda: _perplexity_headlines(records["perplexity"]))
-    if "heatmap" in records:
-        entry = records["heatmap"]
-        written.append(build("heatmap", lambda: sections.joint(HeatMap(**entry["heatmap"]), entry)))
-    pieces = records.get("samples", {}).get("pieces", {})
-    for kind, entry in sorted(completions.items()):
-        shown = build(kind, partial(_texts, folder, kind, records, pieces))
-        if shown:
-            name = f" from {kind.partition('-')[2]}" if "-" in kind else ""
-            written.append(
-                Section(
-                    f"texts{kind.removeprefix('completion')}",
-                    f"Texts, step by step{name}",
-                    shown,
-                    completion.source(entry, short=True),
-                )
-            )
-    missing = [
-        (what, "dynamo-lm " + command.format(model=shlex.quote(model["name"]), folder=shlex.quote(str(folder))))
-        for kind, (what, command) in MEASURED.items()
-        if (not completions if kind == "completion" else kind not in records) and (kind != "samples" or completions)
-    ]
-    named = title or f"{model['name']}, measured"
-    return Page(named, _facts(model), headlines, lead, banners, [s for s in written if s.blocks], missing)
+    for kind, bench in completions.items():
+        page.sections.extend(build(kind, completion.sections, prefix=bench and f"{bench}-", bench=bench))
+        page.banners.extend(build(kind, completion.banners))
+    if completions:
+        main = max(completions, key=lambda kind: len(records[kind]["prompts"]))  # the surest numbers
+        page.headlines.extend(build(main, completion.headlines))
+        page.lead.extend(build(main, _lead, bool(page.headlines)))
+    page.sections.extend(build(kind, make) for kind, make in SECTIONS.items() if kind in records)
+    if not page.headlines and "perplexity" in records:
+        page.headlines.extend(build("perplexity", _perplexity_headlines))
+    for kind, bench in completions.items():
+        name = "Texts, step by step" + (f" from {bench}" if bench else "")
+        texts = build(kind, lambda _, kind=kind: _texts(folder, kind, records))
+        source = build(kind, completion.source, short=True)
+        page.sections.append(Section(f"texts{kind.removeprefix('completion')}", name, texts, source))
+    page.sections[:] = [section for section in page.sections if section.blocks]
+    for kind, (what, command) in MEASURED.items():
+        if not (completions if kind == "completion" else kind in records or (kind == "samples" and not completions)):
+            path = shlex.quote(model.get("path", model["name"]))
+            page.missing.append((what, "dynamo-lm " + command.format(model=path, folder=shlex.quote(str(folder)))))
+    return page
 
 
 def look_closer(
@@ -120,100 +96,36 @@ def look_closer(
     """
     records = results_file.load_all(folder)
     measured = next(iter(records.values()))["model"]
-    mine = results_file.describe(model, name)
-    if mine["identity"] != measured["identity"]:
+    identity = results_file.describe(model, name)["identity"]
+    if identity != measured["identity"]:
         raise InputError(
-            f'"{name}" ({mine["identity"]}) is not the model that was measured in "{folder}" '
+            f'"{name}" ({identity}) is not the model that was measured in "{folder}" '
             f"({measured['name']}, {measured['identity']}); give that one with --model."
         )
-    completions = {kind: entry for kind, entry in sorted(records.items()) if kind.split("-")[0] == "completion"}
     if prompt is None:
         before = records.get("heatmap", {}).get("settings", {}).get("prompt")
-        prompt = before or next((p for entry in completions.values() for p in entry.get("prompts") or []), PROMPT)
-    dial = (records.get("calibration", {}).get("chosen") or {}).get("eps_b")
-    found = heatmap(model, tokenizer, prompt, eps_b=dial)
-    settings = {"prompt": prompt, "top_k": found.top_k, "eps_b": found.eps_b}
+        prompt = before or next((p for kind in _completions(records) for p in records[kind].get("prompts") or []), PROMPT)
+    joint = heatmap(model, tokenizer, prompt, eps_b=_calibrated(records))
+    settings = {"prompt": prompt, "top_k": joint.top_k, "eps_b": joint.eps_b}
     entry = results_file.begin("heatmap", command, model, name, seed=0, settings=settings)
-    results_file.save(folder, entry | {"model": measured, "heatmap": vars(found)})
+    results_file.save(folder, entry | {"model": measured, "heatmap": vars(joint)})
     pieces = {}
-    for kind, completed in completions.items():
-        for texts in _chosen(folder, kind, completed, dial):
-            for text in texts:
-                split = samples.split(text["text"], text["tokens"], text["step_sizes"], tokenizer)
-                if split is not None:
-                    pieces[f"{kind}|{samples.key(text)}"] = split
+    for kind in _completions(records):
+        for text in (text for texts in _chosen(folder, kind, records) for text in texts):
+            split = samples.split(text["text"], text["tokens"], text["step_sizes"], tokenizer)
+            if split is not None:
+                pieces[f"{kind}|{samples.key(text)}"] = split
     if pieces:
         entry = results_file.begin("samples", command, model, name, seed=0, settings={})
         results_file.save(folder, entry | {"model": measured, "pieces": pieces})
 
 
-def html(page: Page) -> str:
-    """The page as one HTML file that needs nothing else."""
-    environment = _environment(autoescape=True)
-    environment.globals["inline"] = lambda figure: Markup(figures.inline(figure.svg, figure.name))
-    return environment.get_template("report.html.jinja").render(page=page) + "\n"
+def _completions(records: Records) -> dict[str, str]:
+    """The kinds of the completion runs among the records, and the name of the benchmark of each; "" for the paper's ten."""
+    return {kind: kind.partition("-")[2] for kind in sorted(records) if kind.split("-")[0] == "completion"}
 
 
-def markdown(page: Page, figure_folder: str = "figures") -> str:
-    """The page as Markdown, with links to its figures in `figure_folder`, relative to the file."""
-    environment = _environment(autoescape=False)
-    environment.filters |= {"plain": escape, "cell": lambda text: escape(text).replace("|", r"\|"), "fence": fence}
-    text = environment.get_template("report.md.jinja").render(page=page, folder=figure_folder)
-    return fit(re.sub(r"\n{3,}", "\n\n", text).strip()) + "\n"
-
-
-def write(page: Page, *, html_file: Path, markdown_file: Path) -> list[Path]:
-    """Writes both, and the figures beside the Markdown file; every file whole or not at all.
-
-    Raises:
-        InputError: a place that cannot be written to.
-    """
-    folder = markdown_file.parent / "figures"
-    for file in (html_file, markdown_file):
-        if file.is_dir():
-            raise InputError(f'"{file}" is a folder; name a file.')
-    for place in (html_file.parent, folder):  # before figures are drawn, which takes seconds
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f'"{place}" cannot be made: {error.strerror}; name another file.') from error
-    contents = {folder / f"{figure.name}.svg": figure.svg for figure in page.figures()}
-    contents |= {markdown_file: markdown(page), html_file: html(page)}
-    for file, content in contents.items():
-        try:
-            write_text(file, content)
-        except OSError as error:
-            raise InputError(f'"{file}" cannot be written: {error.strerror}.') from error
-    return [html_file, markdown_file]
-
-
-def escape(text: str) -> str:
-    """Plain text for Markdown: nothing in it is markup or HTML, and it stays on its line."""
-    text = re.sub(
-        r"([\\`*_{}\[\]#~$|^])", r"\\\1", str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    )
-    text = re.sub(r"^(\s*)([-+=](?=[-+=\s]|$)|\d+[.)](?=\s|$))", lambda m: f"{m[1]}{m[2][:-1]}\\{m[2][-1]}", text)
-    return re.sub(r"\s*\n\s*", " ⏎ ", text.replace("\r", "")).replace(r"\|", "&#124;")
-
-
-def fence(text: str) -> str:
-    """A code span that can hold backticks."""
-    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    pad = " " if "`" in text else ""
-    return f"{ticks}{pad}{' '.join(text.split())}{pad}{ticks}"
-
-
-def _environment(*, autoescape: bool) -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=autoescape,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-
-
-def _facts(model: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(model: Record) -> list[tuple[str, str]]:
     heads = model["num_heads"]
     order = model.get("table_order", 0)
     return [
@@ -225,37 +137,41 @@ def _facts(model: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _lead(entry: dict[str, Any], quoted: bool) -> list[str]:
-    said = [f"At most {entry['ceiling']} tokens per step. Baseline: {entry['baseline']}."]
+def _lead(entry: Record, quoted: bool) -> list[str]:
     bench = (entry.get("settings") or {}).get("bench", "paper")
-    counted = f"{len(entry['prompts'])} prompts x {entry['seeds']}"
     judge = f"Judge: {entry['judge']['name']}." if entry.get("judge") else "No judge."
-    said.append(f'{judge} Benchmark: "{bench}", {counted}.')
-    return [completion.WHY_MATCHED, *said] if quoted else said
+    return [
+        *([completion.WHY_MATCHED] if quoted else []),
+        f"At most {entry['ceiling']} tokens per step. Baseline: {entry['baseline']}.",
+        f'{judge} Benchmark: "{bench}", {len(entry["prompts"])} prompts x {entry["seeds"]}.',
+    ]
 
 
-def _perplexity_headlines(entry: dict[str, Any]) -> list[Headline]:
-    """Where no judge says anything, the page begins with what the heads predict."""
-    found = []
-    for joint in entry.get("joint", [])[-1:]:
-        found.append(
-            Headline(f"{joint['ppl']:.1f}", f"perplexity of {joint['heads']} tokens jointly (PPL_1:{joint['heads']})", "")
-        )
+def _perplexity_headlines(entry: Record) -> list[Headline]:
+    """What the heads predict, where no judge gives a number to begin with."""
+    headlines = []
     for head in entry.get("heads", [])[:1]:
         error = head.get("se")
-        bounds = None if error is None else (head["ppl"] - 1.96 * error, head["ppl"] + 1.96 * error)
-        detail = "" if bounds is None else f"95 % interval {interval(bounds)}"
-        found.append(Headline(f"{head['ppl']:.1f}", "perplexity of the next token (PPL_1)", detail))
-    return found[::-1]
+        detail = (
+            "" if error is None else f"95 % interval {interval((head['ppl'] - 1.96 * error, head['ppl'] + 1.96 * error))}"
+        )
+        headlines.append(Headline(f"{head['ppl']:.1f}", "perplexity of the next token (PPL_1)", detail))
+    for joint in entry.get("joint", [])[-1:]:
+        name = f"perplexity of {joint['heads']} tokens jointly (PPL_1:{joint['heads']})"
+        headlines.append(Headline(f"{joint['ppl']:.1f}", name, ""))
+    return headlines
 
 
-def _chosen(folder: Path, kind: str, entry: dict[str, Any], dial: float | None) -> list[list[dict[str, Any]]]:
-    texts = samples.read(folder / f"{kind}.texts.jsonl", entry["model"]["identity"])
-    return samples.choose(texts, len(entry.get("prompts", [])), dial)
+def _calibrated(records: Records) -> float | None:
+    return (records.get("calibration", {}).get("chosen") or {}).get("eps_b")
 
 
-def _texts(folder: Path, kind: str, records: Records, pieces: dict[str, Any]) -> list[Texts]:
-    entry = records[kind]
-    dial = (records.get("calibration", {}).get("chosen") or {}).get("eps_b")
-    mine = {key.removeprefix(f"{kind}|"): value for key, value in pieces.items() if key.startswith(f"{kind}|")}
-    return samples.blocks(_chosen(folder, kind, entry, dial), entry["prompts"], mine)
+def _chosen(folder: Path, kind: str, records: Records) -> list[list[Record]]:
+    texts = samples.read(folder / f"{kind}.texts.jsonl", records[kind]["model"]["identity"])
+    return samples.choose(texts, len(records[kind].get("prompts", [])), _calibrated(records))
+
+
+def _texts(folder: Path, kind: str, records: Records) -> list[Texts]:
+    pieces = records.get("samples", {}).get("pieces", {})
+    own = {key.removeprefix(f"{kind}|"): value for key, value in pieces.items() if key.startswith(f"{kind}|")}
+    return samples.blocks(_chosen(folder, kind, records), records[kind]["prompts"], own)

@@ -6,35 +6,44 @@ templates' business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 from dynamo_lm.errors import InputError
 
 DASH = "\N{EN DASH}"
+Columns = dict[str, Callable[..., str]]  # of a table: heading, and the cell of a row
 
 
 @dataclass(frozen=True)
-class Prose:
+class Block:
+    """What stands in a section; a template shows it by its `kind`."""
+
+    @property
+    def kind(self) -> str:
+        """The name of its class in lower case."""
+        return type(self).__name__.lower()
+
+
+@dataclass(frozen=True)
+class Prose(Block):
     """A paragraph."""
 
     text: str
-    kind: ClassVar[str] = "prose"
 
 
 @dataclass(frozen=True)
-class Banner:
+class Banner(Block):
     """A paragraph that must not be overlooked."""
 
     title: str
     text: str
-    kind: ClassVar[str] = "banner"
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Block):
     """Cells as text; the first column names the row. `folded`: shown on request, beside a figure that shows the same."""
 
     caption: str
@@ -42,14 +51,18 @@ class Table:
     rows: list[list[str]]
     note: str = ""
     folded: bool = False
-    kind: ClassVar[str] = "table"
+
+    @classmethod
+    def of(cls, caption: str, columns: Columns, rows: Iterable[Any], **options: Any) -> Table:
+        """A table from what its columns make of each of `rows`; `options` are the other fields."""
+        return cls(caption, list(columns), [[cell(row) for cell in columns.values()] for row in rows], **options)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One picture, drawn when it is first looked at.
+    """A picture, drawn when it is first needed.
 
-    name: its file's stem and the prefix of its ids; label: what it says to those who do not see it.
+    name: its file's stem and the prefix of its ids; label: its description for those who do not see it.
     """
 
     name: str
@@ -73,19 +86,18 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Gallery:
+class Gallery(Block):
     """Pictures side by side with one caption, and their numbers. `columns`: how many fit a desktop's width."""
 
     figures: list[Figure]
     caption: str
     numbers: Table | None = None
     columns: int = 2
-    kind: ClassVar[str] = "gallery"
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward pass gave: text, and how many tokens it was."""
+    """The text of one forward pass, and how many tokens it is."""
 
     text: str
     size: int
@@ -93,7 +105,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Text:
-    """One completion. Without `steps` nobody has split it."""
+    """A completion; `steps` is None where it was not split."""
 
     arm: str
     summary: str
@@ -102,12 +114,11 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Completions of one prompt."""
+class Texts(Block):
+    """Completions of a prompt."""
 
     prompt: str
     texts: list[Text]
-    kind: ClassVar[str] = "texts"
 
     @property
     def most(self) -> int:
@@ -129,7 +140,7 @@ class Section:
 
     id: str
     title: str
-    blocks: list[Any]
+    blocks: Sequence[Block]
     source: Source | None = None
 
 
@@ -149,10 +160,10 @@ class Page:
 
     title: str
     facts: list[tuple[str, str]]
-    headlines: list[Headline]
-    lead: list[str]
-    banners: list[Banner]
-    sections: list[Section]
+    headlines: list[Headline] = field(default_factory=list)
+    lead: list[str] = field(default_factory=list)
+    banners: list[Banner] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)  # what was not measured, and the command that would
 
     def figures(self) -> list[Figure]:
@@ -168,20 +179,24 @@ def number(value: float | int | None, digits: int = 2) -> str:
 
 def spread(value: float | None, error: float | None, digits: int = 2) -> str:
     """A value with its standard error."""
-    return number(value, digits) if error is None or value is None else f"{value:,.{digits}f} ± {error:.{digits}f}"
+    return number(value, digits) + ("" if error is None or value is None else f" ± {error:.{digits}f}")
 
 
-def interval(bounds: Sequence[float] | None, digits: int = 2) -> str:
-    """A 95 % interval; a dash where there were too few samples for one."""
-    return DASH if bounds is None else f"{bounds[0]:,.{digits}f} to {bounds[1]:,.{digits}f}"
+def interval(bounds: Sequence[float], digits: int = 2) -> str:
+    """A 95 % interval."""
+    return f"{bounds[0]:,.{digits}f} to {bounds[1]:,.{digits}f}"
 
 
 def within(value: float | None, bounds: Sequence[float] | None, digits: int = 2) -> str:
-    """A value with its interval behind it."""
-    text = number(value, digits)
-    return text if bounds is None or value is None else f"{text} ({interval(bounds, digits)})"
+    """A value with its interval in parentheses."""
+    return number(value, digits) + ("" if bounds is None or value is None else f" ({interval(bounds, digits)})")
 
 
 def percent(value: float | None) -> str:
     """A share."""
     return DASH if value is None else f"{value:.0%}"
+
+
+def share(shares: Sequence[float] | None, size: int) -> str:
+    """The share of the steps of `size` tokens, of `shares` of the steps of 1, 2, .. tokens."""
+    return percent(shares[size - 1]) if shares and size <= len(shares) else DASH

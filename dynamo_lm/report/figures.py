@@ -1,6 +1,6 @@
 """The report's figures: plain numbers in, one SVG out, the same bytes for the same numbers.
 
-No figure says anything by colour alone: methods have their own markers and line styles, shares go from light to dark and
+No figure states anything by colour alone: methods have their own markers and line styles, shares go from light to dark and
 carry their names. Colours are Okabe and Ito's, which colour-blind readers can tell apart. Knows no files and no results.
 """
 
@@ -49,44 +49,33 @@ class Point:
     label: str = ""
 
 
-@dataclass(frozen=True)
-class Band:
-    """A regression with its confidence band; lists of one length."""
-
-    x: list[float]
-    y: list[float]
-    low: list[float]
-    high: list[float]
-
-
 def win_rate(
-    points: Sequence[Point], band: Band | None, crossing: float | None, *, method: str, ceiling: float, small: bool = False
+    points: Sequence[Point],
+    band: Sequence[Point],
+    crossing: float | None,
+    *,
+    method: str,
+    ceiling: float,
+    small: bool = False,
 ) -> str:
     """The paper's Fig. 3: win rate (wins to losses, logarithmic) against tokens per step.
 
-    crossing: the same-quality speed-up, if there is one; ceiling: n, the most tokens that a step can give.
+    band: the regression with its confidence band, or nothing; crossing: the same-quality speed-up, if there is one; ceiling:
+    n, the most tokens that a step can give.
     """
     colour, marker, line = style(method)
     with _canvas(SMALL if small else NARROW) as (axes, svg):
         shown = [p for p in points if p.y > 0]
-        if band is not None and band.x:
-            axes.fill_between(band.x, _positive(band.low), _positive(band.high), color=colour, alpha=0.16, linewidth=0)
-            axes.plot(band.x, _positive(band.y), color=colour, linestyle=line, linewidth=1.6)
-        for p in shown:
-            if p.low is not None and p.high is not None:
-                axes.plot([p.x, p.x], _positive([p.low, p.high]), color=colour, linewidth=1, alpha=0.75)
-        axes.plot(
-            [p.x for p in shown],
-            [p.y for p in shown],
-            linestyle="none",
-            marker=marker,
-            color=colour,
-            markeredgecolor=CARD,
-            markersize=6 if small else 7,
-            zorder=4,
-        )
+        if band:
+            xs, ys, lows, highs = np.maximum(
+                np.array([(p.x, p.y, p.low, p.high) for p in band], float), 1e-3
+            ).T  # the axis is logarithmic
+            axes.fill_between(xs, lows, highs, color=colour, alpha=0.16, linewidth=0)
+            axes.plot(xs, ys, color=colour, linestyle=line, linewidth=1.6)
+        _intervals(axes, shown, colour)
+        _markers(axes, shown, marker, color=colour, markersize=6 if small else 7, zorder=4)
         axes.axhline(1, color=INK, linewidth=0.9)
-        extent = [p.y for p in shown] + [v for p in shown for v in (p.low, p.high) if v is not None and v > 0] + [0.5, 2]
+        extent = [v for p in shown for v in (p.y, p.low, p.high) if v is not None and v > 0] + [0.5, 2]
         low, high = max(min(extent) / 1.25, 1 / 24), min(max(extent) * 1.25, 24)
         axes.set_yscale("log", base=2)
         axes.set_ylim(low, high)
@@ -97,18 +86,8 @@ def win_rate(
         axes.set_xlim(left - 0.08, max([ceiling, *(p.x for p in shown)]) + 0.15)
         axes.axvline(ceiling, color=RULE, linewidth=1.2)
         if crossing is not None:
-            axes.axvline(crossing, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
-            right = crossing > (left + ceiling) / 2
-            axes.annotate(
-                f"{crossing:.2f}",
-                (crossing, 0.03),
-                xycoords=("data", "axes fraction"),
-                xytext=(-4 if right else 4, 0),
-                textcoords="offset points",
-                ha="right" if right else "left",
-                fontsize=9 if small else 11,
-                fontweight="bold",
-            )
+            size = 9 if small else 11
+            _flag(axes, crossing, f"{crossing:.2f}", middle=(left + ceiling) / 2, at=0.03, fontsize=size)
         if not small:
             axes.set_ylabel("wins : losses against the base")
             for p in shown[:: max(1, len(shown) // 6)]:
@@ -127,10 +106,9 @@ def shares(labels: Sequence[str], rows: Sequence[Sequence[float]]) -> str:
             share = table[:, size - 1]
             axes.bar(at, share, 0.86, bottom=base, color=colour, edgecolor=CARD, linewidth=0.8)
             if len(labels) <= 12:
-                for x, bottom, part in zip(at, base, share, strict=True):
-                    if part >= 0.09:
-                        ink = "#ffffff" if size > table.shape[1] / 2 else "#10161c"
-                        axes.text(x, bottom + part / 2, f"{size}", ha="center", va="center", color=ink, fontsize=8)
+                ink = "#ffffff" if size > table.shape[1] / 2 else "#10161c"
+                for x in np.flatnonzero(share >= 0.09):
+                    axes.text(x, base[x] + share[x] / 2, f"{size}", ha="center", va="center", color=ink, fontsize=8)
             base = base + share
         for size, colour in enumerate(colours, start=1):
             axes.bar([0], [0], color=colour, edgecolor=INK, linewidth=0.4, label=f"{size} token{'s' * (size > 1)}")
@@ -154,19 +132,15 @@ def curves(
     chosen: float | None = None,
     log: bool = False,
 ) -> str:
-    """Lines with intervals over a dial; `level` is a horizontal line with its name, `chosen` a place on the dial.
+    """Lines with intervals over eps_b; `level` is a horizontal line with its name, `chosen` a marked eps_b.
 
     A line named as a method is drawn in that method's style.
     """
     with _canvas(NARROW) as (axes, svg):
         for number, (name, points) in enumerate(lines):
             colour, marker, line = style(name, number)
-            xs, ys = [p.x for p in points], [p.y for p in points]
-            axes.plot(xs, ys, color=colour, linestyle=line, linewidth=1.5, marker=marker, markersize=6, label=name)
-            axes.lines[-1].set_markeredgecolor(CARD)
-            for p in points:
-                if p.low is not None and p.high is not None:
-                    axes.plot([p.x, p.x], [p.low, p.high], color=colour, linewidth=1, alpha=0.75)
+            _markers(axes, points, marker, color=colour, linestyle=line, linewidth=1.5, markersize=6, label=name)
+            _intervals(axes, points, colour)
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -174,29 +148,11 @@ def curves(
             axes.yaxis.set_minor_locator(MaxNLocator(4))
         if level is not None:
             axes.axhline(level[0], color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
-            axes.annotate(
-                level[1],
-                (0.99, level[0]),
-                xycoords=("axes fraction", "data"),
-                xytext=(0, 3),
-                textcoords="offset points",
-                ha="right",
-                fontsize=8,
-            )
+            place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "xytext": (0, 3), "textcoords": "offset points"}
+            axes.annotate(level[1], (0.99, level[0]), **place, ha="right", fontsize=8)
         if chosen is not None:
-            axes.axvline(chosen, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
-            right = chosen > np.mean(axes.get_xlim())
-            axes.annotate(
-                f"chosen {chosen:g}",
-                (chosen, 0.96),
-                xycoords=("data", "axes fraction"),
-                xytext=(-4 if right else 4, 0),
-                textcoords="offset points",
-                ha="right" if right else "left",
-                va="top",
-                fontsize=9,
-                fontweight="bold",
-            )
+            middle = float(np.mean(axes.get_xlim()))
+            _flag(axes, chosen, f"chosen {chosen:g}", middle=middle, at=0.96, fontsize=9, va="top")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if len(lines) > 1:
@@ -214,9 +170,7 @@ def frontier(ladder: Sequence[Point], methods: Sequence[tuple[str, Sequence[Poin
                 axes.annotate(p.label, (p.x, p.y), xytext=(4, 5), textcoords="offset points", fontsize=8.5, zorder=9)
         for number, (name, points) in enumerate(methods):
             colour, marker, _ = style(name, number)
-            xs, ys = [p.x for p in points], [p.y for p in points]
-            axes.plot(xs, ys, linestyle="none", marker=marker, color=colour, markersize=6, label=name)
-            axes.lines[-1].set_markeredgecolor(CARD)
+            _markers(axes, points, marker, color=colour, markersize=6, label=name)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         _legend(axes, columns=2)
@@ -232,16 +186,10 @@ def heat(
     top: float,
 ) -> str:
     """A joint distribution over pairs: colour by square root of the probability, `top` the darkest; 0 stays blank."""
-    values = np.array(grid, float)
+    values = np.ma.masked_less_equal(np.array(grid, float), 0)
     with _canvas((4.4, 4.3)) as (axes, svg):
-        axes.pcolormesh(
-            np.ma.masked_less_equal(values, 0),
-            cmap=HEAT,
-            norm=PowerNorm(0.5, vmin=0, vmax=top or 1),
-            edgecolor=CARD,
-            linewidth=0.8,
-            snap=True,
-        )
+        norm = PowerNorm(0.5, vmin=0, vmax=top or 1)
+        axes.pcolormesh(values, cmap=HEAT, norm=norm, edgecolor=CARD, linewidth=0.8, snap=True)
         axes.set_aspect("equal")
         axes.invert_yaxis()
         axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
@@ -252,9 +200,8 @@ def heat(
             spine.set(visible=True, color=RULE)
         if chosen is not None:
             row, column = chosen
-            axes.add_patch(
-                matplotlib.patches.Rectangle((column, row), 1, 1, fill=False, edgecolor=BLUE, linewidth=2.4, zorder=5)
-            )
+            frame: dict[str, Any] = {"fill": False, "edgecolor": BLUE, "linewidth": 2.4, "zorder": 5}
+            axes.add_patch(matplotlib.patches.Rectangle((column, row), 1, 1, **frame))
             axes.plot(column + 0.5, row + 0.5, marker="x", color=CARD, markersize=7, markeredgewidth=2, zorder=6)
         axes.set_xlabel("second token (head 2)")
         axes.set_ylabel("first token (head 1)")
@@ -328,6 +275,21 @@ def _legend(axes: Any, *, columns: int) -> None:
     axes.figure.legend(loc="outside upper left", ncols=columns, handlelength=2.2, columnspacing=1.2)
 
 
-def _positive(values: Sequence[float]) -> list[float]:
-    """For a logarithmic axis."""
-    return [max(value, 1e-3) for value in values]
+def _markers(axes: Any, points: Sequence[Point], marker: str, **options: Any) -> None:
+    """Points as outlined markers, without a line unless `linestyle` says so."""
+    axes.plot([p.x for p in points], [p.y for p in points], **{"linestyle": "none", "marker": marker, **options})
+    axes.lines[-1].set_markeredgecolor(CARD)
+
+
+def _intervals(axes: Any, points: Sequence[Point], colour: str) -> None:
+    for p in points:
+        if p.low is not None and p.high is not None:
+            axes.plot([p.x, p.x], [p.low, p.high], color=colour, linewidth=1, alpha=0.75)
+
+
+def _flag(axes: Any, x: float, text: str, *, middle: float, at: float, **options: Any) -> None:
+    """A dotted vertical line named at the height `at` (0 to 1), on the side of it that has more room."""
+    axes.axvline(x, color=INK, linewidth=0.9, linestyle=(0, (2, 2)))
+    offset, side = (-4, "right") if x > middle else (4, "left")
+    place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (offset, 0), "textcoords": "offset points"}
+    axes.annotate(text, (x, at), **place, ha=side, fontweight="bold", **options)

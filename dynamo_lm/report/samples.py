@@ -15,11 +15,11 @@ from dynamo_lm.errors import InputError
 from dynamo_lm.report.document import Step, Text, Texts
 
 PAPER = "mask+Otsu+blur"
-PROMPTS, DIALS = 3, 3  # shown
+PROMPTS = 3  # shown
 
 
 def read(file: Path, identity: str) -> list[dict[str, Any]]:
-    """Every text of a completion run, with its arm's method, dial and temperature; none if there is no file.
+    """Every text of a completion run, with its arm's method, eps_b and temperature; none if there is no file.
 
     The file is JSON lines; a first line with "arms" says what the arms are, and of which model.
 
@@ -29,7 +29,7 @@ def read(file: Path, identity: str) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     arms: dict[str, dict[str, Any]] = {}
-    found = []
+    texts = []
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -45,30 +45,25 @@ def read(file: Path, identity: str) -> list[dict[str, Any]]:
                 raise ValueError("text")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f'"{file}" is damaged in line {number}; delete it and measure again.') from error
-        found.append({key: arm.get(key) for key in ("method", "eps_b", "temperature", "role")} | entry)
-    return found
+        texts.append({key: arm.get(key) for key in ("method", "eps_b", "temperature", "role")} | entry)
+    return texts
 
 
 def choose(texts: Sequence[dict[str, Any]], prompts: int, near: float | None) -> list[list[dict[str, Any]]]:
-    """For some prompts, of the lowest seed: the base, the paper's method at a few dials from exact to fast, strict.
+    """For some prompts, of the lowest seed: the base, strict, and the paper's method at a few eps_b from exact to fast.
 
-    near: a dial that must be among them, as far as it was measured.
+    near: an eps_b that must be among them, as far as it was measured.
     """
-    dials = sorted({t["eps_b"] for t in texts if t["method"] == PAPER and t["eps_b"] is not None and t["eps_b"] < 1})
-    wanted = sorted(
-        {dials[0], min(dials, key=lambda e: abs(e - (0.5 if near is None else near))), dials[-1]} if dials else ()
-    )
+    measured = sorted({t["eps_b"] for t in texts if t["method"] == PAPER and t["eps_b"] is not None and t["eps_b"] < 1})
+    middle = min(measured, key=lambda e: abs(e - (0.5 if near is None else near)), default=None)
     chosen = []
     for prompt in range(min(prompts, PROMPTS)):
-        mine = [t for t in texts if t["prompt"] == prompt]
-        if not mine:
-            continue
-        seed = min(t["seed"] for t in mine)
-        mine = [t for t in mine if t["seed"] == seed]
-        base = [t for t in mine if t["arm"] == "base"] or [t for t in mine if t["method"] in ("base", None)][:1]
-        strict = [t for t in mine if t["method"] == "strict" and max(t["step_sizes"], default=1) > 1][:1]
-        dynamic = [t for e in reversed(wanted) for t in mine if t["method"] == PAPER and t["eps_b"] == e]
-        chosen.append(base + strict + dynamic)
+        seed = min((t["seed"] for t in texts if t["prompt"] == prompt), default=None)
+        arms = [t for t in texts if t["prompt"] == prompt and t["seed"] == seed]
+        base = [t for t in arms if t["arm"] == "base"] or [t for t in arms if t["method"] in ("base", None)][:1]
+        strict = [t for t in arms if t["method"] == "strict" and max(t["step_sizes"], default=1) > 1][:1]
+        wanted = sorted({measured[0], middle, measured[-1]}, reverse=True) if measured else []
+        chosen.append(base + strict + [t for e in wanted for t in arms if t["method"] == PAPER and t["eps_b"] == e])
     return [texts for texts in chosen if texts]
 
 
@@ -78,7 +73,7 @@ def split(text: str, tokens: Sequence[int], step_sizes: Sequence[int], tokenizer
     A step that ends within a character is joined with the next one.
     """
     pieces: list[list[Any]] = []
-    said, at, size = 0, 0, 0
+    start, at, size = 0, 0, 0
     lead = len(text) - len(_decode(tokenizer, tokens))  # a leading space that some tokenizers drop
     if lead < 0:
         return None
@@ -87,8 +82,8 @@ def split(text: str, tokens: Sequence[int], step_sizes: Sequence[int], tokenizer
         now = text[:lead] + _decode(tokenizer, tokens[:at])
         if now.endswith("\ufffd") and at < len(tokens):
             continue
-        pieces.append([now[said:], size])
-        said, size = len(now), 0
+        pieces.append([now[start:], size])
+        start, size = len(now), 0
     return pieces if "".join(piece for piece, _ in pieces) == text else None
 
 
@@ -103,16 +98,15 @@ def blocks(
     """The chosen texts, split where `pieces` (by `key`) spell them."""
     shown = []
     for texts in chosen:
-        said = []
+        completions = []
         for entry in texts:
             parts = pieces.get(key(entry)) or []
             whole = "".join(text for text, _ in parts) == entry["text"]
             steps = [Step(text, size) for text, size in parts] if parts and whole else None
             sizes = entry["step_sizes"]
-            tokens = sum(sizes)
-            rate = f", {tokens / len(sizes):.2f} a step" if sizes else ""
-            said.append(Text(_name(entry), f"{tokens} tokens in {len(sizes)} steps{rate}", entry["text"], steps))
-        shown.append(Texts(prompts[texts[0]["prompt"]], said))
+            rate = f", {sum(sizes) / len(sizes):.2f} a step" if sizes else ""
+            completions.append(Text(_name(entry), f"{sum(sizes)} tokens in {len(sizes)} steps{rate}", entry["text"], steps))
+        shown.append(Texts(prompts[texts[0]["prompt"]], completions))
     return shown
 
 

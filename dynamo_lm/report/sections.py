@@ -5,12 +5,27 @@ In: records as the `eval` commands write them. Out: sections. `completion.py` do
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from dynamo_lm.decoding.joint_heatmap import HeatMap
 from dynamo_lm.report import figures
-from dynamo_lm.report.document import DASH, Figure, Gallery, Prose, Section, Source, Table, number, percent, spread
+from dynamo_lm.report.document import (
+    DASH,
+    Block,
+    Columns,
+    Figure,
+    Gallery,
+    Prose,
+    Section,
+    Source,
+    Table,
+    interval,
+    number,
+    share,
+    spread,
+)
 
 Record = dict[str, Any]
 STAGES = (
@@ -28,142 +43,100 @@ CRITERIA = {
 
 def perplexity(record: Record) -> Section:
     """The paper's Table 2 and Fig. 15."""
-    blocks: list[Any] = []
-    heads, joints = record.get("heads") or [], record.get("joint") or []
-    rows = [[f"PPL_{h['head']}", spread(h["ppl"], h.get("se")), DASH, f"{h['tokens']:,}"] for h in heads]
-    for joint in joints:
-        if joint["heads"] == 1:  # PPL_1 again
-            continue
-        masked = spread(joint.get("masked_ppl"), joint.get("masked_se"))
-        rows.append([f"PPL_1:{joint['heads']}", spread(joint["ppl"], joint.get("se")), masked, ""])
+    rows = [[f"PPL_{h['head']}", spread(h["ppl"], h.get("se")), DASH, f"{h['tokens']:,}"] for h in record.get("heads") or []]
+    for joint in record.get("joint") or []:
+        if joint["heads"] > 1:  # PPL_1:1 is PPL_1
+            masked = spread(joint.get("masked_ppl"), joint.get("masked_se"))
+            rows.append([f"PPL_1:{joint['heads']}", spread(joint["ppl"], joint.get("se")), masked, ""])
     base = record.get("base") or {}
     if base.get("ppl") is not None:
         rows.append(["PPL_1 of the base model", number(base["ppl"]), DASH, ""])
-    if rows:
-        note = "± one standard error by document. PPL_i: head i's perplexity i tokens ahead; PPL_1:m: of m tokens jointly."
-        blocks.append(
-            Table("Multi-token perplexity", ["", "product of heads", "with co-occurrence mask", "tokens"], rows, note)
-        )
-    dynamic = record.get("dynamic") or []
-    if dynamic:
-        blocks += _dynamic(dynamic, record["ceiling"])
+    note = "± one standard error by document. PPL_i: head i's perplexity i tokens ahead; PPL_1:m: of m tokens jointly."
+    columns = ["", "product of heads", "with co-occurrence mask", "tokens"]
+    blocks: list[Block] = [Table("Multi-token perplexity", columns, rows, note)] if rows else []
     text = record["text"]
     facts = [
-        ("seed", str(record["seed"])),
         ("text", f"{', '.join(text['sources'])}: {text['documents']:,} documents, {text['tokens']:,} tokens"),
         ("window, stride", f"{record['window']:,}, {record['stride']:,} tokens"),
         ("baseline", "one token per step (PPL_d at eps_b 1 is PPL_1)"),
         ("ceiling", f"{record['ceiling']} tokens per step"),
     ]
-    return Section("perplexity", "Perplexity", blocks, Source(record["command"], facts))
+    if record.get("dynamic"):
+        blocks += _dynamic(record["dynamic"], record["ceiling"])
+    return Section("perplexity", "Perplexity", blocks, _source(record, facts))
 
 
-def _dynamic(dynamic: list[Record], ceiling: int) -> list[Any]:
-    lines: list[Any] = []
-    speeds: list[Any] = []
-    panels: list[Figure] = []
-    for masked, name in ((True, "scored with the mask"), (False, "scored by the product")):  # of the same steps
-        rows = sorted((row for row in dynamic if bool(row.get("masked", True)) == masked), key=lambda row: row["eps_b"])
-        if not rows:
-            continue
-        error = [1.96 * (row.get("se") or 0) for row in rows]
-        points = [
-            figures.Point(row["eps_b"], row["ppl"], row["ppl"] - e, row["ppl"] + e)
-            for row, e in zip(rows, error, strict=True)
-        ]
-        lines.append((name, points))
-        if speeds:
-            continue
-        speeds.append(("", [figures.Point(row["eps_b"], row["tokens_per_step"]) for row in rows]))
-        with_shares = [row for row in rows if row.get("shares")]
-        if with_shares:
-            svg = partial(
-                figures.shares, [f"{row['eps_b']:g}" for row in with_shares], [row["shares"] for row in with_shares]
-            )
-            label = f"Share of steps of 1 to {ceiling} tokens on held-out text, for every eps_b."
-            panels.append(Figure("walk-shares", "Steps on held-out text", label, svg))
-    ends = f"from {lines[0][1][0].y:.1f} at eps_b {lines[0][1][0].x:g} to {lines[0][1][-1].y:.1f} at {lines[0][1][-1].x:g}"
-    pictures = [
-        Figure(
-            "dynamic-ppl",
-            "Dynamic perplexity",
-            f"PPL_d over eps_b, {ends}.",
-            partial(figures.curves, lines, x_label="eps_b", y_label="PPL_d (lower is better)", log=True),
-        ),
-        Figure(
-            "dynamic-speed",
-            "Speed-up",
-            f"Tokens per step over eps_b, at most {ceiling}.",
-            partial(
-                figures.curves, speeds, x_label="eps_b", y_label="tokens per step", level=(ceiling, f"ceiling {ceiling}")
-            ),
-        ),
+def _dynamic(dynamic: list[Record], ceiling: int) -> list[Block]:
+    def masked(row: Record) -> bool:
+        return bool(row.get("masked", True))
+
+    rows = sorted(dynamic, key=lambda row: (not masked(row), row["eps_b"]))
+    with_mask, without = [row for row in rows if masked(row)], [row for row in rows if not masked(row)]
+    lines = [  # the same steps, scored in two ways
+        (name, _curve(scored, "eps_b", "ppl", "se"))
+        for name, scored in (("scored with the mask", with_mask), ("scored by the product", without))
+        if scored
     ]
-    columns = [
-        "eps_b",
-        "scored with the mask",
-        "PPL_d",
-        "tokens per step",
-        *(f"{size}-token steps" for size in range(1, ceiling + 1)),
-    ]
-    cells = []
-    for row in sorted(dynamic, key=lambda row: (not row.get("masked", True), row["eps_b"])):
-        share = [percent(part) for part in row.get("shares") or [None] * ceiling]
-        mask = "with the mask" if row.get("masked", True) else "by the product"
-        cells.append([f"{row['eps_b']:g}", mask, spread(row["ppl"], row.get("se")), number(row["tokens_per_step"]), *share])
+    steps = with_mask or without
+    points = lines[0][1]
+    ends = f"from {points[0].y:.1f} at eps_b {points[0].x:g} to {points[-1].y:.1f} at {points[-1].x:g}"
+    curves = partial(figures.curves, lines, x_label="eps_b", y_label="PPL_d (lower is better)", log=True)
+    pictures = [Figure("dynamic-ppl", "Dynamic perplexity", f"PPL_d over eps_b, {ends}.", curves)]
+    speeds, level = [("", _curve(steps, "eps_b", "tokens_per_step"))], (ceiling, f"ceiling {ceiling}")
+    curves = partial(figures.curves, speeds, x_label="eps_b", y_label="tokens per step", level=level)
+    pictures.append(Figure("dynamic-speed", "Speed-up", f"Tokens per step over eps_b, at most {ceiling}.", curves))
+    columns: Columns = {
+        "eps_b": lambda row: f"{row['eps_b']:g}",
+        "scored with the mask": lambda row: "with the mask" if masked(row) else "by the product",
+        "PPL_d": lambda row: spread(row["ppl"], row.get("se")),
+        "tokens per step": lambda row: number(row["tokens_per_step"]),
+    }
+    for size in range(1, ceiling + 1):
+        columns[f"{size}-token steps"] = lambda row, size=size: share(row.get("shares"), size)
     caption = (
-        "Dynamic perplexity and tokens per step as the dial turns from fastest (0) to one token at a time (1): the text is "
+        "Dynamic perplexity and tokens per step as eps_b rises from fastest (0) to one token at a time (1): the text is "
         "walked with the generator's own decisions, and the true tokens of each step are scored by the product of heads or "
         "with the co-occurrence mask. Bars: 95 % intervals."
     )
-    made: list[Any] = [Gallery(pictures, caption, Table("Dynamic perplexity", columns, cells, folded=True))]
-    if panels:
-        made.append(Gallery(panels, "Share of the steps of that walk that covered one token, two, and so on."))
-    return made
+    blocks: list[Block] = [Gallery(pictures, caption, Table.of("Dynamic perplexity", columns, rows, folded=True))]
+    shown = [row for row in steps if row.get("shares")]
+    if shown:
+        svg = partial(figures.shares, [f"{row['eps_b']:g}" for row in shown], [row["shares"] for row in shown])
+        label = f"Share of steps of 1 to {ceiling} tokens on held-out text, for every eps_b."
+        panel = Figure("walk-shares", "Steps on held-out text", label, svg)
+        blocks.append(Gallery([panel], "Share of the steps of that walk that covered one token, two, and so on."))
+    return blocks
 
 
 def calibration(record: Record) -> Section:
     """The curve that `calibrate` chose from, and its choice."""
     criterion, curve = record["criterion"], sorted(record["curve"], key=lambda row: row["eps_b"])
-    what = CRITERIA.get(criterion["name"], criterion["name"])
+    name, limit = criterion["name"], criterion["limit"]
+    what = CRITERIA.get(name, name)
     chosen = record.get("chosen") or {}
-    dial = chosen.get("eps_b")
-    said = (
-        f"By the criterion {criterion['name']} ({what}; limit {criterion['limit']:g}) the choice is eps_b {dial:g}, which "
-        f"gives {chosen['tokens_per_step']:.2f} tokens per step."
-        if dial is not None
-        else f"No eps_b passes the criterion {criterion['name']} (limit {criterion['limit']:g})."
-    )
-    points = [figures.Point(row["eps_b"], row["value"], row.get("low"), row.get("high")) for row in curve]
-    picture = Figure(
-        "calibration",
-        f"Criterion: {criterion['name']}",
-        said,
-        partial(
-            figures.curves,
-            [(criterion["name"], points)],
-            x_label="eps_b",
-            y_label=what,
-            level=(criterion["limit"], f"limit {criterion['limit']:g}"),
-            chosen=dial,
+    eps_b = chosen.get("eps_b")
+    text = f"No eps_b passes the criterion {name} (limit {limit:g})."
+    if eps_b is not None:
+        text = f"By the criterion {name} ({what}; limit {limit:g}) the choice is eps_b {eps_b:g}, which "
+        text += f"gives {chosen['tokens_per_step']:.2f} tokens per step."
+    lines = [(name, [figures.Point(row["eps_b"], row["value"], row.get("low"), row.get("high")) for row in curve])]
+    level = (limit, f"limit {limit:g}")
+    svg = partial(figures.curves, lines, x_label="eps_b", y_label=what, level=level, chosen=eps_b)
+    columns: Columns = {
+        "eps_b": lambda row: f"{row['eps_b']:g}",
+        "tokens per step": lambda row: number(row["tokens_per_step"]),
+        "value": lambda row: number(row["value"], 3),
+        "95 % interval": lambda row: (
+            DASH if None in (row.get("low"), row.get("high")) else interval((row["low"], row["high"]), 3)
         ),
+        "passes": lambda row: ("yes" if row["passes"] else "no") + ", chosen" * (row["eps_b"] == eps_b),
+    }
+    table = Table.of("The calibration curve", columns, curve, folded=len(curve) > 6)
+    picture = Gallery(
+        [Figure("calibration", f"Criterion: {name}", text, svg)], f"{what[0].upper()}{what[1:]} over eps_b.", table
     )
-    rows = []
-    for row in curve:
-        bounds = [row.get("low"), row.get("high")]
-        between = DASH if None in bounds else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
-        passes = ("yes" if row["passes"] else "no") + (", chosen" if row["eps_b"] == dial else "")
-        rows.append([f"{row['eps_b']:g}", number(row["tokens_per_step"]), number(row["value"], 3), between, passes])
-    table = Table(
-        "The calibration curve", ["eps_b", "tokens per step", "value", "95 % interval", "passes"], rows, folded=len(rows) > 6
-    )
-    facts = [("seed", str(record["seed"])), ("criterion", f"{criterion['name']}, limit {criterion['limit']:g}")]
-    return Section(
-        "calibration",
-        "The calibrated dial",
-        [Prose(said), Gallery([picture], f"{what[0].upper()}{what[1:]} over the dial.", table)],
-        Source(record["command"], facts),
-    )
+    facts = [("criterion", f"{name}, limit {limit:g}")]
+    return Section("calibration", "The calibrated eps_b", [Prose(text), picture], _source(record, facts))
 
 
 def nlu(record: Record) -> Section:
@@ -175,108 +148,95 @@ def nlu(record: Record) -> Section:
             change = DASH if mine["value"] is None or base["value"] is None else f"{mine['value'] - base['value']:+.3f}"
             values = [spread(value["value"], value.get("stderr"), 3) for value in (base, mine)]
             rows.append([task, metric, *values, change, f"{entry['samples']:,}" if entry.get("samples") else DASH])
-    blocks: list[Any] = []
+    blocks: list[Block] = []
     if rows:
         note = "± the harness's standard errors. DynaMo answers with head 1."
-        columns = ["task", "metric", "base", "DynaMo", "change", "samples"]
-        blocks.append(Table("Natural-language understanding", columns, rows, note))
-    rows = [
-        [
-            task,
-            run["arm"],
-            spread(run["accuracy"], run.get("stderr"), 3),
-            number(run.get("tokens_per_step")),
-            DASH if run.get("speed_up") is None else f"{run['speed_up']:.2f}x",
-            number(run.get("ceiling"), 0),
-        ]
-        for task, runs in (record.get("generation") or {}).items()
-        for run in runs
-    ]
-    if rows:
-        columns = ["task", "arm", "accuracy", "tokens per step", "wall clock", "ceiling"]
-        numbers = Table("Answers that are written out", columns, rows, "Against one token per step in the same loop.")
-        lines = [(task, _accuracies(runs)) for task, runs in record["generation"].items()]
+        names = ["task", "metric", "base", "DynaMo", "change", "samples"]
+        blocks.append(Table("Natural-language understanding", names, rows, note))
+    generation = record.get("generation") or {}
+    columns: Columns = {
+        "task": lambda run: run["task"],
+        "arm": lambda run: run["arm"],
+        "accuracy": lambda run: spread(run["accuracy"], run.get("stderr"), 3),
+        "tokens per step": lambda run: number(run.get("tokens_per_step")),
+        "wall clock": lambda run: DASH if run.get("speed_up") is None else f"{run['speed_up']:.2f}x",
+        "ceiling": lambda run: number(run.get("ceiling"), 0),
+    }
+    runs = [run | {"task": task} for task, entries in generation.items() for run in entries]
+    if runs:
+        note = "Against one token per step in the same loop."
+        numbers = Table.of("Answers that are written out", columns, runs, note=note)
+        lines = [(task, _accuracies(entries)) for task, entries in generation.items()]
         svg = partial(figures.curves, lines, x_label="speed-up (wall clock)", y_label="accuracy")
-        picture = Figure(
-            "accuracy", "Accuracy against speed-up", "Accuracy of every task over the speed-up of its arms.", svg
-        )
+        label = "Accuracy of every task over the speed-up of its arms."
+        picture = Figure("accuracy", "Accuracy against speed-up", label, svg)
         blocks.append(Gallery([picture], "Answers that are written out. Bars: 95 % intervals.", numbers))
-    return Section("nlu", "Benchmarks", blocks, Source(record["command"], [("seed", str(record["seed"]))]))
+    return Section("nlu", "Benchmarks", blocks, _source(record))
 
 
 def _accuracies(runs: list[Record]) -> list[figures.Point]:
     """One task's arms by rising speed-up; the one-token arm is its own baseline."""
-    points = []
-    for run in sorted(runs, key=lambda run: run.get("speed_up") or 1.0):
-        error = 1.96 * (run.get("stderr") or 0)
-        value = run["accuracy"]
-        points.append(figures.Point(run.get("speed_up") or 1.0, value, max(0.0, value - error), min(1.0, value + error)))
-    return points
+    arms = sorted(({**run, "speed_up": run.get("speed_up") or 1.0} for run in runs), key=lambda run: run["speed_up"])
+    return [
+        figures.Point(p.x, p.y, max(0.0, p.low or 0.0), min(1.0, p.high or 0.0))
+        for p in _curve(arms, "speed_up", "accuracy", "stderr")
+    ]
 
 
 def ablation(record: Record) -> Section:
     """The paper's Table 10: variants of heads, trained alike."""
-    variants = record["rows"]
+    variants = [row | {"joint": {j["heads"]: j for j in row.get("joint") or []}} for row in record["rows"]]
     heads = max((len(row["heads"]) for row in variants), default=0)
-    columns = ["variant", "extra", *(f"PPL_{i}" for i in range(1, heads + 1)), *(f"PPL_1:{m}" for m in range(2, heads + 1))]
-    columns += ["strict tokens/step", "trunk", "tokens", "minutes"]
-    rows = []
-    for row in variants:
-        values = [spread(h["ppl"], h.get("se")) for h in row["heads"]] + [DASH] * (heads - len(row["heads"]))
-        joint = {j["heads"]: spread(j["ppl"], j.get("se")) for j in row.get("joint") or []}
-        rows.append(
-            [
-                row["variant"],
-                f"{row['overhead']:.1%}",
-                *values,
-                *[joint.get(m, DASH) for m in range(2, heads + 1)],
-                number(row.get("strict_tokens_per_step")),
-                "frozen" if row.get("frozen") else "trained",
-                f"{row['tokens']:,}",
-                number(row["seconds"] / 60, 1) if row.get("seconds") is not None else DASH,
-            ]
-        )
-    data = record.get("data") or {}
-    facts = [("seed", str(record["seed"]))]
-    facts += [(key.replace("_", " "), _plain(value)) for key, value in data.items()]
+
+    def ppl(entry: Record | None) -> str:
+        return DASH if entry is None else spread(entry["ppl"], entry.get("se"))
+
+    columns: Columns = {"variant": lambda row: row["variant"], "extra": lambda row: f"{row['overhead']:.1%}"}
+    for i in range(1, heads + 1):
+        columns[f"PPL_{i}"] = lambda row, i=i: ppl(row["heads"][i - 1] if i <= len(row["heads"]) else None)
+    for m in range(2, heads + 1):
+        columns[f"PPL_1:{m}"] = lambda row, m=m: ppl(row["joint"].get(m))
+    columns |= {
+        "strict tokens/step": lambda row: number(row.get("strict_tokens_per_step")),
+        "trunk": lambda row: "frozen" if row.get("frozen") else "trained",
+        "tokens": lambda row: f"{row['tokens']:,}",
+        "minutes": lambda row: number(row["seconds"] / 60, 1) if row.get("seconds") is not None else DASH,
+    }
     note = "All variants on the same data with the same seed; ± one standard error by held-out block."
-    table = Table("Training variants", columns, rows, note)
-    return Section("ablation", "Training ablations", [table], Source(record["command"], facts))
+    table = Table.of("Training variants", columns, variants, note=note)
+    facts = [(key.replace("_", " "), _plain(value)) for key, value in (record.get("data") or {}).items()]
+    return Section("ablation", "Training ablations", [table], _source(record, facts))
 
 
-def joint(found: HeatMap, record: Record) -> Section:
+def joint(heat: HeatMap, record: Record) -> Section:
     """The paper's Fig. 11."""
-    shown = len(found.rows)
-    rows, columns = [visible(text) for text in found.rows], [visible(text) for text in found.columns]
-    inside = (found.chosen[0], found.chosen[1]) if max(found.chosen) < shown and any(map(any, found.masked)) else None
-    pair = " ".join(visible(text) for text in found.chosen_text)
+    shown, chosen = len(heat.rows), (heat.chosen[0], heat.chosen[1])
+    rows, columns = [visible(text) for text in heat.rows], [visible(text) for text in heat.columns]
+    inside = chosen if max(chosen) < shown and any(map(any, heat.masked)) else None
     pictures = []
     for stage, title, meaning in STAGES:
-        grid = getattr(found, stage)
+        grid = getattr(heat, stage)
         top = max(map(max, grid))
         label = f"{title}: {meaning}. Largest entry {top:.3g}; {sum(value > 0 for line in grid for value in line)} above 0."
         svg = partial(figures.heat, grid, rows, columns, chosen=inside, top=top)
         pictures.append(Figure(f"joint-{stage}", f"{title}: {meaning}", label, svg))
-    cells = sorted(((i, j) for i in range(shown) for j in range(shown)), key=lambda c: (-found.masked[c[0]][c[1]], c))[:8]
-    numbers = Table(
-        "The largest entries of the masked joint",
-        ["pair", *(title.lower() for _, title, _ in STAGES)],
-        [[f"{rows[i]} {columns[j]}", *(f"{getattr(found, stage)[i][j]:.4f}" for stage, _, _ in STAGES)] for i, j in cells],
-        folded=True,
-    )
-    emits = "two tokens would be emitted" if found.emits else "the step would back off to one token"
+    pairs = sorted(((i, j) for i in range(shown) for j in range(shown)), key=lambda p: (-heat.masked[p[0]][p[1]], p))
+    cells: Columns = {"pair": lambda pair: f"{rows[pair[0]]} {columns[pair[1]]}"}
+    for stage, title, _ in STAGES:
+        cells[title.lower()] = lambda pair, stage=stage: f"{getattr(heat, stage)[pair[0]][pair[1]]:.4f}"
+    numbers = Table.of("The largest entries of the masked joint", cells, pairs[:8], folded=True)
+    emits = "two tokens would be emitted" if heat.emits else "the step would back off to one token"
     caption = (
-        f"The next two tokens after “{found.prompt}”: the {shown} likeliest candidates of each head (of {found.top_k}; the "
-        f"picture holds {found.shown_mass:.0%} of the masked joint). Colour: square root of the probability, blank is 0, "
-        f"each picture on its own scale. The cross marks the likeliest pair, {pair}. {found.survivors} of "
-        f"{found.top_k**2:,} pairs stand after Otsu's threshold; at eps_b {found.eps_b:g} {emits}."
+        f"The next two tokens after “{heat.prompt}”: the {shown} likeliest candidates of each head (of {heat.top_k}; the "
+        f"picture holds {heat.shown_mass:.0%} of the masked joint). Colour: square root of the probability, blank is 0, "
+        f"each picture on its own scale. The cross marks the likeliest pair, {' '.join(map(visible, heat.chosen_text))}. "
+        f"{heat.survivors} of {heat.top_k**2:,} pairs stand after Otsu's threshold; at eps_b {heat.eps_b:g} {emits}."
     )
-    if not found.masked_by_table:
+    if not heat.masked_by_table:
         caption += " This model has no co-occurrence tables, so masked and plain are the same."
-    facts = [("prompt", found.prompt), ("eps_b", f"{found.eps_b:g}"), ("top-k", str(found.top_k))]
-    return Section(
-        "joint", "The joint distribution", [Gallery(pictures, caption, numbers)], Source(record["command"], facts)
-    )
+    facts = [("prompt", heat.prompt), ("eps_b", f"{heat.eps_b:g}"), ("top-k", str(heat.top_k))]
+    gallery = Gallery(pictures, caption, numbers)
+    return Section("joint", "The joint distribution", [gallery], Source(record["command"], facts))
 
 
 def visible(text: str, limit: int = 12) -> str:
@@ -284,6 +244,18 @@ def visible(text: str, limit: int = 12) -> str:
     shown = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "⏎")
     shown = "".join(c if c.isprintable() else "�" for c in shown)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def _curve(rows: Sequence[Record], x: str, y: str, error: str = "") -> list[figures.Point]:
+    """Points of these fields; `error` is the field of a standard error, of which 1.96 on both sides are the interval."""
+    if not error:
+        return [figures.Point(row[x], row[y]) for row in rows]
+    half = [1.96 * (row.get(error) or 0) for row in rows]
+    return [figures.Point(row[x], row[y], row[y] - h, row[y] + h) for row, h in zip(rows, half, strict=True)]
+
+
+def _source(record: Record, facts: Sequence[tuple[str, str]] = ()) -> Source:
+    return Source(record["command"], [("seed", str(record["seed"])), *facts])
 
 
 def _plain(value: Any) -> str:
