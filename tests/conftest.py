@@ -13,6 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("any machine", deadline=None)  # no test may depend on how busy the machine is
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

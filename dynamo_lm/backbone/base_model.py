@@ -31,7 +31,7 @@ class _OnlyHidden(BaseModelOutputWithPast):
         return None
 
 
-def _layer_input(args: tuple, kwargs: dict) -> Tensor:
+def layer_input(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 

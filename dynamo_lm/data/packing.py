@@ -93,6 +93,16 @@ class Blocks:
             piece += 1
         return tokens, segments, positions
 
+    def learned_counts(self, vocab_size: int) -> Tensor:
+        """How often each token is a target, (vocab_size,) int64: in responses where there are any, else everywhere."""
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for document in self.documents:
+            here = slice(int(self.store.offsets[document]), int(self.store.offsets[document + 1]))
+            tokens = self._tokens[here]
+            learned = tokens if self.store.responses is None else tokens[np.asarray(self.store.responses[here], dtype=bool)]
+            counts += np.bincount(np.asarray(learned, dtype=np.int64), minlength=vocab_size)
+        return torch.from_numpy(counts)
+
     def batch(self, step: int, batch_size: int) -> dict[str, Tensor]:
         """Batch number `step`: `tokens`, `segments`, `positions`, each int64 (batch_size, block_size), and what else a block
         of this kind consists of.
@@ -188,6 +198,11 @@ class WholeBlocks(Blocks):
         segments[filled:] = len(chosen)
         positions[filled:] = np.arange(self.block_size - filled)
         return tokens, segments, positions, responses
+
+    def packed_number(self, number: int) -> int:
+        """Which block stands at `number`, counted through the epochs put end to end: one number for one content."""
+        epoch, index = divmod(number, self.num_blocks())
+        return int(self._order(epoch)[index])
 
     def _order(self, epoch: int) -> np.ndarray:
         """(blocks,) the order in which an epoch visits them."""

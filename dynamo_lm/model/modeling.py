@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dynamo_lm.backbone.base_model import PassThrough, _layer_input, check_base, decoder_layers, fingerprint, load_base
+from dynamo_lm.backbone.base_model import PassThrough, check_base, decoder_layers, fingerprint, layer_input, load_base
 from dynamo_lm.backbone.stacked_heads import StackedHeads, can_stack
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.decoding.generate import generate
@@ -171,7 +171,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
 
         def beside_last_layer(module: nn.Module, args: tuple, layer_kwargs: dict, output: Any) -> Any:
             first = output[0] if isinstance(output, tuple) else output
-            feed = _layer_input(args, layer_kwargs) if self.config.feed == "stem" else first
+            feed = layer_input(args, layer_kwargs) if self.config.feed == "stem" else first
             if learning:
                 feed = feed.detach() if frozen else _ScaleGradient.apply(feed, gradient_scale)
             states = [first]
@@ -257,11 +257,15 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
             if can_stack(together):
                 layers[-1] = StackedHeads(together)
                 twin._last_layer = (layers[-1],)
-        # Where the base's output path is its output embedding and nothing else, which one state shows, take that alone.
-        weight = twin.output_weight()
-        state = torch.linspace(-4, 4, weight.shape[1], dtype=weight.dtype, device=weight.device)[None, None]
-        twin.plain_readout = torch.equal(twin.readout(state), twin.base.get_output_embeddings()(state))
+        twin.plain_readout = twin.reads_plainly()
         return twin
+
+    @torch.no_grad()
+    def reads_plainly(self) -> bool:
+        """Whether the base's output path is its output embedding and nothing else, which one state shows."""
+        weight, output = self.output_weight(), self.base.get_output_embeddings()
+        state = torch.linspace(-4, 4, weight.shape[1], dtype=weight.dtype, device=weight.device)[None, None]
+        return torch.equal(self.readout(state), output(state))
 
     @property
     def cache_entries(self) -> int:

@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 
 from dynamo_lm.files import write_text
+from dynamo_lm.training.acceptance import Acceptance
 from dynamo_lm.training.loss import Perplexities
 
 
@@ -22,6 +23,7 @@ class Progress:
     tokens_per_second: float
     coupled: tuple[float, ...] = ()  # of heads 2..n given the true token one place before
     validation: Perplexities | None = None
+    acceptance: Acceptance | None = None
 
 
 class _Log:
@@ -66,6 +68,11 @@ class _Log:
             if progress.validation.coupled:
                 line |= {"ppl_coupled": progress.validation.coupled, "top1_coupled": progress.validation.coupled_top1}
                 scalars |= {f"validation/PPL_{i}|{i - 1}": p for i, p in enumerate(progress.validation.coupled, start=2)}
+        if progress.acceptance is not None:
+            of = {"greedy": progress.acceptance.greedy, "sampled": progress.acceptance.sampled}
+            line |= {"acceptance": of, "tokens_per_step": {k: Acceptance.tokens_per_step(v) for k, v in of.items()}}
+            scalars |= {f"acceptance/tokens_per_step_{k}": v for k, v in line["tokens_per_step"].items()}
+            scalars |= {f"acceptance/{k}_head_{i}": v for k, of_k in of.items() for i, v in enumerate(of_k, start=2)}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         if self.board is not None:

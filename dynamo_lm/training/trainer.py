@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +24,11 @@ from torch import Tensor
 from dynamo_lm.data.packing import Blocks
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.modeling import DynaMoForCausalLM
+from dynamo_lm.training.acceptance import acceptance
 from dynamo_lm.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from dynamo_lm.training.feature_cache import FeatureCache
 from dynamo_lm.training.log import Progress, _Log
-from dynamo_lm.training.loss import Perplexities, heads_loss, perplexities, target_counts
+from dynamo_lm.training.loss import Perplexities, heads_loss, loss_vocabulary, perplexities, target_counts
 from dynamo_lm.training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -62,6 +65,7 @@ def train(
     options: TrainingOptions,
     folder: Path,
     *,
+    features: FeatureCache | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Perplexities | None:
     """Trains `model` in place, resuming from the newest checkpoint in `folder` if there is one.
@@ -70,6 +74,7 @@ def train(
         blocks: training blocks; step s of any run with the same seed sees the same ones.
         validation: blocks for the perplexities, or None.
         folder: for checkpoints, `log.jsonl` and TensorBoard files.
+        features: stem states of `blocks` that are known already or to be kept; the base must be frozen.
         report: called after every step.
 
     Returns:
@@ -87,6 +92,8 @@ def train(
         model.coupling.requires_grad_(True)
     if options.frozen:
         model.freeze_base()
+    elif features is not None:
+        raise InputError("The feature cache keeps what a frozen base computes; freeze the base or train without the cache.")
     _train_mode(model, options)
     groups = parameter_groups(model, options)
     if not groups:
@@ -99,6 +106,7 @@ def train(
         start = load_checkpoint(newest, model, optimizer, options)
     trained, coupling = [p for group in optimizer.param_groups for p in group["params"]], _coupling(model)
     clipped = [[p for p in trained if (id(p) in coupling) == of_coupling] for of_coupling in (False, True)]
+    vocabulary = loss_vocabulary(blocks.learned_counts(model.output_weight().shape[0]), options.vocabulary)
     last: Perplexities | None = None
     step = start
     with _Log(folder, start) as log, _stop_between_steps() as stopped:
@@ -112,7 +120,14 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             parts = _split(batch, options.accumulation)
-            sums = torch.stack([heads_loss(model, **part, options=options, counts=counts) for part in parts]).sum(0)
+            numbers = iter(range(step * options.batch_size, (step + 1) * options.batch_size))
+            sums = torch.zeros(len(counts) + (len(counts) - 1 if coupling else 0))
+            for part in parts:
+                given: dict[str, Any] = {}
+                if features is not None:
+                    of_part = [next(numbers) for _ in range(len(part["tokens"]))]
+                    given = {"stem": features.states_of(of_part, part), "above": features.above}
+                sums += heads_loss(model, **part, options=options, counts=counts, vocabulary=vocabulary, **given)
             means = counts + counts[1:] if coupling else counts
             losses = tuple((sums / torch.tensor(means).clamp(min=1)).tolist())
             # The coupling by itself, so that its gradient has no say in the length of the heads' step.
@@ -133,13 +148,16 @@ def train(
             if validation is not None and (done or (step + 1) % options.validate_every == 0):
                 size = max(1, options.batch_size // options.accumulation)
                 last = perplexities(model, validation, batch_size=size, bf16=options.bf16)
+                accepted = acceptance(model, validation, batch_size=size, bf16=options.bf16) if n > 1 else None
                 _train_mode(model, options)
-                progress = replace(progress, validation=last)
+                progress = replace(progress, validation=last, acceptance=accepted)
             log.write(progress, factor)
             report(progress)
             interrupted = bool(stopped)  # asked once: a Ctrl-C from here on waits for the next step's checkpoint
             if done or interrupted or (step + 1) % options.checkpoint_every == 0:
                 save_checkpoint(folder, step + 1, model, optimizer, options)
+                if features is not None:
+                    features.save()
             if interrupted:
                 raise KeyboardInterrupt
     model.eval()

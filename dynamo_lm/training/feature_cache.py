@@ -1,0 +1,125 @@
+"""Stem states of a frozen base, computed once per block and read from disk in later epochs.
+
+With a frozen base the layers below the heads give the same states in every epoch, and they are nearly all of the arithmetic.
+A block's states, (block_size, hidden) in bfloat16, take 2 x hidden bytes a token: 1.2 KB for SmolLM2-135M. Blocks of whole
+conversations are packed once, so that a block has a number of its own in every epoch; blocks of running text are cut anew in
+every epoch and cannot be kept.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynamo_lm.backbone.last_layer import capture_stem
+from dynamo_lm.data.packing import Blocks, WholeBlocks
+from dynamo_lm.errors import InputError
+from dynamo_lm.files import write_text
+from dynamo_lm.model.above_stem import AboveStem
+from dynamo_lm.model.modeling import DynaMoForCausalLM
+from dynamo_lm.training.loss import packed_mask
+
+TOLERANCE = 0.02  # relative error of bfloat16 states that are continued, against those of one forward
+
+
+@torch.no_grad()
+def stem_states(model: DynaMoForCausalLM, batch: dict[str, Tensor], *, bf16: bool) -> Tensor:
+    """The stem's states of a batch of packed blocks, (batch, length, hidden) bfloat16; batch: as `Blocks.rows` gives it."""
+    mask = packed_mask(model, batch["segments"])
+    with capture_stem(model.base) as states, torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        model.body(input_ids=batch["tokens"], attention_mask=mask, position_ids=batch["positions"], use_cache=False)
+    return states[0].to(torch.bfloat16)
+
+
+class FeatureCache:
+    """Stem states by block, in one file that grows to `limit_bytes` at most.
+
+    Blocks beyond the limit are computed anew each time. A file that was cut off keeps what is recorded as finished.
+    """
+
+    def __init__(self, folder: Path, model: DynaMoForCausalLM, blocks: Blocks, *, limit_bytes: int, bf16: bool):
+        """Opens or creates the cache.
+
+        Args:
+            folder: of two files, `states.bin` and `cache.json`.
+            model: whose base is frozen.
+            limit_bytes: the largest size of the states on disk.
+
+        Raises:
+            InputError: blocks that are cut anew in every epoch, a cache of another base or other data, or a base whose
+                states cannot be continued above its stem.
+        """
+        if not isinstance(blocks, WholeBlocks):
+            raise InputError(
+                "The feature cache needs blocks that are the same in every epoch, which conversations are and running "
+                "text is not; train without --feature-cache."
+            )
+        self.model, self.blocks, self.bf16 = model, blocks, bf16
+        self.hidden = model.output_weight().shape[1]
+        size = blocks.block_size * self.hidden * 2
+        self.kept = min(blocks.num_blocks(), limit_bytes // size)
+        self.record = {
+            "base": model.config.base_fingerprint,
+            "data": blocks.store.fingerprint,
+            "documents": len(blocks.documents),
+            "block_size": blocks.block_size,
+            "hidden": self.hidden,
+        }
+        self.path = folder / "cache.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.done = np.zeros(blocks.num_blocks(), dtype=bool)
+        if self.path.exists():
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            if found["of"] != self.record:
+                raise InputError(f'The feature cache "{folder}" belongs to another base or other data; name another folder.')
+            self.done[[number for number in found["done"] if number < self.kept]] = True
+        shape = (max(self.kept, 1), blocks.block_size, self.hidden)
+        states = folder / "states.bin"
+        mode = "r+" if states.exists() and states.stat().st_size == int(np.prod(shape)) * 2 else "w+"
+        if mode == "w+":
+            self.done[:] = False
+        self.states = np.memmap(states, dtype=np.uint16, mode=mode, shape=shape)
+        self.above = AboveStem(model)
+        self._check()
+
+    def states_of(self, numbers: list[int], batch: dict[str, Tensor]) -> Tensor:
+        """Stem states of the blocks with these numbers (`Blocks.rows`): (blocks, length, hidden) bfloat16."""
+        packed = [self.blocks.packed_number(number) for number in numbers]
+        missing = [i for i, block in enumerate(packed) if not self.done[block]]
+        fresh = stem_states(self.model, {k: v[missing] for k, v in batch.items()}, bf16=self.bf16) if missing else None
+        states = torch.empty(len(packed), self.blocks.block_size, self.hidden, dtype=torch.bfloat16)
+        for i, block in enumerate(packed):
+            if self.done[block]:
+                states[i] = torch.from_numpy(self.states[block]).view(torch.bfloat16)
+        if fresh is not None:
+            states[missing] = fresh.cpu()
+            for place, i in enumerate(missing):
+                if packed[i] < self.kept:
+                    self.states[packed[i]] = fresh[place].cpu().contiguous().view(torch.uint16).numpy()
+                    self.done[packed[i]] = True
+        return states.to(self.model.device)
+
+    def save(self) -> None:
+        """Records what is finished; called with every checkpoint."""
+        self.states.flush()
+        write_text(self.path, json.dumps({"of": self.record, "done": np.flatnonzero(self.done).tolist()}))
+
+    def _check(self) -> None:
+        """Refuses a base whose last states differ when they are continued from its stem."""
+        batch = {k: v.to(self.model.device) for k, v in self.blocks.rows([0]).items()}
+        rows = {k: v[:, :64] for k, v in batch.items()}
+        mask = packed_mask(self.model, rows["segments"])
+        with torch.no_grad(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+            whole = self.model.hidden(rows["tokens"], num_heads=1, attention_mask=mask, position_ids=rows["positions"])
+            stem = stem_states(self.model, rows, bf16=self.bf16)
+            rest = self.above.hidden(stem, rows["tokens"], num_heads=1, attention_mask=mask, position_ids=rows["positions"])
+        error = (whole.float() - rest.float()).norm() / whole.float().norm()
+        if not error < TOLERANCE:
+            raise InputError(
+                f"The states above this base's stem cannot be continued from stored ones (relative error {error:.3f}); "
+                "train without --feature-cache."
+            )
