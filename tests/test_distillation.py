@@ -88,7 +88,7 @@ def test_the_vocabulary_is_the_commonest_tokens_that_cover_the_share():
     assert loss_vocabulary(torch.zeros(5), 0.5) is None
 
 
-@pytest.mark.parametrize("name", ["kl", "vocabulary"])
+@pytest.mark.parametrize("name", ["kl", "loss_vocabulary"])
 def test_shares_out_of_range_are_refused(name):
     with pytest.raises(InputError, match=f"{name} is 1.5"):
         replace(FROZEN, **{name: 1.5})

@@ -81,6 +81,8 @@ def training(steps: int) -> Iterator[Callable[[Step], None]]:
             due = not screen.is_terminal and time.monotonic() - last >= PAUSE
             if step.validation is not None:
                 screen.print(f"step {step.step}/{steps}  {text}  {step.validation}", soft_wrap=True)
+                if step.acceptance is not None:
+                    screen.print(f"step {step.step}/{steps}  {step.acceptance}", soft_wrap=True)
             elif due or (step.step == steps and not screen.is_terminal):
                 screen.print(f"step {step.step}/{steps}  {text}", soft_wrap=True)
             if due:

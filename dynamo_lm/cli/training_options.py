@@ -115,6 +115,14 @@ class RunOptions(ComputeOptions):
             "the same folder resumes.",
         ),
     ] = None
+    feature_cache: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB",
+            help="With --freeze, conversations and several epochs: keep what the base computes on disk, in FOLDER/features, "
+            "up to this size, so that later epochs cost the heads alone.",
+        ),
+    ] = None
     save: Annotated[
         str | None, "heads (small; the base is fetched by its name) or full. Default: heads if the base was frozen."
     ] = None
@@ -124,6 +132,8 @@ class RunOptions(ComputeOptions):
     def __post_init__(self) -> None:
         if self.attention not in (None, "sdpa", "eager"):
             raise InputError(f'--attention is "{self.attention}"; give sdpa or eager.')
+        if self.feature_cache is not None and not self.feature_cache > 0:
+            raise InputError(f"--feature-cache is {self.feature_cache}; give a size in GB above 0.")
 
     def check_text(self, data: list[str] | None) -> None:
         """Raises InputError for a run without a text or a folder; a dry run needs neither."""

@@ -29,6 +29,7 @@ from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.model.presets import PRESETS, Preset
 from dynamo_lm.training import provenance
 from dynamo_lm.training.checkpoints import latest_checkpoint
+from dynamo_lm.training.feature_cache import FeatureCache
 from dynamo_lm.training.memory_estimate import memory, parameters
 from dynamo_lm.training.options import TrainingOptions
 from dynamo_lm.training.trainer import train
@@ -374,9 +375,15 @@ def carry_out(
     provenance.write(out, record)
 
     # 2. Train; the same command resumes.
+    features = None
+    if output.feature_cache is not None:
+        if not run.options.frozen:
+            raise InputError("--feature-cache keeps what a frozen base computes; give --freeze as well.")
+        limit = int(output.feature_cache * 1e9)
+        features = FeatureCache(out / "features", model, text.blocks, limit_bytes=limit, bf16=run.options.bf16)
     try:
         with training(run.options.steps) as report:
-            train(model, text.blocks, text.validation, run.options, out, report=report)
+            train(model, text.blocks, text.validation, run.options, out, features=features, report=report)
     except KeyboardInterrupt:
         typer.echo("dynamo-lm: stopped; the same command goes on from the last checkpoint.", err=True)
         raise typer.Exit(130) from None

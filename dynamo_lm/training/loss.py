@@ -77,7 +77,9 @@ def heads_loss(
         labels = [targets(tokens, segments, head, responses).flatten() for head in range(1, n + 1)]
         before = [targets(tokens, segments, head).flatten() for head in range(1, n)]  # a prompt's token, too
         read = _Readout(model, vocabulary, frozen=options is not None and options.frozen)
-        learned = (torch.stack(labels) != IGNORED).any(0).nonzero()[:, 0]  # positions with a target of any head
+        learned = torch.arange(states.shape[1], device=states.device)
+        if responses is not None:  # a prompt's positions have no target, but for its end
+            learned = learned[(torch.stack(labels) != IGNORED).any(0)]
         for start in range(0, len(learned), CHUNK):
             chunk = learned[start : start + CHUNK]
             teacher = read.teacher(states[0].detach(), chunk) if kl else None

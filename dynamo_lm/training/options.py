@@ -21,6 +21,16 @@ class OptimizerOptions:
     weight_decay: Annotated[float, "Pull of matrices towards 0."] = 0.01
     clip: Annotated[float, "Largest norm of a step's gradient; 0 for no limit."] = 1.0
     seed: Annotated[int, "Of the new heads and the order of the text; same seed, same run."] = 0
+    kl: Annotated[
+        float,
+        "Share of the loss of heads 2.. that is the divergence from the base's own distribution at the predicted place; the "
+        "rest is the text's token. 0 is the paper; about 0.9 teaches a frozen base's heads faster.",
+    ] = 0.0
+    loss_vocabulary: Annotated[
+        float,
+        "Train heads 2.. over the commonest tokens that make up this share of the text; 0.99 saves most of the readout's "
+        "time. 1 is the whole vocabulary.",
+    ] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +57,6 @@ class TrainingOptions(ScheduleOptions, OptimizerOptions):
     bf16: bool = True  # autocast; weights and optimizer stay in float32
     keep: int = 2  # checkpoints kept
     coupling_only: bool = False  # base and heads stay as they are; their coupling alone learns
-    kl: float = (
-        0.0  # share of the divergence from the base's own distribution in the loss of heads 2..n; the rest: the token
-    )
-    vocabulary: float = 1.0  # share of the learned tokens that heads 2..n are normalised over in training; 1 for all
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "validate_every", "checkpoint_every", "keep"):
@@ -63,8 +69,10 @@ class TrainingOptions(ScheduleOptions, OptimizerOptions):
             raise InputError(f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}.")
         if not 0 <= self.kl <= 1:
             raise InputError(f"kl is {self.kl}; give the share of the divergence in the loss, 0 to 1.")
-        if not 0 < self.vocabulary <= 1:
-            raise InputError(f"vocabulary is {self.vocabulary}; give the share of the tokens to cover, above 0 to 1.")
+        if not 0 < self.loss_vocabulary <= 1:
+            raise InputError(
+                f"loss_vocabulary is {self.loss_vocabulary}; give the share of the tokens to cover, above 0 to 1."
+            )
         if self.lr_b == 0 and self.lr_mb > 0:
             raise InputError("lr_mb without lr_b has no meaning (one optimizer moves the base); set both or neither.")
         if self.coupling_only and self.lr_b > 0:

@@ -106,7 +106,7 @@ def train(
         start = load_checkpoint(newest, model, optimizer, options)
     trained, coupling = [p for group in optimizer.param_groups for p in group["params"]], _coupling(model)
     clipped = [[p for p in trained if (id(p) in coupling) == of_coupling] for of_coupling in (False, True)]
-    vocabulary = loss_vocabulary(blocks.learned_counts(model.output_weight().shape[0]), options.vocabulary)
+    vocabulary = loss_vocabulary(blocks.learned_counts(model.output_weight().shape[0]), options.loss_vocabulary)
     last: Perplexities | None = None
     step = start
     with _Log(folder, start) as log, _stop_between_steps() as stopped:

@@ -117,7 +117,7 @@ def main() -> None:
         batch_size=arguments.batch_size,
         warmup=0.03,
         kl=arguments.kl,
-        vocabulary=arguments.vocabulary,
+        loss_vocabulary=arguments.vocabulary,
         coupling_only=arguments.coupling_only,
         validate_every=arguments.validate_every,
         checkpoint_every=50,
