@@ -1,10 +1,20 @@
-# `make demo` sets up what the demo needs and races the bundled model; `make test` sets everything up and tests.
+# `make chat` talks with SmolLM2-135M-Instruct and its heads; `make demo` sets up what the demo needs and races the bundled
+# model; `make test` sets everything up and tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint types contract check clean
+.PHONY: chat demo test lint types contract check clean
+
+SMOLLM2 := runs/smollm2-135m-instruct
+
+chat: $(VENV)/.ready-demo $(SMOLLM2)/model.safetensors
+	$(BIN)/dynamo-lm chat models/smollm2-135m-instruct
+
+$(SMOLLM2)/model.safetensors: | $(VENV)/.ready-demo
+	$(PIP) gguf
+	$(BIN)/python -m recipes.smollm2.base $(SMOLLM2)
 
 demo: $(VENV)/.ready-demo
 	$(BIN)/dynamo-lm demo
