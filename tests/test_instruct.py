@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,7 +32,7 @@ from dynamo_lm.evaluation.judges.filter import best, scores, turns
 from dynamo_lm.training.answer_table import add_answers, answers
 from dynamo_lm.training.lora import TrunkLora
 from dynamo_lm.training.loss import heads_loss, perplexities, scored_positions, target_counts
-from dynamo_lm.training.self_distill import distill
+from dynamo_lm.training.self_distill import BatchAnswerer, EndpointAnswerer, distill, repeated
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -549,21 +550,25 @@ def parrot(answer: str) -> DynaMoForCausalLM:
 def test_answers_are_the_models_own_turn_by_turn_and_kept(tmp_path):
     model = parrot("xyz")
     said = [talk("hi", "something"), talk("!be kind", "a", "b", "c", "d")]
-    options = {"longest": 200, "max_new_tokens": 8, "temperature": 0.0, "batch_size": 2}
+    options = {"longest": 200, "max_new_tokens": 8}
     done = []
+
+    def answerer() -> BatchAnswerer:
+        return BatchAnswerer(model, TOKENIZER, temperature=0.0, batch_size=2)
+
     found = distill(
-        model,
+        answerer(),
         TOKENIZER,
         said,
         cache=tmp_path / "answers.jsonl",
-        progress=lambda one, total: done.append((one, total)),
+        progress=lambda *counts: done.append(counts),
         **options,
     )
     assert found == [talk("hi", "xyz"), talk("!be kind", "a", "xyz", "c", "xyz")]
-    assert done[-1] == (3, 3)
+    assert done[-1] == (3, 3, 12)  # "xyz" and the end, three times
     lines = (tmp_path / "answers.jsonl").read_text()
     assert len(lines.splitlines()) == 3
-    assert distill(model, TOKENIZER, said, cache=tmp_path / "answers.jsonl", **options) == found
+    assert distill(answerer(), TOKENIZER, said, cache=tmp_path / "answers.jsonl", **options) == found
     assert (tmp_path / "answers.jsonl").read_text() == lines  # nothing was decoded again
 
 
@@ -573,19 +578,83 @@ def test_sampled_answers_do_not_depend_on_the_batch():
     chain[:, letters], chain[:, TOKENIZER.eos_token_id] = 0.8 / 8, 0.19
     model = markov_dynamo(chain, chain, context=256)
     said = [talk(text, "x") for text in ("hi", "the fox", "one day", "sad", "big bird")]
-    options = {"longest": 120, "max_new_tokens": 60, "temperature": 1.0, "seed": 5}
-    one = distill(model, TOKENIZER, said, batch_size=1, **options)
-    assert one == distill(model, TOKENIZER, said, batch_size=4, **options)
-    assert len({answers[-1]["content"] for answers in one if answers}) > 2
-    assert one != distill(model, TOKENIZER, said, batch_size=4, **options | {"seed": 6})
+    options = {"longest": 120, "max_new_tokens": 60}
+
+    def answers(batch_size: int, seed: int = 5):
+        answerer = BatchAnswerer(model, TOKENIZER, temperature=1.0, batch_size=batch_size)
+        return distill(answerer, TOKENIZER, said, seed=seed, **options)
+
+    one = answers(1)
+    assert one == answers(4)
+    assert len({conversation[-1]["content"] for conversation in one if conversation}) > 2
+    assert one != answers(4, seed=6)
 
 
-def test_an_answer_that_does_not_end_or_has_no_room_is_left_out():
+def test_an_answer_is_kept_up_to_its_limit_and_one_without_room_is_left_out():
     model = parrot("xyz")
     said = [talk("hi", "x"), talk("the " * 40, "x"), talk("hi", "x", "the " * 40, "y")]
     room = len(encode_chat(TOKENIZER, talk("hi"))) + 4
-    found = distill(model, TOKENIZER, said, longest=room, max_new_tokens=8, temperature=0.0)
+    greedy = BatchAnswerer(model, TOKENIZER, temperature=0.0)
+    found = distill(greedy, TOKENIZER, said, longest=room, max_new_tokens=8)
     assert found == [talk("hi", "xyz"), None, None]
-    assert distill(model, TOKENIZER, said[:1], longest=room, max_new_tokens=3, temperature=0.0) == [None]
+    assert distill(greedy, TOKENIZER, said[:1], longest=room, max_new_tokens=2) == [talk("hi", "xy")]
     with pytest.raises(InputError, match="--distill-temperature"):
-        distill(model, TOKENIZER, said, longest=99, max_new_tokens=3, temperature=-1)
+        BatchAnswerer(model, TOKENIZER, temperature=-1)
+
+
+def test_an_answer_that_loops_ends_with_its_first_repetition():
+    assert repeated([1, 2, 3] + [4, 5] * 6) == 10
+    assert repeated([1, 2, 3] + [4, 5] * 5) == 0
+    assert repeated(list(range(20)) * 3) == 40
+    assert repeated([*range(20), *range(20), *range(19)]) == 0
+    first, second = (TOKENIZER(letter).input_ids[0] for letter in "ab")
+    chain = torch.full((300, 300), 0.1 / 299)
+    chain[:, first] = chain[first, second] = 0.9
+    chain[first, first] = 0.1 / 299
+    model = markov_dynamo(chain, chain, context=256)
+    greedy = BatchAnswerer(model, TOKENIZER, temperature=0.0)
+    (found,) = distill(greedy, TOKENIZER, [talk("hi", "x")], longest=200, max_new_tokens=100)
+    assert found[-1]["content"] in ("ab" * n for n in range(1, 6))
+
+
+def test_a_server_answers_several_questions_at_a_time():
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append(request)
+            if request["model"] != "mine":
+                self.send_response(404)
+                self.end_headers()
+                return
+            text = request["messages"][-1]["content"].upper()
+            body = json.dumps({
+                "id": "1", "object": "chat.completion", "created": 0, "model": "mine",
+                "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+                "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
+            }).encode()  # fmt: skip
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    questions = [talk("hi", "x", "you", "y"), talk("the fox", "x")]
+    try:
+        answerer = EndpointAnswerer(url, "mine", temperature=0.5, requests=2)
+        found = distill(answerer, TOKENIZER, questions, longest=200, max_new_tokens=9)
+        assert found == [talk("hi", "HI", "you", "YOU"), talk("the fox", "THE FOX")]
+        assert {request["temperature"] for request in seen} == {0.5}
+        with pytest.raises(InputError, match="gave no answer"):
+            distill(EndpointAnswerer(url, "other"), TOKENIZER, questions, longest=200, max_new_tokens=9)
+    finally:
+        server.shutdown()

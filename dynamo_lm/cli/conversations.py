@@ -7,10 +7,12 @@ goes on where it stopped.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import typer
 
 from dynamo_lm.cli.judge_options import agree
@@ -19,12 +21,10 @@ from dynamo_lm.data.conversations import conversations
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation.judges.filter import best, scores, turns
 from dynamo_lm.files import write_text
-from dynamo_lm.training.self_distill import distill
+from dynamo_lm.training.self_distill import Answerer, distill
 
 if TYPE_CHECKING:
-    from dynamo_lm.data.conversations import Messages
     from dynamo_lm.evaluation.judges.judges import Judge
-    from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 
 def keep_best(sources: list[str], judge: Judge, keep: int, folder: Path, yes: bool, facts: dict[str, Any]) -> list[str]:
@@ -49,33 +49,58 @@ def keep_best(sources: list[str], judge: Judge, keep: int, folder: Path, yes: bo
 
 def distilled(
     sources: list[str],
-    model: DynaMoForCausalLM,
+    answerer: Answerer,
     tokenizer: Any,
     folder: Path,
     facts: dict[str, Any],
+    *,
+    share: float = 1.0,
+    seed: int = 0,
     **options: Any,
 ) -> list[str]:
-    """The file with the model's own answers; those that did not end are left out."""
-    asked = [messages for _, messages in conversations(sources)]
+    """The file with the model's own answers; conversations whose answer is empty or has no room are left out.
+
+    Args:
+        share: of the conversations that are answered anew, chosen by the seed; the others keep the data's answers.
+        options: of `distill`: longest and max_new_tokens.
+
+    Raises:
+        InputError: not one conversation has an answer.
+    """
+    given = [messages for _, messages in conversations(sources)]
+    chosen = np.random.default_rng(seed).random(len(given)) < share
+    questions = [messages for messages, anew in zip(given, chosen, strict=True) if anew]
+    began = time.monotonic()
     with counting() as say:
-        found = distill(
-            model.eval(), tokenizer, asked,
-            cache=folder / "answers.jsonl", progress=lambda done, total: say("answering", done, total), **options,
-        )  # fmt: skip
-    ended: list[Messages] = [messages for messages in found if messages is not None]
-    unfinished = len(found) - len(ended)
-    facts |= {"distilled": len(ended), "unfinished": unfinished, "distill_temperature": options["temperature"]}
+
+        def progress(done: int, total: int, tokens: int) -> None:
+            rate = tokens / max(time.monotonic() - began, 1e-9)
+            left = f", about {_duration((time.monotonic() - began) * (total - done) / done)} left" if tokens else ""
+            say("answering", done, total, f", {rate:,.0f} tokens/s{left}")
+
+        answered = distill(
+            answerer, tokenizer, questions, seed=seed, cache=folder / "answers.jsonl", progress=progress, **options
+        )
+    ended = [messages for messages in answered if messages is not None]
+    facts |= {"distilled": len(ended), "left_out": len(answered) - len(ended), "distilled_by": answerer.name}
     if not ended:
         raise InputError(
-            f"None of the model's {len(found):,} answers ended within {options['max_new_tokens']} tokens, so it has nothing "
-            "to learn from itself; tune it on the data's answers first."
+            f"The model answered none of the {len(answered):,} conversations within {options['longest']} tokens, so it has "
+            "nothing to learn from itself; give a larger --block-size, or tune it on the data's answers first."
         )
     typer.echo(
-        f"dynamo-lm: {len(ended):,} of {len(found):,} conversations have answers of the model's own; {unfinished:,} did not "
-        "end and are left out.",
+        f"dynamo-lm: {len(ended):,} of {len(given):,} conversations have answers of the model's own; "
+        f"{len(answered) - len(ended):,} have none or no room and are left out.",
         err=True,
     )
-    return [_write(folder / "distilled.jsonl", ({"messages": messages} for messages in ended))]
+    kept = [messages for messages, anew in zip(given, chosen, strict=True) if not anew]
+    return [_write(folder / "distilled.jsonl", ({"messages": messages} for messages in [*ended, *kept]))]
+
+
+def _duration(seconds: float) -> str:
+    """Hours and minutes."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _write(file: Path, records: Iterable[dict[str, Any]]) -> str:

@@ -54,10 +54,29 @@ class AnswerOptions:
         "The paper keeps 9229.",
     ] = None
     self_distill: Annotated[
-        bool, "Learn MODEL's own answers to the questions, decoded strictly before tuning, in place of the data's."
+        bool, "Learn MODEL's own answers to the questions, written before tuning, in place of the data's."
     ] = False
-    distill_tokens: Annotated[int, "Longest such answer; one that does not end is left out."] = 512
+    distill_share: Annotated[
+        float, "Share of the conversations that MODEL answers itself; the others keep the data's answers."
+    ] = 1.0
+    distill_tokens: Annotated[int, "Longest such answer; one that does not end is kept up to here."] = 512
     distill_temperature: Annotated[float, "What they are sampled at; 0 for the likeliest tokens."] = 0.7
+    distill_batch: Annotated[int, "How many answers are written at a time."] = 32
+    distill_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Let an OpenAI-compatible server that holds MODEL (vLLM, llama.cpp) write them, such as "
+            "http://localhost:8000/v1.",
+        ),
+    ] = None
+    distill_model: Annotated[str | None, "What that server calls the model. Default: MODEL."] = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.distill_share <= 1:
+            raise InputError(f"--distill-share is {self.distill_share}; give a share above 0, up to 1.")
+        if self.distill_batch < 1:
+            raise InputError(f"--distill-batch is {self.distill_batch}; give 1 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +235,7 @@ def _choose(
 ) -> tuple[list[str], DynaMoForCausalLM | None, dict[str, Any]]:
     """The conversations to learn, the model if it answered them itself, and facts for the record."""
     from dynamo_lm.cli.conversations import distilled, keep_best
+    from dynamo_lm.training.self_distill import Answerer, BatchAnswerer, EndpointAnswerer
 
     facts: dict[str, Any] = {}
     model = None
@@ -224,16 +244,25 @@ def _choose(
         assert opened is not None
         sources = keep_best(sources, opened, answers.keep, folder, judge.yes, facts)
     if answers.self_distill:
-        model = run.open_model()
+        answerer: Answerer
+        if answers.distill_endpoint is None:
+            model = run.open_model()
+            answerer = BatchAnswerer(
+                model.eval(), tokenizer, temperature=answers.distill_temperature, batch_size=answers.distill_batch
+            )
+        else:
+            name = answers.distill_model or run.name
+            requests = {"temperature": answers.distill_temperature, "requests": answers.distill_batch}
+            answerer = EndpointAnswerer(answers.distill_endpoint, name, **requests)
         sources = distilled(
             sources,
-            model,
+            answerer,
             tokenizer,
             folder,
             facts,
+            share=answers.distill_share,
             longest=run.block_size,
             max_new_tokens=answers.distill_tokens,
-            temperature=answers.distill_temperature,
             seed=run.options.seed,
         )
     return sources, model, facts

@@ -38,25 +38,27 @@ def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def counting() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar that is told what is being done, how much of it is done and of how much. In a file: a line now and then."""
+def counting() -> Iterator[Callable[..., None]]:
+    """A bar that is told what is being done, how much of it is done, of how much and perhaps a note, such as a rate. In a
+    file: a line now and then."""
     screen = console()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} of {task.total:,}"))
+    done_of = TextColumn("{task.completed:,} of {task.total:,}{task.fields[note]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), done_of)
     last = time.monotonic() - PAUSE
     with Progress(
         *columns, TimeRemainingColumn(), console=screen, transient=True, disable=not screen.is_terminal
     ) as progress:
-        task = progress.add_task("", total=None)
+        task = progress.add_task("", total=None, note="")
         name = ""
 
-        def report(what: str, done: int, total: int) -> None:
+        def report(what: str, done: int, total: int, note: str = "") -> None:
             nonlocal last, name
             if what != name:
                 progress.reset(task, description=what, total=total)
                 name = what
-            progress.update(task, completed=done, total=total)
+            progress.update(task, completed=done, total=total, note=note)
             if not screen.is_terminal and time.monotonic() - last >= PAUSE:
-                screen.print(f"{what}: {done:,} of {total:,}", soft_wrap=True)
+                screen.print(f"{what}: {done:,} of {total:,}{note}", soft_wrap=True)
                 last = time.monotonic()
 
         yield report

@@ -1,103 +1,231 @@
 """Self-distillation: the questions of a set of conversations, with answers by the model that is to be tuned.
 
-Heads that learn to predict what their base says, and not what somebody else said, agree with it more often (Medusa,
-arXiv 2401.10774, section 2.3). Answers are decoded strictly, so they are the base model's own, and each is on disk as soon
-as it ends.
+Heads that learn to predict what their base writes, and not what somebody else wrote, agree with it more often (Medusa,
+arXiv 2401.10774, section 2.3). Answers are the base's own. This process writes them in large batches of one token a step,
+which is the fastest way on any device because a batch makes good use of each weight that is read; or a server that holds the
+same model does. Each answer is on disk as soon as it ends.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-from dynamo_lm.backbone.token_limits import token_ids
 from dynamo_lm.data.chat_template import encode_chat, end_of_turn
 from dynamo_lm.data.conversations import Messages
 from dynamo_lm.decoding.batch import Batch
+from dynamo_lm.decoding.sequence import SequenceState
 from dynamo_lm.decoding.settings import resolve
 from dynamo_lm.errors import InputError
 from dynamo_lm.jsonl_cache import JsonlCache, key_of
 from dynamo_lm.model.checkpoint import identity
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
+LONGEST_PERIOD = 40  # tokens; a text that repeats more than that is not a loop
+REPEATS = 3  # of a period that is taken for a loop; short periods need more
+LOOK_EVERY = 8  # steps
+
+
+class Question(NamedTuple):
+    """One answer to be given."""
+
+    number: int  # the conversation's
+    messages: Messages
+    prompt: list[int]
+    room: int  # tokens of the answer at most
+    seed: int
+
+
+class Answer(NamedTuple):
+    """An answer that has ended, by itself or at its limit."""
+
+    question: Question
+    text: str
+    tokens: int
+
+
+class Answerer(Protocol):
+    """Who answers. `name` identifies model and settings; at most `capacity` questions are open at a time."""
+
+    name: str
+    capacity: int
+
+    def ask(self, question: Question) -> None:
+        """Opens a question."""
+
+    def answers(self) -> list[Answer]:
+        """Those that ended meanwhile; goes on until there is at least one where questions are open, or a step is done."""
+
+
+class BatchAnswerer:
+    """The model in this process, many questions at a time, one token a step."""
+
+    def __init__(self, model: DynaMoForCausalLM, tokenizer: Any, *, temperature: float = 0.7, batch_size: int = 32):
+        """temperature: 0 for the likeliest token.
+
+        Raises:
+            InputError: a temperature below 0.
+        """
+        if temperature < 0:
+            raise InputError(f"--distill-temperature is {temperature}; give 0 or more.")
+        self.name, self.capacity = f"{identity(model)} at {temperature}", batch_size
+        self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
+        self.ends = [end_of_turn(tokenizer), tokenizer.eos_token_id]
+        self.batch = Batch(model, 1)
+        self.open: dict[SequenceState, Question] = {}
+        self.steps = 0
+
+    def ask(self, question: Question) -> None:
+        options = resolve(
+            self.model,
+            {"temperature": self.temperature, "num_heads": 1},
+            max_new_tokens=question.room,
+            end_tokens=self.ends,
+        )
+        self.open[self.batch.join(question.prompt, options, seed=question.seed, number=question.number)] = question
+
+    def answers(self) -> list[Answer]:
+        ended = []
+        self.steps += 1
+        for sequence in self.batch.step():
+            tokens = sequence.new_tokens
+            if not sequence.finished and self.steps % LOOK_EVERY == 0 and (extra := repeated(tokens)):
+                self.batch.leave(sequence)
+                tokens = tokens[:-extra]
+            elif not sequence.finished:
+                continue
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            ended.append(Answer(self.open.pop(sequence), text, len(tokens)))
+        return ended
+
+
+class EndpointAnswerer:
+    """The same model behind an OpenAI-compatible server (vLLM, llama.cpp), several requests at a time."""
+
+    def __init__(self, base_url: str, model: str, *, temperature: float = 0.7, requests: int = 32, timeout: float = 600):
+        """Prepares the connection; nothing is asked yet.
+
+        Args:
+            base_url: such as http://localhost:8000/v1.
+            model: what the server calls it.
+            requests: how many are open at a time.
+
+        Raises:
+            InputError: the openai package is missing, or a temperature below 0.
+        """
+        try:
+            import openai
+        except ImportError as error:
+            raise InputError('Answers of a server need the openai package; `pip install "dynamo-lm[train]"`.') from error
+        if temperature < 0:
+            raise InputError(f"--distill-temperature is {temperature}; give 0 or more.")
+        self.name, self.capacity = f"{base_url} {model} at {temperature}", requests
+        self.client = openai.OpenAI(base_url=base_url, api_key="none", timeout=timeout, max_retries=5)
+        self.model, self.temperature, self.errors = model, temperature, (openai.OpenAIError,)
+        self.pool = ThreadPoolExecutor(requests)
+        self.open: set[Future[Answer]] = set()
+
+    def ask(self, question: Question) -> None:
+        self.open.add(self.pool.submit(self._request, question))
+
+    def answers(self) -> list[Answer]:
+        ended, self.open = wait(self.open, return_when=FIRST_COMPLETED)
+        try:
+            return [future.result() for future in ended]
+        except self.errors as error:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            raise InputError(
+                f"The server at {self.client.base_url} gave no answer: {error}. What it said is kept."
+            ) from error
+
+    def _request(self, question: Question) -> Answer:
+        reply = self.client.chat.completions.create(
+            model=self.model,
+            messages=[dict(message) for message in question.messages],  # type: ignore[misc]
+            max_tokens=question.room,
+            temperature=self.temperature,
+            seed=question.seed,
+        )
+        text = (reply.choices[0].message.content or "").strip()
+        return Answer(question, text, reply.usage.completion_tokens if reply.usage else 0)
+
+
+def repeated(tokens: Sequence[int]) -> int:
+    """How many tokens at the end only repeat the ones before them: 0 unless the text has run into a loop.
+
+    Greedy decoding of small models ends in loops, which heads learn by heart and nobody wants.
+    """
+    for period in range(1, LONGEST_PERIOD + 1):
+        times = REPEATS if period > 8 else 2 * REPEATS
+        if len(tokens) >= times * period and tokens[-period:] * times == tokens[-times * period :]:
+            return (times - 1) * period
+    return 0
+
 
 def distill(
-    model: DynaMoForCausalLM,
+    answerer: Answerer,
     tokenizer: Any,
-    found: Sequence[Messages],
+    questions: Sequence[Messages],
     *,
     longest: int,
     max_new_tokens: int,
-    temperature: float = 0.7,
     seed: int = 0,
-    batch_size: int = 16,
     cache: Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int, int], None] = lambda done, total, tokens: None,
 ) -> list[Messages | None]:
     """The conversations with every answer replaced by the model's: a later question follows the model's own answers.
 
     Args:
         longest: tokens of a conversation, answer included.
-        max_new_tokens: of an answer.
-        temperature: 0 for the likeliest token.
-        seed: of all random numbers; an answer depends on it and on its prompt, not on the batch.
+        max_new_tokens: of an answer; one that reaches the limit is kept as far as it goes.
+        seed: of all random numbers; an answer of a `BatchAnswerer` depends on it and on its prompt, not on the batch.
         cache: file of the answers (a `JsonlCache`), so that a stopped run resumes.
-        progress: is told how many answers there are, of how many.
+        progress: is told how many answers there are, of how many, and how many tokens were written for them.
 
     Returns:
-        None where an answer was empty, did not end within its limit or had no room.
-
-    Raises:
-        InputError: a temperature below 0.
+        None where an answer was empty or had no room.
     """
-    if temperature < 0:
-        raise InputError(f"--distill-temperature is {temperature}; give 0 or more.")
-    answers = JsonlCache(cache)
-    who = identity(model)
-    ends = token_ids([end_of_turn(tokenizer), tokenizer.eos_token_id])
-    widest = model.num_heads if model.cooccurrence is None else min(model.num_heads, model.cooccurrence.order)
-    results: list[Messages | None] = [[] for _ in found]
-    total = sum(message["role"] == "assistant" for messages in found for message in messages)
-    done = 0
-    waiting = deque(range(len(found)))
-    batch = Batch(model, widest)
-    keys: dict[int, str] = {}  # by conversation that is in the batch
+    known = JsonlCache(cache)
+    results: list[Messages | None] = [[] for _ in questions]
+    total = sum(message["role"] == "assistant" for messages in questions for message in messages)
+    done = tokens = pending = 0
+    # Prompts that are read together are padded to the longest, so neighbours should be alike.
+    waiting = deque(sorted(range(len(questions)), key=lambda i: sum(len(m["content"]) for m in questions[i][:2])))
 
-    def advance(index: int) -> None:
-        """Adds to a conversation what is known, up to an answer that must be decoded."""
+    def advance(index: int) -> bool:
+        """Adds to a conversation what is known, up to an answer that must be asked for; returns whether one was."""
         nonlocal done
-        while (said := results[index]) is not None and len(said) < len(found[index]):
-            message = found[index][len(said)]
+        while (messages := results[index]) is not None and len(messages) < len(questions[index]):
+            message = questions[index][len(messages)]
             if message["role"] != "assistant":
-                said.append(message)
+                messages.append(message)
                 continue
-            prompt = encode_chat(tokenizer, said)
+            prompt = encode_chat(tokenizer, messages)
             room = min(max_new_tokens, longest - len(prompt))
-            key = key_of(who, prompt, room, temperature, seed)
-            if room >= 1 and key not in answers:
-                how = {"num_heads": widest, "temperature": temperature}
-                options = resolve(model, how, max_new_tokens=room, sample=temperature > 0, end_tokens=ends)
-                batch.join(prompt, options, seed=int(key[:12], 16), number=index)
+            key = key_of(answerer.name, prompt, room, seed)
+            if room >= 1 and key not in known:
+                answerer.ask(Question(index, list(messages), prompt, room, int(key[:7], 16)))
                 keys[index] = key
-                return
-            text = answers[key] if room >= 1 else None
-            remaining = sum(later["role"] == "assistant" for later in found[index][len(said) :])
-            done += 1 if text else remaining
-            progress(done, total)
+                return True
+            text = known[key] if room >= 1 else None
+            done += 1 if text else sum(later["role"] == "assistant" for later in questions[index][len(messages) :])
+            progress(done, total, tokens)
             if text:
-                said.append({"role": "assistant", "content": text})
+                messages.append({"role": "assistant", "content": text})
             else:
                 results[index] = None
+        return False
 
-    while waiting or batch.running:
-        while waiting and len(batch.running) < batch_size:
-            advance(waiting.popleft())
-        for row in batch.step() if batch.running else []:
-            if row.finished is None:
-                continue
-            text = tokenizer.decode(row.new_tokens, skip_special_tokens=True).strip()
-            answers.put(keys.pop(row.number), text if row.finished == "stop" and text else None)
-            advance(row.number)
+    keys: dict[int, str] = {}  # of conversations that wait for an answer
+    while waiting or pending:
+        while waiting and pending < answerer.capacity:
+            pending += advance(waiting.popleft())
+        for answer in answerer.answers() if pending else []:
+            index = answer.question.number
+            tokens += answer.tokens
+            known.put(keys.pop(index), answer.text or None)
+            pending += advance(index) - 1
     return results
