@@ -3,9 +3,9 @@
     python -m benchmarks.smollm2 models/smollm2-135m-instruct ../shared/data results/smollm2 [--prompts 24]
 
 Greedy and sampled at temperature 1, verified strictly, chains of drafts, on the six groups of Spec-Bench, on HumanEval,
-GSM8K and on Dolly prompts that are in no training line (`recipes.smollm2.prompts` writes them). First turns only; 128 new tokens.
-Tokens per step are all tokens over all steps; the interval is a bootstrap over prompts. No time is measured: prompts run in
-batches. Finished configurations stay in the results file, so that a stopped run goes on.
+GSM8K and on Dolly prompts that are in no training line (`recipes.smollm2.prompts` writes them). First turns only; 128 new
+tokens. Tokens per step are all tokens over all steps; the interval is a bootstrap over prompts. No time is measured:
+prompts run in batches. Finished configurations stay in the results file, so that a stopped run goes on.
 """
 
 from __future__ import annotations

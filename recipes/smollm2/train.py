@@ -1,15 +1,15 @@
-"""Trains SmolLM2's heads on the base's own answers: `python -m recipes.smollm2.train BASE ANSWERS OUT` (resumes).
+"""Trains SmolLM2's heads on the base's own answers: `python -m recipes.smollm2.train BASE PROMPTS ANSWERS OUT` (resumes).
 
-ANSWERS: JSON lines of recipes.smollm2.answer. Answers that end in a loop keep the first repetition only.
+PROMPTS are those of recipes.smollm2.prompts, ANSWERS those of recipes.smollm2.answer. OUT/model is the heads-only folder,
+with a table of the answers' n-grams.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -17,57 +17,46 @@ from transformers import AutoTokenizer
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.data.packing import WholeBlocks
 from dynamo_lm.data.token_store import TokenStore, build_store, digest
+from dynamo_lm.model.coupling import add_coupling
+from dynamo_lm.training.answer_table import add_answers
 from dynamo_lm.training.feature_cache import FeatureCache
 from dynamo_lm.training.log import Progress
 from dynamo_lm.training.options import TrainingOptions
 from dynamo_lm.training.trainer import train
+from recipes.smollm2.answer import Turn, records
 
 BATCH = 64  # conversations at a time
 
 
-def answers(path: Path) -> Iterator[dict]:
-    """The records of a file, packed or not; the longest turn of a conversation holds the earlier ones."""
-    last: dict[str, dict] = {}
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            record = json.loads(line)
-            if record["answer_ids"]:
-                known = last.get(record["id"])
-                if known is None or known["turn"] < record["turn"]:
-                    if known is not None:
-                        record["before"] = [*known.get("before", []), known]
-                    last[record["id"]] = record
-    yield from last.values()
-
-
-def encoded(record: dict, longest: int) -> tuple[list[int], list[bool]]:
+def encoded(turns: list[Turn], longest: int) -> tuple[list[int], list[bool]]:
     """Token ids of a conversation and which of them are answers, (tokens,) each, cut at `longest`."""
-    ids = record["prompt_ids"] + record["answer_ids"]
-    learned = [False] * len(record["prompt_ids"]) + [True] * len(record["answer_ids"])
-    for earlier in record.get("before", []):
-        start, end = len(earlier["prompt_ids"]), len(earlier["prompt_ids"]) + len(earlier["answer_ids"])
-        if ids[:end] == earlier["prompt_ids"] + earlier["answer_ids"]:
+    ids = turns[-1].prompt_ids + turns[-1].answer_ids
+    learned = [False] * len(ids)
+    for turn in turns:
+        start, end = len(turn.prompt_ids), len(turn.prompt_ids) + len(turn.answer_ids)
+        if ids[:end] == turn.prompt_ids + turn.answer_ids:  # a template may write earlier turns in another way
             learned[start:end] = [True] * (end - start)
     return ids[:longest], learned[:longest]
 
 
-def store_of(path: Path, tokenizer, folder: Path, longest: int) -> TokenStore:
+def store_of(prompts: Path, answers: Path, tokenizer: Any, folder: Path, longest: int) -> TokenStore:
     """The token store of these answers."""
 
     def batches() -> Iterator[tuple[list[list[int]], list[list[bool]]]]:
-        pairs = [encoded(record, longest) for record in answers(path)]
+        pairs = [encoded(turns, longest) for turns in records(prompts, answers, tokenizer)]
         pairs = [(ids, learned) for ids, learned in pairs if any(learned)]
         for start in range(0, len(pairs), BATCH):
             ids, learned = zip(*pairs[start : start + BATCH], strict=True)
             yield list(ids), list(learned)
 
-    inputs = digest([str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns, longest])
+    inputs = digest([[str(path.resolve()), path.stat().st_size] for path in (prompts, answers)] + [longest])
     return build_store(folder, inputs, batches(), tokenizer)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base")
+    parser.add_argument("prompts", type=Path)
     parser.add_argument("answers", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--heads", type=int, default=4)
@@ -89,15 +78,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    store = store_of(arguments.answers, tokenizer, arguments.out / "tokens", arguments.block_size)
+    store = store_of(arguments.prompts, arguments.answers, tokenizer, arguments.out / "tokens", arguments.block_size)
     learn, held_out = store.split(0.02, seed=0)
     blocks = WholeBlocks(store, learn, arguments.block_size, seed=0)
     validation = WholeBlocks(store, held_out, arguments.block_size, seed=0, shuffle=False)
     if arguments.from_model:
         model = DynaMoForCausalLM.from_pretrained(arguments.from_model, base=arguments.base, dtype=torch.float32)
         if arguments.coupling_rank and model.coupling is None:
-            from dynamo_lm.model.coupling import add_coupling
-
             add_coupling(model, arguments.coupling_rank)
     else:
         model = DynaMoForCausalLM.from_base(
@@ -134,6 +121,8 @@ def main() -> None:
             print(progress.validation, "|", progress.acceptance, flush=True)
 
     train(model, blocks, validation, options, arguments.out, features=features, report=report)
+    if model.cooccurrence is None:
+        add_answers(model, store, learn)
     model.save_pretrained(str(arguments.out / "model"), weights="heads")
     tokenizer.save_pretrained(arguments.out / "model")
 
