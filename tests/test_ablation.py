@@ -7,6 +7,7 @@ import math
 import signal
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from commandline import Run, byte_tokenizer, neox, texts
@@ -15,7 +16,9 @@ from test_training import random_blocks, tiny
 from dynamo_lm.data.packing import Blocks
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation import ablation
-from dynamo_lm.evaluation.ablation import BASE, VARIANTS, Settings, against, block_losses, build, choose, ratio
+from dynamo_lm.evaluation.ablation import against, block_losses, build
+from dynamo_lm.evaluation.ablation_variants import BASE, VARIANTS, Settings, choose
+from dynamo_lm.evaluation.perplexity.scoring import Sums
 from dynamo_lm.training.loss import perplexities
 
 SETTINGS = Settings(steps=4, batch_size=4, block_size=12, lr_b=1e-3, lr_m=1e-2, lr_mb=1e-4)
@@ -115,9 +118,10 @@ def test_models_with_fewer_heads_are_scored_at_the_same_positions():
 
 def test_a_ratio_and_its_standard_error():
     # mean 12 / 6 = 2; residuals -1, 1 and 0; variance of the sum 3 / 2 * 2 = 3
-    found = ratio(torch.tensor([1.0, 5, 6]), torch.tensor([1.0, 2, 3]))
-    assert found == pytest.approx((2.0, math.sqrt(3) / 6))
-    assert ratio(torch.tensor([3.0]), torch.tensor([2.0])) == (1.5, None)
+    sums = Sums(np.array([1.0, 5, 6]), np.array([1.0, 2, 3]))
+    assert (sums.mean, sums.mean_error) == pytest.approx((2.0, math.sqrt(3) / 6))
+    alone = Sums(np.array([3.0]), np.array([2.0]))
+    assert (alone.mean, alone.mean_error) == (1.5, None)
 
 
 def test_paired_differences_have_no_error_where_every_block_moved_alike():

@@ -233,14 +233,16 @@ def test_generate_uses_what_calibrate_chose(run, made, folder, tmp_path) -> None
     assert counted[0] == counted[1] < counted[2]
 
 
-def test_a_dry_run_writes_nothing_and_no_dial_means_one_token(run, made, folder) -> None:
+def test_a_dry_run_writes_nothing_and_heads_that_are_too_weak_are_named(run, made, folder) -> None:
     before = (folder / "generation_config.json").read_bytes()
     ask = ("calibrate", folder, "--data", made / "text.jsonl", "--eps-b", "0,0.5", "--limit", 0.0001)
     said = run(*ask, "--dry-run")
-    assert "No dial passes" in said
+    assert "No eps_b passes" in said and "The heads are too weak" in run.err
     assert (folder / "generation_config.json").read_bytes() == before
     assert json.loads(run(*ask, "--json"))["chosen"] == {"eps_b": 1.0, "tokens_per_step": 1.0, "passes": False}
-    assert settings_of(folder)["eps_b"] == 1.0
+    assert settings_of(folder)["eps_b"] == 1.0 and "The heads are too weak" in run.err
+    said = run(*ask[:-3], "0.5,1", "--limit", 1, "--dry-run")  # 1 passes by definition
+    assert "Chosen: eps_b 1, 1.00 tokens per step" in said and "1.00 of 3 tokens per step" in run.err
 
 
 def test_the_same_seed_gives_the_same_curve(run, made, folder) -> None:

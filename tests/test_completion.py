@@ -191,7 +191,7 @@ def quiet(*_: object) -> None:
 
 def test_a_comparison_counts_wins_losses_speed_and_steps():
     texts = completions()
-    found = compare(texts, LikesOrder(), ceiling=2, seed=0, say=quiet)
+    found = compare(texts, LikesOrder(), ceiling=2, seed=0, progress=quiet)
     assert found["judge"]["sanity"]["useful"], found["judge"]
     slow, half, one = reversed(found["methods"][PAPER]["points"])
     assert [point["eps_b"] for point in (slow, half, one)] == [1.0, 0.5, 0.0]
@@ -206,14 +206,16 @@ def test_a_comparison_counts_wins_losses_speed_and_steps():
 
 
 def test_a_judge_that_fails_its_check_judges_nothing():
-    found = compare(completions(), LikesLong(), ceiling=2, seed=0, say=quiet)  # shuffling keeps the length: always a tie
+    found = compare(
+        completions(), LikesLong(), ceiling=2, seed=0, progress=quiet
+    )  # shuffling keeps the length: always a tie
     assert not found["judge"]["sanity"]["useful"] and found["judge"]["sanity"]["reason"]
     assert all(point["plain"] is None and point["matched"] is None for point in found["methods"][PAPER]["points"])
     assert found["methods"][PAPER]["same_quality"] is None
 
 
 def test_without_a_judge_there_are_speeds_and_diversity():
-    found = compare(completions(), None, ceiling=2, seed=0, say=quiet)
+    found = compare(completions(), None, ceiling=2, seed=0, progress=quiet)
     assert found["judge"] is None
     assert found["methods"][PAPER]["points"][1]["diversity"]["pooled_distinct_2"] > 0
 

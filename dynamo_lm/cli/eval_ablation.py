@@ -5,22 +5,39 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from dynamo_lm.cli.options import Device, Json, Out, Threads, Tokenizer
+from dynamo_lm.cli.dataclass_options import dataclass_options
+from dynamo_lm.cli.eval_options import ResultOptions, table_of
+from dynamo_lm.cli.options import MACHINE, ComputeOptions
 from dynamo_lm.errors import InputError
+from dynamo_lm.evaluation.ablation_variants import VARIANTS, Settings, choose
 
 if TYPE_CHECKING:
     from dynamo_lm.evaluation.ablation import Variant, Watch
     from dynamo_lm.model.modeling import DynaMoForCausalLM
     from dynamo_lm.training.log import Progress
 
-TEXT, LEARNING, LENGTH, MACHINE = "The text", "How they learn", "How long", "Input, output and machine"
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingText:
+    """The text to train and to measure on."""
+
+    PANEL: ClassVar[str] = "The text"
+
+    data: Annotated[
+        list[str] | None,
+        "Text to train on and, a share of it, to measure on: files, folders, globs or `datasets` ids; may be given several "
+        "times.",
+    ] = None
+    text_field: Annotated[str | None, 'Field of JSON or Parquet that holds the text. Default: "text".'] = None
 
 
+@dataclass_options
 def ablation(
     context: typer.Context,
     model: Annotated[
@@ -31,54 +48,22 @@ def ablation(
             "its heads are not.",
         ),
     ],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text to train on and, a share of it, to measure on: files, folders, globs or `datasets` ids; may be "
-            "given several times.",
-            rich_help_panel=TEXT,
-        ),
-    ] = None,
-    held_out: Annotated[
-        float,
-        typer.Option("--held-out", help="Share of the documents that is only measured on.", rich_help_panel=TEXT),
-    ] = 0.01,
-    text_field: Annotated[
-        str | None,
-        typer.Option(
-            "--text-field", help='Field of JSON or Parquet that holds the text. Default: "text".', rich_help_panel=TEXT
-        ),
-    ] = None,
+    text: TrainingText,
+    settings: Settings,
+    machine: ComputeOptions,
+    output: ResultOptions,
     variants: Annotated[
         str | None,
         typer.Option(
             metavar="A,B,..",
-            help="Which, in this order: t2, t2-h, t2-copy, t2-h-copy, t2-c, t2-np, t2-own, t2-layer-own, t2-lora, "
-            "t2-two, t3, t3-h-copy, t4, t1. Default: all. More can be added later.",
+            help=f"Which, in this order: {', '.join(variant.key for variant in VARIANTS)}. Default: all. More can be added "
+            "later.",
         ),
     ] = None,
-    lr_b: Annotated[
-        float, typer.Option("--lr-b", help="Learning rate of the base, from its own loss.", rich_help_panel=LEARNING)
-    ] = 1e-5,
-    lr_m: Annotated[float, typer.Option("--lr-m", help="Learning rate of the new heads.", rich_help_panel=LEARNING)] = 1e-3,
-    lr_mb: Annotated[
-        float, typer.Option("--lr-mb", help="How fast the new heads may change the base.", rich_help_panel=LEARNING)
-    ] = 1e-6,
-    seed: Annotated[
-        int,
-        typer.Option(
-            help="Of new layers, the order of the text and which documents are held out.", rich_help_panel=LEARNING
-        ),
-    ] = 0,
-    steps: Annotated[int, typer.Option(help="Training steps of each variant.", rich_help_panel=LENGTH)] = 200,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Blocks a step.", rich_help_panel=LENGTH)] = 8,
-    block_size: Annotated[
-        int, typer.Option("--block-size", help="Tokens that are read together.", rich_help_panel=LENGTH)
-    ] = 256,
-    tokenizer: Tokenizer = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    out: Out = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Tokenizer folder or hub id, if MODEL does not bring its own.", rich_help_panel=MACHINE),
+    ] = None,
     keep: Annotated[
         bool,
         typer.Option(
@@ -87,7 +72,6 @@ def ablation(
             rich_help_panel=MACHINE,
         ),
     ] = False,
-    json: Json = False,
 ) -> None:
     """Train heads of many kinds on the same text and compare them, as in the paper's Table 10.
 
@@ -95,89 +79,70 @@ def ablation(
 
     Each row is a training of its own, so this takes as long as that many; stop it with Ctrl-C, the same command goes on.
     """
-    import torch
-
     from dynamo_lm.backbone.token_limits import context_limit
     from dynamo_lm.cli.progress import tokenizing
     from dynamo_lm.data.packing import Blocks
     from dynamo_lm.data.token_store import tokenize
-    from dynamo_lm.evaluation import results_file
-    from dynamo_lm.evaluation.ablation import KIND, Settings, begin_or_continue, choose, describe_settings, run
-    from dynamo_lm.model.loading import choose_device, open_config, open_tokenizer, print_json, resolve
+    from dynamo_lm.evaluation.ablation import KIND, begin_or_continue, describe_settings, run
+    from dynamo_lm.model.loading import open_config, open_tokenizer, resolve
 
-    # 1. What was asked for: nothing slow yet.
-    if not data:
+    # 1. Validate arguments.
+    if not text.data:
         raise InputError("There is nothing to train on; name a text with --data.")
-    if out is None:
+    if output.out is None:
         raise InputError("Say where the results go with --out FOLDER.")
-    if threads is not None:
-        if threads < 1:
-            raise InputError(f"--threads is {threads}; give 1 or more.")
-        torch.set_num_threads(threads)
+    device = machine.torch_device()
     chosen = choose([name.strip() for name in variants.split(",") if name.strip()] if variants is not None else None)
-    settings = Settings(
-        steps=steps,
-        batch_size=batch_size,
-        block_size=block_size,
-        lr_b=lr_b,
-        lr_m=lr_m,
-        lr_mb=lr_mb,
-        seed=seed,
-        validation_fraction=held_out,
-    )
-    name = resolve(model)
+    name, block_size = resolve(model), settings.block_size
     config = open_config(name)
     longest = context_limit(config)
     if block_size > longest:
         raise InputError(f"--block-size is {block_size}, but the model's context is {longest}; give that or less.")
-    where = choose_device(device)
 
-    # 2. The base and the text.
+    # 2. Open the base and the text.
     tokens = open_tokenizer(resolve(tokenizer or name), vocab_size=config.get_text_config().vocab_size)
-    whole = _open(name, config, "eager" if where.type == "cpu" else "sdpa").to(where)  # type: ignore[arg-type]
-    results_file.check_folder(out, results_file.describe(whole, model))
+    network: Any = _open(name, config, "eager" if device.type == "cpu" else "sdpa")
+    network.to(device)
+    facts = describe_settings(settings)
+    record = output.begin(context, KIND, network, model, seed=settings.seed, settings=facts)
     with tokenizing() as progress:
-        store = tokenize(data, tokens, out / KIND / "tokens", text_field=text_field, progress=progress)
-    learn, measured = store.split(held_out, seed)
-    blocks = Blocks(store, learn, block_size, seed=seed)
+        store = tokenize(text.data, tokens, output.out / KIND / "tokens", text_field=text.text_field, progress=progress)
+    training, held_out = store.split(settings.held_out, settings.seed)
+    blocks = Blocks(store, training, block_size, seed=settings.seed)
     try:
-        validation = Blocks(store, measured, block_size, seed=seed, shuffle=False)
+        validation = Blocks(store, held_out, block_size, seed=settings.seed, shuffle=False)
     except InputError as error:
         raise InputError(f"There is too little text to measure on; raise --held-out. {error}") from error
-
-    # 3. The matrix.
-    arguments = context.find_root().obj or []
-    new = results_file.begin(KIND, arguments, whole, model, seed=seed, settings=describe_settings(settings))
-    new["data"] = {
-        "sources": [Path(source).name for source in data],
+    record["data"] = {
+        "sources": [Path(source).name for source in text.data],
         "fingerprint": store.fingerprint,
         "tokenizer": store.tokenizer,
         "documents": len(store),
         "training_tokens": blocks.total,
         "validation_tokens": validation.total,
     }
-    results = begin_or_continue(out, new)
+
+    # 3. Train and measure.
+    results = begin_or_continue(output.out, record)
     ready = {row["key"] for row in results["rows"]}
+    left = sum(variant.key not in ready for variant in chosen)
     try:
         results = run(
             results,
-            out,
-            whole.base,
+            output.out,
+            network.base,
             blocks,
             validation,
             chosen,
             settings,
-            watch=_watch(settings.steps, sum(variant.key not in ready for variant in chosen)),
+            watch=_watch(settings.steps, left),
             end_token=tokens.eos_token_id,
             keep=keep,
         )
     except KeyboardInterrupt:
         typer.echo("dynamo-lm: stopped; the same command goes on from the last checkpoint.", err=True)
         raise typer.Exit(130) from None
-    if json:
-        print_json(results)
-    else:
-        _print(results, model)
+    output.print(results, lambda results: _show(results, model))
 
 
 def _open(name: str, config: Any, attention: str) -> DynaMoForCausalLM:
@@ -194,7 +159,7 @@ def _open(name: str, config: Any, attention: str) -> DynaMoForCausalLM:
 
 
 def _watch(steps: int, left: int) -> Watch:
-    """Says which variant trains, its losses, and how long the `left` variants will take."""
+    """Shows which variant trains, its losses, and how long the `left` variants will take."""
     from dynamo_lm.cli.progress import console, training
 
     screen, started, finished = console(), time.monotonic(), 0
@@ -212,48 +177,35 @@ def _watch(steps: int, left: int) -> Watch:
     return watch
 
 
-def _print(results: dict[str, Any], name: str) -> None:
-    """One table on stdout; the best two-head variant of each column is marked."""
+def _show(results: dict[str, Any], name: str) -> None:
+    """Print one table; the best two-head variant of each column is marked."""
     from rich.console import Console
-    from rich.table import Table
 
-    rows, settings, data = results["rows"], results["settings"], results["data"]
-    pairs = [row for row in rows if len(row["heads"]) == 2]
-    columns: dict[str, Callable[[dict], float | None]] = {
-        "PPL_1": lambda row: row["heads"][0]["ppl"],
-        "PPL_2": lambda row: _at(row["heads"], 1),
-        "PPL_1:2": lambda row: _at(row["joint"], 1),
-        "PPL_3": lambda row: _at(row["heads"], 2),
-        "PPL_4": lambda row: _at(row["heads"], 3),
-        "PPL_1:n": lambda row: row["joint"][-1]["ppl"],
-        "tokens/step": lambda row: row["strict_tokens_per_step"],
-    }
+    rows, settings = results["rows"], results["settings"]
+    columns = _columns(rows)
+    pairs = [index for index, row in enumerate(rows) if len(row["heads"]) == 2]
     best = {}
-    for column, value in columns.items():
-        found = [v for v in map(value, pairs) if v is not None]
-        if len(found) > 1:
-            best[column] = max(found) if column == "tokens/step" else min(found)
-    tokens = next((row["tokens"] for row in rows if row["tokens"]), 0)
-    table = Table(
-        title=f"Heads on {name}: {tokens:,} tokens each, {data['validation_tokens']:,} held out, seed {results['seed']}"
-    )
-    table.add_column("variant", no_wrap=True)
-    table.add_column("parameters", justify="right")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("PPL_1:2 against T2", justify="right", no_wrap=True)
-    table.add_column("seconds", justify="right")
-    table.add_column("paper: 1 / 2 / 1:2", justify="right", no_wrap=True, style="dim")
-    for row in rows:
+    for column, values in columns.items():
+        numbers = [values[index] for index in pairs if values[index] is not None]
+        if len(numbers) > 1:
+            best[column] = max(numbers) if column == "tokens/step" else min(numbers)  # type: ignore[type-var]
+    lines = []
+    for index, row in enumerate(rows):
         cells = []
-        for column, value in columns.items():
-            number = value(row)
-            said = "" if number is None else f"{number:.2f}"
-            marked = row in pairs and number is not None and number == best.get(column)
-            cells.append(f"[bold]{said}*[/bold]" if marked else said)
+        for column, values in columns.items():
+            value = values[index]
+            cell = "" if value is None else f"{value:.2f}"
+            marked = index in pairs and value is not None and value == best.get(column)
+            cells.append(f"[bold]{cell}*[/bold]" if marked else cell)
         paper = " / ".join(f"{row['paper'][key]:g}" for key in ("PPL_1", "PPL_2", "PPL_1:2") if key in row["paper"])
         extra = f"+{row['extra_parameters']:,}" if row["extra_parameters"] else ""
-        table.add_row(row["variant"], extra, *cells, _change(row), f"{row['seconds']:,.0f}", paper)
+        lines.append((row["variant"], extra, *cells, _change(row), f"{row['seconds']:,.0f}", paper))
+    tokens = next((row["tokens"] for row in rows if row["tokens"]), 0)
+    held_out = results["data"]["validation_tokens"]
+    title = f"Heads on {name}: {tokens:,} tokens each, {held_out:,} held out, seed {results['seed']}"
+    headings = ("variant", "parameters", *columns, "PPL_1:2 against T2", "seconds", "paper: 1 / 2 / 1:2")
+    table = table_of(headings, lines, title)
+    table.columns[0].justify = "left"
     screen = Console(highlight=False)
     if not screen.is_terminal:
         screen = Console(highlight=False, width=200)
@@ -269,14 +221,27 @@ def _print(results: dict[str, Any], name: str) -> None:
         screen.print(note, style="dim", soft_wrap=True, markup=False)
 
 
-def _at(values: list[dict[str, Any]], index: int) -> float | None:
-    return values[index]["ppl"] if index < len(values) else None
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """The measured columns, a value for each row; None where a variant has no such head."""
+
+    def at(name: str, index: int) -> list[float | None]:
+        return [row[name][index]["ppl"] if index < len(row[name]) else None for row in rows]
+
+    return {
+        "PPL_1": at("heads", 0),
+        "PPL_2": at("heads", 1),
+        "PPL_1:2": at("joint", 1),
+        "PPL_3": at("heads", 2),
+        "PPL_4": at("heads", 3),
+        "PPL_1:n": at("joint", -1),
+        "tokens/step": [row["strict_tokens_per_step"] for row in rows],
+    }
 
 
 def _change(row: dict[str, Any]) -> str:
     """How much larger or smaller PPL_1:2 is than T2's."""
-    found = row.get("against_t2", {}).get("PPL_1:2")
-    if found is None or row["key"] == "t2":
+    ratio = row.get("against_t2", {}).get("PPL_1:2")
+    if ratio is None or row["key"] == "t2":
         return ""
-    error = f" ± {100 * found['se']:.1f}" if found["se"] is not None else ""
-    return f"{100 * (found['ratio'] - 1):+.1f}{error} %"
+    error = f" ± {100 * ratio['se']:.1f}" if ratio["se"] is not None else ""
+    return f"{100 * (ratio['ratio'] - 1):+.1f}{error} %"

@@ -2,219 +2,168 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from dynamo_lm.cli.judge_options import (
-    JUDGE,
-    Endpoint,
-    JudgeModel,
-    KeyFrom,
-    PriceIn,
-    PriceOut,
-    Reference,
-    RequestsPerMinute,
-    Yes,
-    agree,
-    open_judge,
-)
-from dynamo_lm.cli.options import Device, Dtype, Json, Model, Threads, Tokenizer, grid
+from dynamo_lm.cli.dataclass_options import dataclass_options
+from dynamo_lm.cli.eval_options import ResultOptions, table_of
+from dynamo_lm.cli.judge_options import JudgeOptions, agree
+from dynamo_lm.cli.options import Model, ModelOptions, grid
 from dynamo_lm.errors import InputError
 
 if TYPE_CHECKING:
     from dynamo_lm.evaluation.completion.compare import Completions
+    from dynamo_lm.evaluation.completion.generate import Arm
     from dynamo_lm.model.modeling import DynaMoForCausalLM
 
-TEXTS = "What is written"
+
+@dataclass(frozen=True, kw_only=True)
+class WritingOptions:
+    """What is written."""
+
+    PANEL: ClassVar[str] = "What is written"
+
+    bench: Annotated[
+        str | None,
+        "vicuna, mt-bench, or a file with one prompt a line (or JSON lines). Default: the paper's ten prompts.",
+    ] = None
+    data: Annotated[Path | None, "Folder of the question sets. Default: $DYNAMO_DATA/bench."] = None
+    seeds: Annotated[int, "Completions of each prompt."] = 10
+    eps_b: Annotated[str, "Values of eps_b, as 0,0.5,1 or FROM:TO:STEP."] = "0:1:0.1"
+    ablation: Annotated[bool, "Also the paper's Table 9: without blur, Otsu, mask."] = False
+    ablation_eps_b: Annotated[str | None, "Values of eps_b for --ablation. Default: --eps-b."] = None
+    chat: Annotated[bool, "Send each prompt through the model's chat template, as one user message."] = False
+    base: Annotated[
+        str | None,
+        "A model whose base is compared with, one token per step, in place of MODEL's own: for one that was tuned on the "
+        "same data without heads. Any causal language model with the same tokenizer.",
+    ] = None
+    strict: Annotated[bool, typer.Option("--strict/--no-strict", help="Also strict decoding, sampled.")] = True
+    heads: Annotated[int | None, "The most tokens a step may give. Default: all heads."] = None
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Length of a completion in tokens.")] = 100
+    seed: Annotated[int, "Seed of all random numbers."] = 0
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise InputError(f"--seeds is {self.seeds}; give 1 or more.")
+
+    def arms(self, num_heads: int) -> list[Arm]:
+        """All ways of decoding that are compared."""
+        from dynamo_lm.evaluation.completion.generate import METHODS, PAPER, arms
+
+        values = grid(self.eps_b, "--eps-b")
+        chosen = arms(num_heads, [PAPER], values, strict=self.strict)
+        if self.ablation:
+            values = grid(self.ablation_eps_b, "--ablation-eps-b") if self.ablation_eps_b is not None else values
+            others = arms(num_heads, [method for method in METHODS if method != PAPER], values, strict=False)
+            chosen += [arm for arm in others if arm.role == "candidate"]
+        return chosen
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompletionJudge(JudgeOptions):
+    """Who judges."""
+
+    mauve: Annotated[bool, "Also MAUVE, with the features of --reference."] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mauve and self.reference is None:
+            raise InputError("--mauve needs the features of a --reference model.")
+
+
+@dataclass_options
 def completion(
     context: typer.Context,
     model: Model,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="Folder for the texts and results; the same command goes on where it stopped."),
-    ] = None,
-    bench: Annotated[
-        str | None,
-        typer.Option(
-            help="vicuna, mt-bench, or a file with one prompt a line (or JSON lines). Default: the paper's ten prompts.",
-            rich_help_panel=TEXTS,
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the question sets. Default: $DYNAMO_DATA/bench.", rich_help_panel=TEXTS),
-    ] = None,
-    seeds: Annotated[int, typer.Option(help="Completions of each prompt.", rich_help_panel=TEXTS)] = 10,
-    eps_b: Annotated[
-        str,
-        typer.Option("--eps-b", help="Settings of the dial, as 0,0.5,1 or FROM:TO:STEP.", rich_help_panel=TEXTS),
-    ] = "0:1:0.1",
-    ablation: Annotated[
-        bool,
-        typer.Option("--ablation", help="The paper's Table 9, too: without blur, Otsu, mask.", rich_help_panel=TEXTS),
-    ] = False,
-    ablation_eps_b: Annotated[
-        str | None,
-        typer.Option("--ablation-eps-b", help="Settings of the dial for these. Default: --eps-b.", rich_help_panel=TEXTS),
-    ] = None,
-    chat: Annotated[
-        bool,
-        typer.Option(
-            "--chat",
-            help="Ask the prompts through the model's chat template, as one user message each.",
-            rich_help_panel=TEXTS,
-        ),
-    ] = False,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            help="A model whose base is compared with, one token per step, in place of MODEL's own: for one that was tuned "
-            "on the same data without heads. Any causal language model with the same tokenizer.",
-            rich_help_panel=TEXTS,
-        ),
-    ] = None,
-    strict: Annotated[
-        bool, typer.Option("--strict/--no-strict", help="Strict decoding, sampled, too.", rich_help_panel=TEXTS)
-    ] = True,
-    heads: Annotated[
-        int | None, typer.Option(help="The most tokens a step may give. Default: all heads.", rich_help_panel=TEXTS)
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="Length of a completion in tokens.", rich_help_panel=TEXTS)
-    ] = 100,
-    reference: Reference = None,
-    endpoint: Endpoint = None,
-    judge_model: JudgeModel = None,
-    requests_per_minute: RequestsPerMinute = None,
-    price_in: PriceIn = None,
-    price_out: PriceOut = None,
-    key_from: KeyFrom = "OPENAI_API_KEY",
-    yes: Yes = False,
-    mauve: Annotated[
-        bool, typer.Option("--mauve", help="MAUVE with the features of --reference, too.", rich_help_panel=JUDGE)
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of all random numbers.", rich_help_panel=TEXTS)] = 0,
-    tokenizer: Tokenizer = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
-    json: Json = False,
+    writing: WritingOptions,
+    judging: CompletionJudge,
+    machine: ModelOptions,
+    output: ResultOptions,
 ) -> None:
     """How much faster the model writes at the quality of one token per step.
 
-    Every prompt is continued at every setting of the dial and by the base model; a judge compares. The win rate against
-    the speed-up gives the same-quality speed-up, also against the base model at the same diversity.
+    Every prompt is continued at every eps_b and by the base model; a judge compares. The win rate against the speed-up gives
+    the same-quality speed-up, also against the base model at the same diversity.
+
+    With --out a stopped run continues where it stopped.
 
     `dynamo-lm eval completion story --reference gpt2-large --out results/story`
     """
-    import sacrebleu  # noqa: F401  # needed behind the long part: better missed now
+    import sacrebleu  # noqa: F401  # used at the very end: a missing package is reported now
 
     from dynamo_lm.cli.progress import counting
     from dynamo_lm.data.chat_template import chat_template
-    from dynamo_lm.evaluation import results_file as records
+    from dynamo_lm.evaluation import results_file
     from dynamo_lm.evaluation.completion import prompts as benches
     from dynamo_lm.evaluation.completion.compare import Completions, compare
-    from dynamo_lm.evaluation.completion.generate import BASELINE, METHODS, PAPER, arms, write_texts
-    from dynamo_lm.model.loading import open_for_evaluation, print_json
+    from dynamo_lm.evaluation.completion.generate import BASELINE, write_texts
 
-    # 1. What was asked for.
-    if out is None:
+    # 1. Validate arguments.
+    if output.out is None:
         raise InputError("Say where the texts and results go with --out FOLDER.")
-    if seeds < 1:
-        raise InputError(f"--seeds is {seeds}; give 1 or more.")
-    if reference is not None and endpoint is not None:  # before the model is opened
-        raise InputError("Give one judge: --reference or --endpoint.")
-    if mauve and reference is None:
-        raise InputError("--mauve needs the features of a --reference model.")
-    dial = grid(eps_b, "--eps-b")
-    other_dial = grid(ablation_eps_b, "--ablation-eps-b") if ablation_eps_b is not None else dial
-    name, prompts = benches.read(bench, data)
+    writing.arms(1)
+    name, prompts = benches.read(writing.bench, writing.data)
 
-    # 2. The model, and the judge before the long work, so that a wrong name is told at once.
-    network, tokens = open_for_evaluation(model, tokenizer=tokenizer, dtype=dtype, device=device, threads=threads)
-    opponent = None if base is None else _opponent(base, tokens, dtype=dtype, device=device)
-    if chat:
-        chat_template(tokens)
+    # 2. Open the model, and the judge before the long work, so that a wrong name is reported at once.
+    network, tokenizer = machine.open(model)
+    opponent = None if writing.base is None else _opponent(writing.base, tokenizer, machine)
     table = network.cooccurrence
     widest = network.num_heads if table is None else min(network.num_heads, table.order)
-    ceiling = heads or widest
+    ceiling = writing.heads or widest
     if not 1 < ceiling <= widest:
         raise InputError(f"--heads is {ceiling}; this model and its tables have 2 to {widest}.")
     kind = "completion" if name == "paper" else f"completion-{name}"
-    settings: dict[str, Any] = {"bench": name, "seeds": seeds, "max_new_tokens": max_new_tokens}
-    settings |= {"heads": ceiling, "eps_b": dial}
+    lengths = {"seeds": writing.seeds, "max_new_tokens": writing.max_new_tokens}
+    settings = {"bench": name, **lengths, "heads": ceiling, "eps_b": grid(writing.eps_b, "--eps-b")}
     if opponent is not None:
-        settings["base"] = records.describe(opponent, str(base))
-    if chat:
-        settings["chat_template"] = tokens.chat_template
-    command = context.find_root().obj or []
-    found = records.begin(kind, command, network, model, seed=seed, settings=settings)
-    records.check_folder(out, found["model"])
-    judge = open_judge(
-        out,
-        reference=reference,
-        endpoint=endpoint,
-        judge_model=judge_model,
-        requests_per_minute=requests_per_minute,
-        price_in=price_in,
-        price_out=price_out,
-        key_from=key_from,
-        device=device,
-    )
+        settings["base"] = results_file.describe(opponent, str(writing.base))
+    if writing.chat:
+        chat_template(tokenizer)
+        settings["chat_template"] = tokenizer.chat_template
+    record = output.begin(context, kind, network, model, seed=writing.seed, settings=settings)
+    judge = judging.open(output.out, machine.device)
 
-    # 3. The texts.
-    chosen = arms(ceiling, [PAPER], dial, strict=strict)
-    if ablation:
-        others = arms(ceiling, [method for method in METHODS if method != PAPER], other_dial, strict=False)
-        chosen += [arm for arm in others if arm.role == "candidate"]
-    with counting() as say:
+    # 3. Write the texts.
+    arms = writing.arms(ceiling)
+    with counting() as report:
         texts = write_texts(
             network,
-            tokens,
+            tokenizer,
             prompts,
-            chosen,
-            out / f"{kind}.texts.jsonl",
+            arms,
+            output.out / f"{kind}.texts.jsonl",
             base=opponent,
-            chat=chat,
-            identity=found["model"]["identity"],
-            seeds=seeds,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            progress=lambda done, total: say("writing", done, total),
+            chat=writing.chat,
+            identity=record["model"]["identity"],
+            seed=writing.seed,
+            progress=lambda done, total: report("writing", done, total),
+            **lengths,
         )
-    questions = [f"{prompt}\n\n" if chat else prompt for prompt in prompts]  # a completion goes on where its prompt ends
-    completions = Completions.gather(texts, chosen, questions, seeds)
+    questions = [f"{prompt}\n\n" if writing.chat else prompt for prompt in prompts]  # what completions are joined to
+    completions = Completions.gather(texts, arms, questions, writing.seeds)
 
-    # 4. The verdicts.
-    if endpoint is not None:
-        agree(_estimate(judge, completions), yes)
-    with counting() as say:
-        compared = compare(completions, judge, ceiling=ceiling, seed=seed, with_mauve=mauve, say=say)
-    found |= {
-        "prompts": prompts,
-        "seeds": seeds,
-        "max_new_tokens": max_new_tokens,
-        "ceiling": ceiling,
-        "baseline": BASELINE if base is None else f"{base}, {BASELINE}",
-        **compared,
-    }
-    file = records.save(out, found)
-    if json:
-        print_json(found)
-        return
-    _show(found)
-    print(f"{file}; make a page of it: dynamo-lm report {out}")
+    # 4. Judge them.
+    if judging.endpoint is not None:
+        agree(_estimate(judge, completions), judging.yes)
+    with counting() as report:
+        compared = compare(completions, judge, ceiling=ceiling, seed=writing.seed, with_mauve=judging.mauve, progress=report)
+    baseline = BASELINE if writing.base is None else f"{writing.base}, {BASELINE}"
+    record |= {"prompts": prompts, **lengths, "ceiling": ceiling, "baseline": baseline, **compared}
+    file = output.save(record)
+    output.print(record, _show)
+    if not output.json:
+        print(f"{file}; make a page of it: dynamo-lm report {output.out}")
 
 
-def _opponent(base: str, tokenizer: Any, *, dtype: str, device: str) -> DynaMoForCausalLM:
+def _opponent(base: str, tokenizer: Any, machine: ModelOptions) -> DynaMoForCausalLM:
     """The base to compare with, as a model of one head.
 
     Raises:
-        InputError: there is none, or its tokenizer is another one.
+        InputError: it cannot be opened, or its tokenizer is another one.
     """
     from dynamo_lm import DynaMoForCausalLM
     from dynamo_lm.data.token_store import tokenizer_fingerprint
@@ -226,83 +175,79 @@ def _opponent(base: str, tokenizer: Any, *, dtype: str, device: str) -> DynaMoFo
     if tokenizer_fingerprint(open_tokenizer(name)) != tokenizer_fingerprint(tokenizer):
         raise InputError(f'--base "{base}" has another tokenizer than the model; compare models with the same one.')
     if isinstance(config, DynaMoConfig):
-        return open_model(name, dtype=dtype, device=device)
-    return DynaMoForCausalLM.from_base(name, num_heads=1, dtype=dtype).to(choose_device(device)).eval()  # type: ignore[arg-type]
+        return open_model(name, dtype=machine.dtype, device=machine.device)
+    model: Any = DynaMoForCausalLM.from_base(name, num_heads=1, dtype=machine.dtype)
+    return model.to(choose_device(machine.device)).eval()
 
 
 def _estimate(judge: Any, completions: Completions) -> dict[str, Any]:
     """What the questions will cost at most."""
     from dynamo_lm.evaluation.completion.compare import duels
 
-    every = len(completions.prompts) * completions.seeds
-    pairs = (len(duels(completions, every_rung=False)) + 2) * every  # the sanity check asks two more
-    singles = (len(completions.role("candidate")) + 1) * every
-    lengths = [len(text.text) for rows in completions.texts.values() for row in rows for text in row]
+    per_arm = len(completions.prompts) * completions.seeds
+    pairs = (len(duels(completions, every_rung=False)) + 2) * per_arm  # the sanity check asks two more
+    singles = (len(completions.role("candidate")) + 1) * per_arm
+    lengths = [len(text.text) for by_prompt in completions.texts.values() for row in by_prompt for text in row]
     return judge.estimate(pairs, singles, sum(lengths) / len(lengths))
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(record: dict[str, Any]) -> None:
+    """Print the judge's sanity check, a table for each method, and the same-quality speed-ups."""
     from rich.console import Console
-    from rich.table import Table
 
-    console = Console(highlight=False)
-    judge = found["judge"]
-    if judge is None:
-        console.print("No judge was named (--reference or --endpoint): speeds and diversity only.")
-    else:
-        checked = judge["sanity"]
-        console.print(f"judge {judge['name']}. {judge['caveat']}")
-        for name, asked in (("shuffled", "the base over its own words shuffled"), ("same", "one base sample over another")):
-            share = checked[name]["share"]
-            answer = "no verdict" if share is None else f"{share:.0%} {_range(checked[name]['interval'], '.0%')}"
-            console.print(f"  prefers {asked}: {answer}")
-        if not checked["useful"]:
-            console.print(f"  [bold]This judge is useless here: {checked['reason']}[/] Its verdicts are not shown.")
-    for method, results in found["methods"].items():
-        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1), title=method, title_justify="left")
-        for heading in ("eps_b", f"tokens\nof {found['ceiling']}", "speed-up", "win rate", "win rate,\nmatched"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("base's\ntemp.", justify="right")
-        for point in results["points"]:
-            table.add_row(*_cells(point))
-        console.print(table)
-    for method, results in found["methods"].items():
+    console, ceiling = Console(highlight=False), record["ceiling"]
+    _show_judge(console, record["judge"])
+    columns = ("eps_b", f"tokens of {ceiling}", "speed-up", "win rate", "matched", "base's temp.")
+    for method, results in record["methods"].items():
+        console.print(table_of(columns, map(_cells, results["points"]), method))
+    for method, results in record["methods"].items():
         for against in ("matched", "plain") if results["same_quality"] else ():
             same = results["same_quality"][against]
-            said = [
+            values = [
                 f"{_quality(same[kind])} {unit}"
                 for kind, unit in (("tokens_per_step", "tokens per step"), ("wall_clock", "in wall clock"))
                 if same[kind]["estimate"] is not None
             ]
-            if said:
+            if values:
                 note = f" ({same['note']})" if same["note"] else ""
-                console.print(
-                    f"{method}, same-quality speed-up, {against}: {', '.join(said)} of at most {found['ceiling']}{note}"
-                )
+                console.print(f"{method}, same-quality speed-up, {against}: {', '.join(values)} of at most {ceiling}{note}")
     console.print(
-        f"tokens: per step. Baseline: {found['baseline']}. Win rate: wins over losses, ties shared; matched: against the "
+        f"tokens: per step. Baseline: {record['baseline']}. Win rate: wins over losses, ties shared; matched: against the "
         "base at the temperature at which it is as diverse.",
         style="dim",
     )
 
 
+def _show_judge(console: Any, judge: dict[str, Any] | None) -> None:
+    if judge is None:
+        console.print("No judge was named (--reference or --endpoint): speeds and diversity only.")
+        return
+    sanity = judge["sanity"]
+    console.print(f"judge {judge['name']}. {judge['caveat']}")
+    for name, pair in (("shuffled", "the base over its own words shuffled"), ("same", "one base sample over another")):
+        share = sanity[name]["share"]
+        answer = "no verdict" if share is None else f"{share:.0%} {_range(sanity[name]['interval'], '.0%')}"
+        console.print(f"  prefers {pair}: {answer}")
+    if not sanity["useful"]:
+        console.print(f"  [bold]This judge is useless here: {sanity['reason']}[/] Its verdicts are not shown.")
+
+
 def _cells(point: dict[str, Any]) -> list[str]:
-    """One setting of the dial."""
+    """One value of eps_b."""
     speed, plain, matched = point["speed_up"], point["plain"], point["matched"]
     return [
         "" if point["eps_b"] is None else f"{point['eps_b']:g}",
         f"{point['tokens_per_step']:.2f}",
-        f"{speed['median']:.2f} {_range([speed['low'], speed['high']] if speed['low'] is not None else None, '.2f')}",
-        f"{plain['win_rate']:.2f} {_range(plain['interval'], '.2f')}" if plain else "",
-        f"{matched['win_rate']:.2f} {_range(matched['interval'], '.2f')}" if matched else "",
+        f"{speed['median']:.2f} {_range([speed['low'], speed['high']] if speed['low'] is not None else None)}",
+        *(f"{rate['win_rate']:.2f} {_range(rate['interval'])}" if rate else "" for rate in (plain, matched)),
         f"{matched['temperature']:.2f}" if matched else "",
     ]
 
 
 def _quality(same: dict[str, Any]) -> str:
     theoretical = " (theoretical: beyond the fastest point measured)" if same["theoretical"] else ""
-    return f"{same['estimate']:.2f}x {_range(same['interval'], '.2f')}{theoretical}"
+    return f"{same['estimate']:.2f}x {_range(same['interval'])}{theoretical}"
 
 
-def _range(pair: list[float] | None, form: str) -> str:
+def _range(pair: list[float] | None, form: str = ".2f") -> str:
     return f"({pair[0]:{form}}-{pair[1]:{form}})" if pair else ""

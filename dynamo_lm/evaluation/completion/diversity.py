@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,6 @@ import numpy as np
 
 MAUVE_TEXTS = 50  # below, its clusters (a tenth of the texts) would be fewer than five
 MAUVE_SEED = 25
-BLEU_ORDER = 4
 
 
 def distinct(tokens: Sequence[int], n: int) -> float:
@@ -44,36 +42,15 @@ def repetition(tokens: Sequence[int], n: int = 4) -> float:
 def self_bleu(texts: Sequence[str]) -> float | None:
     """Mean sentence BLEU of each text against the others (Zhu et al. 2018), 0 (nothing shared) to 1 (all alike).
 
-    sacrebleu's tokenizer, smoothing and effective order; equals its `sentence_score` / 100 of each text with the others as
-    references, but counts every text once. None with fewer than two texts.
+    By sacrebleu, with its tokenizer, smoothing and effective order. None with fewer than two texts.
     """
     if len(texts) < 2:
         return None
     from sacrebleu.metrics import BLEU
 
     bleu = BLEU(effective_order=True)
-    words = [bleu._preprocess_segment(text).split() for text in texts]
-    counts = [Counter(gram for n in range(1, BLEU_ORDER + 1) for gram in _grams(row, n)) for row in words]
-    most: dict[tuple, tuple[int, int, int]] = {}  # n-gram: (its highest count, in which text, the next highest count)
-    for index, count in enumerate(counts):
-        for gram, times in count.items():
-            highest, owner, second = most.get(gram, (0, -1, 0))
-            if times > highest:
-                most[gram] = (times, index, highest)
-            elif times > second:
-                most[gram] = (highest, owner, times)
-    scores = []
-    for index, (row, count) in enumerate(zip(words, counts, strict=True)):
-        correct, total = [0] * BLEU_ORDER, [0] * BLEU_ORDER
-        for gram, times in count.items():
-            highest, owner, second = most[gram]
-            total[len(gram) - 1] += times
-            correct[len(gram) - 1] += min(times, second if owner == index else highest)
-        others = [len(other) for number, other in enumerate(words) if number != index]
-        nearest = min(others, key=lambda length: (abs(length - len(row)), length))
-        score = BLEU.compute_bleu(correct, total, len(row), nearest, smooth_method="exp", effective_order=True)
-        scores.append(score.score / 100)
-    return float(np.mean(scores))
+    others = [[*texts[:index], *texts[index + 1 :]] for index in range(len(texts))]
+    return mean([bleu.sentence_score(text, rest).score / 100 for text, rest in zip(texts, others, strict=True)])
 
 
 def measure(texts_by_prompt: Sequence[Sequence[tuple[Sequence[int], str]]]) -> dict[str, float | None]:
@@ -86,12 +63,12 @@ def measure(texts_by_prompt: Sequence[Sequence[tuple[Sequence[int], str]]]) -> d
     tokens = [tokens for texts in texts_by_prompt for tokens, _ in texts]
     pools = [[tokens for tokens, _ in texts] for texts in texts_by_prompt]
     return {
-        "distinct_1": _mean([distinct(text, 1) for text in tokens if len(text) >= 1]),
-        "distinct_2": _mean([distinct(text, 2) for text in tokens if len(text) >= 2]),
-        "distinct_3": _mean([distinct(text, 3) for text in tokens if len(text) >= 3]),
-        "pooled_distinct_2": _mean([pooled_distinct(pool, 2) for pool in pools if any(len(text) >= 2 for text in pool)]),
-        "self_bleu": _mean([self_bleu([text for _, text in texts]) for texts in texts_by_prompt]),
-        "repetition": _mean([repetition(text) for text in tokens if len(text) >= 4]),
+        "distinct_1": mean([distinct(text, 1) for text in tokens if len(text) >= 1]),
+        "distinct_2": mean([distinct(text, 2) for text in tokens if len(text) >= 2]),
+        "distinct_3": mean([distinct(text, 3) for text in tokens if len(text) >= 3]),
+        "pooled_distinct_2": mean([pooled_distinct(pool, 2) for pool in pools if any(len(text) >= 2 for text in pool)]),
+        "self_bleu": mean([self_bleu([text for _, text in texts]) for texts in texts_by_prompt]),
+        "repetition": mean([repetition(text) for text in tokens if len(text) >= 4]),
     }
 
 
@@ -126,9 +103,10 @@ def _grams(row: Sequence[Any], n: int) -> Iterator[tuple]:
     return zip(*(row[start:] for start in range(n)), strict=False)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are not None; None if there are none."""
+    numbers = [value for value in values if value is not None]
+    return float(np.mean(numbers)) if numbers else None
 
 
 @contextmanager

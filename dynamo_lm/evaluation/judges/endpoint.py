@@ -1,8 +1,8 @@
 """A judge behind an OpenAI-compatible chat endpoint.
 
 The wording is this project's; the criteria and the answers (1-10; win, tie or lose) are the paper's (method.md section 5).
-Every answer is on disk before the next question is asked. The key comes from the environment and goes nowhere but to the
-endpoint.
+Every answer is on disk before the next question is sent. The key comes from the environment and is sent to the endpoint
+only.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation.judges.judges import Item, Pair, Progress, Verdict
@@ -46,9 +46,11 @@ ANSWER_USUAL = 50  # tokens, for the estimate
 CHARACTERS_PER_TOKEN = 4  # of English, roughly
 KEPT = "What was judged so far is kept; run the same command again to go on."
 
+T, V = TypeVar("T"), TypeVar("V")
+
 
 class EndpointJudge:
-    """Asks a model behind a URL, at temperature 0. One request at a time; each question is paid for once."""
+    """A model at a URL, asked at temperature 0. One request at a time; each question is paid for once."""
 
     caveat = (
         "A model as judge reads for meaning, yet has tastes of its own: it favours its own family's style, length and "
@@ -69,13 +71,13 @@ class EndpointJudge:
         price_in: float | None = None,
         price_out: float | None = None,
     ):
-        """Prepares the connection; nothing is asked yet.
+        """Prepares the connection; no request is sent yet.
 
         Args:
-            model: what the endpoint calls it.
-            base_url: such as http://localhost:8000/v1; OpenAI's own without one.
+            model: its name at the endpoint.
+            base_url: such as http://localhost:8000/v1; OpenAI's own if None.
             key_from: the environment variable that holds the key; None for an endpoint that wants none.
-            requests_per_minute: at most so many, evenly spaced.
+            requests_per_minute: the limit, evenly spaced.
             timeout: seconds to wait for an answer.
             retries: after a time-out, a lost connection, a server error or a rate limit, with growing pauses.
             cache: file of the answers (a `JsonlCache`).
@@ -91,19 +93,16 @@ class EndpointJudge:
             raise InputError("The judge's model has no name; give the one that the endpoint uses.")
         if base_url is not None and not re.fullmatch(r"https?://[^\s/@]+(/\S*)?", base_url):  # "@": a password in it
             raise InputError(f'The judge\'s URL is "{base_url}"; give one such as http://localhost:8000/v1.')
-        if requests_per_minute is not None and not requests_per_minute > 0:
-            raise InputError(f"The judge is allowed {requests_per_minute} requests per minute; give more than 0.")
-        if not (math.isfinite(timeout) and timeout > 0):
-            raise InputError(f"The judge's time limit is {timeout} seconds; give more than 0.")
-        if retries < 0:
-            raise InputError(f"The judge's retries are {retries}; give 0 or more.")
-        for price in (price_in, price_out):
-            if price is not None and not (math.isfinite(price) and price >= 0):
-                raise InputError(f"A price of {price} per million tokens makes no sense; give 0 or more.")
+        for name, value in (("requests per minute", requests_per_minute), ("time limit in seconds", timeout)):
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"The judge's {name}: {value}; give more than 0.")
+        for name, value in (("retries", retries), ("price read", price_in), ("price written", price_out)):
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(f"The judge's {name}: {value}; give 0 or more.")
         try:
             import openai
         except ImportError as error:
-            raise InputError('A judge behind a URL needs the openai package; `pip install "dynamo-lm[eval]"`.') from error
+            raise InputError('A judge at a URL needs the openai package; `pip install "dynamo-lm[eval]"`.') from error
         self.name = f"endpoint:{model}"
         self.model, self.base_url, self.key_from = model, base_url, key_from
         self.timeout, self.retries = timeout, retries
@@ -115,19 +114,20 @@ class EndpointJudge:
         self._cache = JsonlCache(cache)
 
     def estimate(self, n_pairs: int, n_singles: int, mean_chars: float) -> dict[str, float | int | None]:
-        """What so many verdicts will take at most, before anything is asked.
+        """Upper bounds on what so many verdicts take, before any request.
 
         Args:
             mean_chars: characters of a prompt and one completion, on average.
 
         Returns:
-            "requests" (two a pair), "tokens_in" and "tokens_out" (rough: 4 characters a token, short answers), "cost" (None
-            without both prices) and "minutes" (None without a rate limit; the endpoint may be slower). Answers that are
-            on disk already cost nothing.
+            "requests" (two for each pair), "tokens_in" and "tokens_out" (rough: 4 characters a token, short answers), "cost"
+            (None without both prices) and "minutes" (None without a rate limit; the endpoint may be slower). Answers in the
+            cache cost nothing.
         """
-        wording = [len(text.format_map(_Blank(rules=RULES))) for text in (PAIRWISE, SINGLE)]
+        empty = dict.fromkeys(("prompt", "first", "second", "text"), "")
+        pair, single = (len(question.format(rules=RULES, **empty)) for question in (PAIRWISE, SINGLE))
         requests = 2 * n_pairs + n_singles
-        characters = 2 * n_pairs * (wording[0] + 2 * mean_chars) + n_singles * (wording[1] + mean_chars)
+        characters = 2 * n_pairs * (pair + 2 * mean_chars) + n_singles * (single + mean_chars)
         read, written = round(characters / CHARACTERS_PER_TOKEN), requests * ANSWER_USUAL
         cost = None
         if self.price_in is not None and self.price_out is not None:
@@ -135,38 +135,26 @@ class EndpointJudge:
         minutes = requests * self._pause / 60 if self._pause else None
         return {"requests": requests, "tokens_in": read, "tokens_out": written, "cost": cost, "minutes": minutes}
 
-    def pairs(self, items: Sequence[Pair], *, progress: Progress | None = None) -> list[Verdict | None]:
-        """Asks each pair in both orders, which of them first being decided by a hash of the texts.
+    def pairs(self, items: Sequence[Pair], *, progress: Progress = lambda done: None) -> list[Verdict | None]:
+        """Asks about each pair in both orders, which of them first being decided by a hash of the texts.
 
         Equal verdicts count, different ones are a tie; None if one of the two had no readable verdict. Equal texts are a
         tie without a question.
 
         Raises:
-            InputError: the endpoint cannot be asked any more; what it said so far is kept.
+            InputError: the endpoint no longer answers; its answers so far are cached.
         """
-        found: list[Verdict | None] = []
-        for pair in items:
-            if progress is not None:
-                progress(len(found))
-            found.append(0 if pair.first == pair.second else self._both_orders(pair))
-        if progress is not None:
-            progress(len(found))
-        return found
+        return _each(items, lambda pair: 0 if pair.first == pair.second else self._both_orders(pair), progress)
 
-    def singles(self, items: Sequence[Item], *, progress: Progress | None = None) -> list[float | None]:
+    def singles(self, items: Sequence[Item], *, progress: Progress = lambda done: None) -> list[float | None]:
         """Scores from 1 to 10; None where no readable score came.
 
         Raises:
-            InputError: the endpoint cannot be asked any more; what it said so far is kept.
+            InputError: the endpoint no longer answers; its answers so far are cached.
         """
-        found: list[float | None] = []
-        for prompt, text in items:
-            if progress is not None:
-                progress(len(found))
-            found.append(self._verdict(SINGLE.format(rules=RULES, prompt=prompt, text=text), SCORE))
-        if progress is not None:
-            progress(len(found))
-        return found
+        return _each(
+            items, lambda item: self._verdict(SINGLE.format(rules=RULES, prompt=item[0], text=item[1]), SCORE), progress
+        )
 
     def _both_orders(self, pair: Pair) -> Verdict | None:
         questions = {
@@ -174,23 +162,23 @@ class EndpointJudge:
             -1: PAIRWISE.format(rules=RULES, prompt=pair.prompt, first=pair.second, second=pair.first),
         }
         order = (1, -1) if int(key_of(pair.prompt, pair.first, pair.second), 16) % 2 else (-1, 1)
-        said = {}
+        verdicts = {}
         for sign in order:
             verdict = self._verdict(questions[sign], VERDICT)
             if verdict is None:
                 return None
-            said[sign] = sign * int(verdict)
-        return said[1] if said[1] == said[-1] else 0
+            verdicts[sign] = sign * int(verdict)
+        return verdicts[1] if verdicts[1] == verdicts[-1] else 0
 
     def _verdict(self, question: str, form: re.Pattern[str]) -> float | None:
-        """The parsed answer, from disk if it was asked before; asked twice if the first answer cannot be read."""
+        """The parsed answer, from the cache if there is one; a first answer that cannot be parsed is asked for once more."""
         key = key_of(self.name, self.base_url, question)
         if key not in self._cache:
-            answer = self._ask(question)
-            value = _parse(answer, form)
-            if value is None:
+            for _ in range(2):
                 answer = self._ask(question)
                 value = _parse(answer, form)
+                if value is not None:
+                    break
             self._cache.put(key, value, judge=self.name, answer=answer)
         return self._cache[key]
 
@@ -217,7 +205,7 @@ class EndpointJudge:
         return content if isinstance(content, str) else ""
 
     def _drop(self, complaint: str) -> bool:
-        """Leaves out an option that the model says it does not take; False if it complained of something else."""
+        """Leaves out an option that the model does not accept; False if the complaint is about something else."""
         for name in ("max_tokens", "temperature"):
             if name in complaint and name in self._options:
                 del self._options[name]
@@ -225,11 +213,7 @@ class EndpointJudge:
         return False
 
     def _fail(self, error: openai.OpenAIError) -> NoReturn:
-        """Says in one sentence what is wrong; never what the server wrote about the key.
-
-        Raises:
-            InputError: always.
-        """
+        """Raises an InputError of one sentence, without the key that the server may have repeated."""
         import openai
 
         where = self.base_url or "OpenAI"
@@ -247,23 +231,28 @@ class EndpointJudge:
         elif isinstance(error, openai.NotFoundError):
             what = f'has no model "{self.model}" or is no chat endpoint'
         elif isinstance(error, openai.APIStatusError):
-            said = " ".join(str(error.message).replace(self._client.api_key, "***").split())[:200]
-            what = f"answered with status {error.status_code} ({said})"
+            message = " ".join(str(error.message).replace(self._client.api_key, "***").split())[:200]
+            what = f"answered with status {error.status_code} ({message})"
         else:
             what = f"failed ({type(error).__name__})"
         raise InputError(f"The judge at {where} {what}. {KEPT}") from None
 
 
-class _Blank(dict):
-    def __missing__(self, key: str) -> str:
-        return ""
+def _each(items: Sequence[T], judge: Callable[[T], V], progress: Progress) -> list[V]:
+    """`judge` of every item, one after the other."""
+    results: list[V] = []
+    for item in items:
+        progress(len(results))
+        results.append(judge(item))
+    progress(len(results))
+    return results
 
 
 def _parse(answer: str, form: re.Pattern[str]) -> float | None:
     """The verdict on the answer's last line that is not empty; None if that has another form."""
-    lines = [line for line in answer.splitlines() if line.strip(" \t*_`")]
-    found = form.fullmatch(lines[-1]) if lines else None
-    if found is None:
+    lines = [line for line in answer.split("\n") if line.strip(" \r\t*_`")]
+    match = form.fullmatch(lines[-1]) if lines else None
+    if match is None:
         return None
-    word = found[1].lower()
+    word = match[1].lower()
     return MEANING[word] if word in MEANING else float(word)

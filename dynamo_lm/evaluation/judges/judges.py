@@ -1,8 +1,8 @@
-"""Judges of completions: which of two texts is better, how good is one, and whether a judge can tell at all.
+"""Judges of completions: which of two texts is better, how good a single text is, and whether a judge can tell at all.
 
-A judge is anything with the methods of `Judge`. `ReferenceJudge` is the one that needs no network: a language model that no
-one here trained, which prefers what it finds more likely. `dynamo_lm.evaluation.judges.endpoint` asks a model behind a URL.
-`sanity` says whether a judge's verdicts are worth anything on the texts at hand; what to do about it is the caller's matter.
+A judge is anything with the methods of `Judge`. `ReferenceJudge` needs no network: an independently trained language model
+prefers the likelier text. `dynamo_lm.evaluation.judges.endpoint` asks a model at a URL. `sanity` measures whether a judge's
+verdicts mean anything on the texts given; what follows from that is up to the caller.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Judge(Protocol):
     name: str  # such as "reference:gemma-3-270m" or "endpoint:gpt-4o-mini"
     caveat: str  # what it can and cannot see, printed in every report
 
-    def pairs(self, items: Sequence[Pair], *, progress: Progress | None = None) -> list[Verdict | None]:
-        """One verdict a pair; None: no usable one."""
+    def pairs(self, items: Sequence[Pair], *, progress: Progress = lambda done: None) -> list[Verdict | None]:
+        """A verdict for each pair; None: no usable one."""
         ...
 
-    def singles(self, items: Sequence[Item], *, progress: Progress | None = None) -> list[float | None]:
-        """One score from 1 to 10 for each (prompt, completion); None: no usable one."""
+    def singles(self, items: Sequence[Item], *, progress: Progress = lambda done: None) -> list[float | None]:
+        """A score from 1 to 10 for each (prompt, completion); None: no usable one."""
         ...
 
 
@@ -97,8 +97,8 @@ def sanity(judge: Judge, base: Sequence[Item], again: Sequence[Item], *, seed: i
         questions.append(Pair(prompt, text, mixed) if signs[-1] == 1 else Pair(prompt, mixed, text))
     verdicts = judge.pairs(questions)
     shuffled = _counts([None if v is None else v * sign for v, sign in zip(verdicts, signs, strict=True)])
-    # The base is always shown first here, so that a preference for a side shows.
-    same = _counts(judge.pairs([Pair(p, one, two) for (p, one), (_, two) in zip(base, again, strict=True)]))
+    # The base is always shown first, so that a preference for a side shows.
+    same = _counts(judge.pairs([Pair(prompt, a, b) for (prompt, a), (_, b) in zip(base, again, strict=True)]))
     reason = _objection(shuffled, same)
     return {"shuffled": shuffled, "same": same, "useful": reason is None, "reason": reason or _praise(shuffled, same)}
 
@@ -137,11 +137,11 @@ def _counts(verdicts: Sequence[Verdict | None]) -> dict[str, Any]:
 
 
 def _objection(shuffled: dict[str, Any], same: dict[str, Any]) -> str | None:
-    """Why the judge is useless here, in one sentence, or None."""
+    """Why the judge is useless on these texts, in one sentence, or None."""
     for name, counts in (("shuffled words", shuffled), ("two samples of the base model", same)):
-        asked = counts["wins"] + counts["ties"] + counts["losses"] + counts["unusable"]
-        if counts["interval"] is None or counts["unusable"] > UNUSABLE_AT_MOST * asked:
-            return f"It gave no usable verdict for {counts['unusable']} of {asked} pairs of {name}."
+        pairs = counts["wins"] + counts["ties"] + counts["losses"] + counts["unusable"]
+        if counts["interval"] is None or counts["unusable"] > UNUSABLE_AT_MOST * pairs:
+            return f"It gave no usable verdict for {counts['unusable']} of {pairs} pairs of {name}."
     low, high = shuffled["interval"]
     if high <= SHUFFLED_AT_LEAST or shuffled["share"] <= SHUFFLED_AT_LEAST:
         return f"It prefers text over its own shuffled words in {_percent(shuffled)} only."
@@ -230,13 +230,13 @@ class ReferenceJudge:
         self._cache = JsonlCache(cache)
         self._identity = [_weights(model), str(model.dtype), tokenizer_fingerprint(tokenizer)]
 
-    def pairs(self, items: Sequence[Pair], *, progress: Progress | None = None) -> list[Verdict | None]:
+    def pairs(self, items: Sequence[Pair], *, progress: Progress = lambda done: None) -> list[Verdict | None]:
         """The likelier of two wins; less than `tie` apart is a tie; an empty completion has no likelihood, so None."""
         texts = [item for pair in items for item in ((pair.prompt, pair.first), (pair.prompt, pair.second))]
-        found = self.log_likelihoods(texts, progress=None if progress is None else lambda done: progress(done // 2))
-        return [self._compare(first, second) for first, second in zip(found[::2], found[1::2], strict=True)]
+        values = self.log_likelihoods(texts, progress=lambda done: progress(done // 2))
+        return [self._compare(first, second) for first, second in zip(values[::2], values[1::2], strict=True)]
 
-    def singles(self, items: Sequence[Item], *, progress: Progress | None = None) -> list[float | None]:
+    def singles(self, items: Sequence[Item], *, progress: Progress = lambda done: None) -> list[float | None]:
         """1 + 9 x the share of the base model's completions of the same prompt that this one beats, ties counting half.
 
         The base model's own mean is therefore 5.5. None for an empty completion or a prompt that is not in the pool.
@@ -253,7 +253,7 @@ class ReferenceJudge:
             if value is not None:
                 bisect.insort(self.pool.setdefault(prompt, []), value)
 
-    def log_likelihoods(self, items: Sequence[Item], *, progress: Progress | None = None) -> list[float | None]:
+    def log_likelihoods(self, items: Sequence[Item], *, progress: Progress = lambda done: None) -> list[float | None]:
         """Mean log-likelihood of each completion given its prompt, nats per UTF-8 byte of the completion.
 
         Prompt and completion are tokenized as one text; every token that has a character of the completion is scored.
@@ -262,20 +262,20 @@ class ReferenceJudge:
         self._compute(items, self._key, scored=True, progress=progress)
         return [self._cache[self._key(item)] for item in items]
 
-    def features(self, items: Sequence[Item | str], *, progress: Progress | None = None) -> np.ndarray:
+    def features(self, items: Sequence[Item | str], *, progress: Progress = lambda done: None) -> np.ndarray:
         """Mean final hidden state over each completion's tokens, scaled to length 1, (items, hidden) in float32; for MAUVE.
 
-        Costs nothing for an item whose log-likelihood is known; a plain text is a completion of nothing. Zeros where
+        Free for an item whose log-likelihood was computed; a plain text is a completion of an empty prompt. Zeros where
         `log_likelihoods` has None.
         """
         texts = [("", item) if isinstance(item, str) else item for item in items]
         self._compute(texts, self._feature_key, scored=False, progress=progress)
-        rows = np.zeros((len(texts), self._reader.width), np.float32)
-        for row, item in zip(rows, texts, strict=True):
+        features = np.zeros((len(texts), self._reader.width), np.float32)
+        for feature, item in zip(features, texts, strict=True):
             stored = self._cache[self._feature_key(item)]
             if stored is not None:
-                row[:] = np.frombuffer(base64.b64decode(stored), np.float16)
-        return rows
+                feature[:] = np.frombuffer(base64.b64decode(stored), np.float16)
+        return features
 
     def _compare(self, first: float | None, second: float | None) -> Verdict | None:
         if first is None or second is None:
@@ -293,9 +293,7 @@ class ReferenceJudge:
     def _feature_key(self, item: Item) -> str:
         return key_of(*self._identity, "feature", *item)
 
-    def _compute(
-        self, items: Sequence[Item], key: Callable[[Item], str], *, scored: bool, progress: Progress | None
-    ) -> None:
+    def _compute(self, items: Sequence[Item], key: Callable[[Item], str], *, scored: bool, progress: Progress) -> None:
         """Fills the cache for `items`, longest first, so that a batch has little padding and memory fails early."""
         texts: list[tuple[Item, Text]] = []
         for item in dict.fromkeys(items):
@@ -309,14 +307,12 @@ class ReferenceJudge:
                 texts.append((item, text))
         texts.sort(key=lambda pair: (-len(pair[1].ids), pair[0]))
         for start in range(0, len(texts), self.batch_size):
-            if progress is not None:
-                progress(len(items) - len(texts) + start)
+            progress(len(items) - len(texts) + start)
             batch = texts[start : start + self.batch_size]
-            found = self._reader.read([text for _, text in batch], scored=scored)
-            for (item, _), (total, feature) in zip(batch, found, strict=True):
+            results = self._reader.read([text for _, text in batch], scored=scored)
+            for (item, _), (total, feature) in zip(batch, results, strict=True):
                 self._keep(item, total if scored else None, feature)
-        if progress is not None:
-            progress(len(items))
+        progress(len(items))
 
     def _keep(self, item: Item, total: float | None, feature: np.ndarray) -> None:
         if total is not None:

@@ -1,6 +1,6 @@
-"""What a language model makes of texts: log-probabilities of chosen tokens and final states, batch by batch.
+"""Log-probabilities of chosen tokens of texts, and final hidden states, under a language model, batch by batch.
 
-Knows token ids only. Logits exist for the asked positions alone and a chunk at a time: with Gemma's vocabulary those of a
+Knows token ids only. Logits exist for the scored positions alone and a chunk at a time: with Gemma's vocabulary those of a
 whole batch would be gigabytes.
 """
 
@@ -25,20 +25,20 @@ CHUNK = 256  # positions whose logits exist at once: 268 MB at a vocabulary of 2
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids, and which of them are asked about."""
+    """Token ids, and which of them are scored."""
 
     ids: list[int]
     scored: list[int]  # places in ids, rising, each with a token before it
 
 
 class Reader:
-    """A causal language model that reads texts in batches and computes logits only where they are asked for."""
+    """A causal language model that reads texts in batches and computes logits at the scored positions only."""
 
     def __init__(self, model: Any, name: str):
         """Takes `model` apart; where body and readout are not what its own forward computes, that is used as a whole.
 
         Raises:
-            InputError: what it says of a token depends on later ones, so its numbers are no likelihoods.
+            InputError: its logits at a token depend on later tokens, so they give no likelihoods.
         """
         self._model = model
         config = model.config.get_text_config()
@@ -74,7 +74,7 @@ class Reader:
                 yield from self.read([text], scored=scored)
             return
         longest = max(len(text.ids) for text in texts)
-        # Padding on the right is behind everything that is read, so a causal model needs no mask for it.
+        # Padding on the right follows everything that is read, so a causal model needs no mask for it.
         padded = [text.ids + [text.ids[-1]] * (longest - len(text.ids)) for text in texts]
         ids = torch.tensor(padded, device=self._model.device)  # (texts, longest)
         hidden, logits = self._forward(ids)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,12 @@ class Options:
             check(replace(algorithm, eps_b=0.5), n, model.config.vocab_size, table)
         return options
 
+    def settings(self) -> dict[str, Any]:
+        """The options as a results file lists them: without the values of eps_b, which have entries of their own there."""
+        options, algorithm = asdict(self), asdict(self.algorithm)
+        left_out = {"window", "stride", "eps_b", "algorithm"}
+        return {name: value for name, value in (options | algorithm).items() if name not in left_out}
+
 
 def read_text(
     sources: Sequence[str],
@@ -168,14 +174,18 @@ class Sums:
         return (self.nats - self.mean * self.tokens) / self.tokens.sum()
 
     @property
+    def mean_error(self) -> float | None:
+        """Standard error of the mean (documents are independent, tokens within are not); None for one document."""
+        return standard_error(self.influence)
+
+    @property
     def perplexity(self) -> float:
         return math.exp(self.mean)
 
     @property
     def error(self) -> float | None:
-        """Standard error of the perplexity (documents are independent, tokens within are not); None for one document."""
-        spread = standard_error(self.influence)
-        return None if spread is None else self.perplexity * spread
+        """Standard error of the perplexity; None for one document."""
+        return None if self.mean_error is None else self.perplexity * self.mean_error
 
 
 def standard_error(influence: np.ndarray) -> float | None:
