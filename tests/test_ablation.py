@@ -256,7 +256,7 @@ def test_the_command_prints_the_table_and_goes_on_where_it_was(made, capfd):
     [
         (("--out", "x"), "--data"),
         (("--data", "TEXT"), "--out"),
-        (("--data", "TEXT", "--out", "x", "--variants", "t2,t9"), '"t9" is no variant'),
+        (("--data", "TEXT", "--out", "x", "--variants", "t2,t9"), '"t9" is not a variant'),
         (("--data", "TEXT", "--out", "x", "--variants", ","), "No variant is named"),
         (("--data", "TEXT", "--out", "x", "--steps", "0"), "steps is 0"),
         (("--data", "TEXT", "--out", "x", "--lr-b", "0"), "lr_b is 0"),

@@ -241,7 +241,7 @@ def test_a_dry_run_writes_nothing_and_heads_that_are_too_weak_are_named(run, mad
     assert (folder / "generation_config.json").read_bytes() == before
     assert json.loads(run(*ask, "--json"))["chosen"] == {"eps_b": 1.0, "tokens_per_step": 1.0, "passes": False}
     assert settings_of(folder)["eps_b"] == 1.0 and "The heads are too weak" in run.err
-    said = run(*ask[:-3], "0.5,1", "--limit", 1, "--dry-run")  # 1 passes by definition
+    said = run(*ask[:-3], "1", "--dry-run")  # its limit is the default, and one token at a time passes it
     assert "Chosen: eps_b 1, 1.00 tokens per step" in said and "1.00 of 3 tokens per step" in run.err
 
 
@@ -268,7 +268,7 @@ def test_win_rates_come_from_a_finished_benchmark_of_the_same_model(run, folder,
 def test_what_cannot_be_calibrated_is_one_sentence(run, made, folder, tmp_path) -> None:
     data = ("--data", made / "text.jsonl")
     assert "part of this installation" in run.refused("calibrate", "story", *data)
-    assert "no folder" in run.refused("calibrate", "someone/model", *data)
+    assert "not a folder" in run.refused("calibrate", "someone/model", *data)
     assert "--data" in run.refused("calibrate", folder)
     assert "--prompts" in run.refused("calibrate", folder, "--criterion", "regret")
     assert "--results" in run.refused("calibrate", folder, "--criterion", "win-rate")

@@ -371,7 +371,7 @@ class TestFiles:
         [
             ("", "is empty"),
             ('{"query": 1}\n{"query"\n', "Line 2 of .* is not valid JSON"),
-            ("[1]\n", "Line 1 of .* is no JSON object"),
+            ("[1]\n", "Line 1 of .* is not a JSON object"),
         ],
     )
     def test_damaged_files_are_named(self, tmp_path, content, sentence):

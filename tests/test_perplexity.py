@@ -373,6 +373,7 @@ def test_the_command_prints_keeps_and_repeats_its_numbers(run, folder, tmp_path)
     assert [row["head"] for row in kept["heads"]] == [1, 2, 3]
     assert kept["dynamic"][0].keys() == {"eps_b", "ppl", "se", "tokens_per_step", "shares", "masked"}
     assert [row["masked"] for row in kept["dynamic"]] == [False, True] * 3
+    assert kept["model"].pop("path") == str(folder / "model")  # as it was given, as in the command
     assert str(folder) not in json.dumps({key: kept[key] for key in own})
 
 

@@ -494,8 +494,8 @@ def corrupt(folder: Path, kind: str, change) -> None:
 
 def test_bad_results_are_refused_in_one_sentence(full, tmp_path, capsys):
     cases = [
-        ([str(tmp_path / "nowhere")], "is no folder"),
-        ([str(full / "nlu.json")], "is no folder"),
+        ([str(tmp_path / "nowhere")], "is not a folder"),
+        ([str(full / "nlu.json")], "is not a folder"),
         ([str(full), "--prompt", "x"], "name it with --model"),
         ([str(full), "--model", "story", "--prompt", " "], "--prompt is empty"),
         ([str(full), "--html", str(full)], "is a folder"),

@@ -93,13 +93,7 @@ class WinRateOptions:
     ] = True
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A criterion's points, and what a results file states about it."""
-
-    points: list[Point]
-    settings: dict[str, Any]
-    details: dict[str, Any]
+Curve = tuple[list["Point"], dict[str, Any], dict[str, Any]]  # points, settings, and details of the criterion
 
 
 @dataclass_options
@@ -146,18 +140,18 @@ def calibrate(
 
     # 2. Measure.
     if choice.criterion == "ppl":
-        curve = _perplexity_curve(network, tokenizer, text, perplexity, values, limit)
+        points, settings, details = _by_perplexity(network, tokenizer, text, perplexity, values, limit)
     elif choice.criterion == "regret":
-        curve = _regret_curve(network, tokenizer, regret, values, limit, text.seed)
+        points, settings, details = _by_regret(network, tokenizer, regret, values, limit, text.seed)
     else:
-        curve = _win_rate_curve(win_rate, limit, record["model"]["identity"])
-    record["settings"] = curve.settings
-    record |= calibration.outcome(choice.criterion, limit, curve.points, **curve.details)
+        points, settings, details = _by_win_rate(win_rate, limit, record["model"]["identity"])
+    record["settings"] = settings
+    record |= calibration.outcome(choice.criterion, limit, points, **details)
 
     # 3. Save, write the default, print.
     output.save(record)
     if not output.json:
-        _show(curve.points, record, network.num_heads)
+        _show(points, record, network.num_heads)
     _warn_of_weak_heads(record["chosen"], network.num_heads)
     if write:
         file = calibration.write_default(folder, record["chosen"]["eps_b"], network)
@@ -182,24 +176,22 @@ def _limit(choice: ChoiceOptions, margin: float | None) -> float:
     return value
 
 
-def _perplexity_curve(
+def _by_perplexity(
     network: DynaMoForCausalLM,
     tokenizer: Any,
     text: TextOptions,
-    perplexity: PerplexityOptions,
+    options: PerplexityOptions,
     values: tuple[float, ...],
     limit: float,
 ) -> Curve:
     from dynamo_lm.cli.progress import console
-    from dynamo_lm.evaluation import calibration
+    from dynamo_lm.evaluation.calibration import by_perplexity
     from dynamo_lm.evaluation.perplexity.scoring import Options
 
-    options = Options.of(
-        network, window=perplexity.window, stride=perplexity.stride, batch_size=perplexity.batch_size, eps_b=values
-    )
-    measured = perplexity.score(network, tokenizer, text, options)
-    masked = perplexity.masked and options.masked
-    points = calibration.by_perplexity(measured, limit, masked=masked)
+    scoring = Options.of(network, window=options.window, stride=options.stride, batch_size=options.batch_size, eps_b=values)
+    measured = options.score(network, tokenizer, text, scoring)
+    masked = options.masked and scoring.masked
+    points = by_perplexity(measured, limit, masked=masked)
     if masked and any(point.value < 1 for point in points):
         console().print(
             "Several tokens at once score better than one at a time on this text: the tables were probably counted on it. "
@@ -207,43 +199,43 @@ def _perplexity_curve(
             soft_wrap=True,
         )
     record = measured.record()
-    settings = {"eps_b": list(values)} | options.settings() | {key: record[key] for key in ("text", "window", "stride")}
-    return Curve(points, settings, {"joint": "masked" if masked else "product", "base": measured.heads[0].perplexity})
+    settings = {"eps_b": list(values)} | scoring.settings() | {key: record[key] for key in ("text", "window", "stride")}
+    return points, settings, {"joint": "masked" if masked else "product", "base": measured.heads[0].perplexity}
 
 
-def _regret_curve(
-    network: DynaMoForCausalLM, tokenizer: Any, regret: RegretOptions, values: tuple[float, ...], limit: float, seed: int
+def _by_regret(
+    network: DynaMoForCausalLM, tokenizer: Any, options: RegretOptions, values: tuple[float, ...], limit: float, seed: int
 ) -> Curve:
     from dynamo_lm.backbone.token_limits import end_tokens
     from dynamo_lm.cli.progress import counting
-    from dynamo_lm.evaluation import calibration
+    from dynamo_lm.evaluation.calibration import by_regret
     from dynamo_lm.evaluation.completion.prompts import read
 
-    prompts = [tokenizer(text, verbose=False)["input_ids"] for text in read(str(regret.prompts))[1]]
+    prompts = [tokenizer(text, verbose=False)["input_ids"] for text in read(str(options.prompts))[1]]
     if not all(prompts):
-        raise InputError(f"{regret.prompts} has a prompt without any tokens; give a few words a line.")
+        raise InputError(f"{options.prompts} has a prompt without any tokens; give a few words a line.")
+    lengths = {"samples": options.samples, "max_new_tokens": options.max_new_tokens}
     ends = {"eos_token_id": end_tokens(network.generation_config, tokenizer) or None}
-    total = len(prompts) * regret.samples * (1 + sum(value != 1 for value in values))
-    with counting() as progress:
-        points = calibration.by_regret(
+    total = len(prompts) * options.samples * (1 + sum(value != 1 for value in values))
+    with counting() as report:
+        points = by_regret(
             network,
             prompts,
             values,
             limit,
-            max_new_tokens=regret.max_new_tokens,
-            samples=regret.samples,
             seed=seed,
-            progress=lambda done: progress("sampling texts", done, total),
+            progress=lambda done: report("sampling texts", done, total),
+            **lengths,
             **ends,
         )
-    lengths = {"prompts": len(prompts), "samples": regret.samples, "max_new_tokens": regret.max_new_tokens}
-    return Curve(points, {"eps_b": list(values)} | lengths, {})
+    return points, {"eps_b": list(values), "prompts": len(prompts), **lengths}, {}
 
 
-def _win_rate_curve(win_rate: WinRateOptions, margin: float, identity: str) -> Curve:
-    from dynamo_lm.evaluation import calibration, results_file
+def _by_win_rate(options: WinRateOptions, margin: float, identity: str) -> Curve:
+    from dynamo_lm.evaluation import results_file
+    from dynamo_lm.evaluation.calibration import by_win_rate
 
-    folder, bench = win_rate.results, win_rate.bench
+    folder, bench = options.results, options.bench
     assert folder is not None
     kind = "completion" if bench is None else f"completion-{Path(bench).stem}"
     record = results_file.load(folder, kind)
@@ -251,9 +243,8 @@ def _win_rate_curve(win_rate: WinRateOptions, margin: float, identity: str) -> C
         raise InputError(f'"{folder}" has no {kind}.json; make one with `dynamo-lm eval completion --out {folder}`.')
     if record["model"]["identity"] != identity:
         raise InputError(f'"{folder}" holds results of another model ({record["model"]["name"]}); give this model\'s.')
-    points = calibration.by_win_rate(record, margin, matched=win_rate.matched)
-    judge = (record.get("judge") or {}).get("name")
-    return Curve(points, {"bench": bench or "paper"}, {"rate": "matched" if win_rate.matched else "plain", "judge": judge})
+    details = {"rate": "matched" if options.matched else "plain", "judge": (record.get("judge") or {}).get("name")}
+    return by_win_rate(record, margin, matched=options.matched), {"bench": bench or "paper"}, details
 
 
 def _show(points: list[Point], record: dict[str, Any], num_heads: int) -> None:

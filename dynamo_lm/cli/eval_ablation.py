@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from dynamo_lm.cli.dataclass_options import dataclass_options
-from dynamo_lm.cli.eval_options import ResultOptions, table_of
+from dynamo_lm.cli.eval_options import ResultOptions, open_model_or_base, table_of
 from dynamo_lm.cli.options import MACHINE, ComputeOptions
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation.ablation_variants import VARIANTS, Settings, choose
 
 if TYPE_CHECKING:
     from dynamo_lm.evaluation.ablation import Variant, Watch
-    from dynamo_lm.model.modeling import DynaMoForCausalLM
     from dynamo_lm.training.log import Progress
 
 
@@ -101,8 +100,8 @@ def ablation(
 
     # 2. Open the base and the text.
     tokens = open_tokenizer(resolve(tokenizer or name), vocab_size=config.get_text_config().vocab_size)
-    network: Any = _open(name, config, "eager" if device.type == "cpu" else "sdpa")
-    network.to(device)
+    attention = "eager" if device.type == "cpu" else "sdpa"
+    network = open_model_or_base(name, dtype="float32", device=str(device), attn_implementation=attention)
     facts = describe_settings(settings)
     record = output.begin(context, KIND, network, model, seed=settings.seed, settings=facts)
     with tokenizing() as progress:
@@ -143,19 +142,6 @@ def ablation(
         typer.echo("dynamo-lm: stopped; the same command goes on from the last checkpoint.", err=True)
         raise typer.Exit(130) from None
     output.print(results, lambda results: _show(results, model))
-
-
-def _open(name: str, config: Any, attention: str) -> DynaMoForCausalLM:
-    """The model as given in float32, a plain base wrapped without heads."""
-    import torch
-
-    from dynamo_lm import DynaMoForCausalLM
-    from dynamo_lm.model.configuration import DynaMoConfig
-
-    kwargs: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
-    if isinstance(config, DynaMoConfig):
-        return DynaMoForCausalLM.from_pretrained(name, **kwargs).eval()
-    return DynaMoForCausalLM.from_base(name, num_heads=1, **kwargs).eval()
 
 
 def _watch(steps: int, left: int) -> Watch:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from dynamo_lm.cli.dataclass_options import dataclass_options
-from dynamo_lm.cli.eval_options import ResultOptions, table_of
+from dynamo_lm.cli.eval_options import ResultOptions, open_model_or_base, table_of
 from dynamo_lm.cli.judge_options import JudgeOptions, agree
-from dynamo_lm.cli.options import Model, ModelOptions, grid
+from dynamo_lm.cli.options import Model, OpeningOptions, grid
 from dynamo_lm.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def completion(
     model: Model,
     writing: WritingOptions,
     judging: CompletionJudge,
-    machine: ModelOptions,
+    machine: OpeningOptions,
     output: ResultOptions,
 ) -> None:
     """How much faster the model writes at the quality of one token per step.
@@ -159,25 +159,20 @@ def completion(
         print(f"{file}; make a page of it: dynamo-lm report {output.out}")
 
 
-def _opponent(base: str, tokenizer: Any, machine: ModelOptions) -> DynaMoForCausalLM:
+def _opponent(base: str, tokenizer: Any, machine: OpeningOptions) -> DynaMoForCausalLM:
     """The base to compare with, as a model of one head.
 
     Raises:
         InputError: it cannot be opened, or its tokenizer is another one.
     """
-    from dynamo_lm import DynaMoForCausalLM
     from dynamo_lm.data.token_store import tokenizer_fingerprint
-    from dynamo_lm.model.configuration import DynaMoConfig
-    from dynamo_lm.model.loading import choose_device, open_config, open_model, open_tokenizer, resolve
+    from dynamo_lm.model.loading import open_config, open_tokenizer, resolve
 
     name = resolve(base)
-    config = open_config(name)
+    open_config(name)
     if tokenizer_fingerprint(open_tokenizer(name)) != tokenizer_fingerprint(tokenizer):
         raise InputError(f'--base "{base}" has another tokenizer than the model; compare models with the same one.')
-    if isinstance(config, DynaMoConfig):
-        return open_model(name, dtype=machine.dtype, device=machine.device)
-    model: Any = DynaMoForCausalLM.from_base(name, num_heads=1, dtype=machine.dtype)
-    return model.to(choose_device(machine.device)).eval()
+    return open_model_or_base(name, dtype=machine.dtype, device=machine.device)
 
 
 def _estimate(judge: Any, completions: Completions) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import typer
 
 from dynamo_lm.cli.dataclass_options import dataclass_options
 from dynamo_lm.cli.eval_options import ResultOptions
-from dynamo_lm.cli.options import MACHINE, Model, ModelOptions
+from dynamo_lm.cli.options import MACHINE, Model, OpeningOptions
 from dynamo_lm.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def nlu(
     model: Model,
     tasks: TaskOptions,
     answers: AnswerOptions,
-    machine: ModelOptions,
+    machine: OpeningOptions,
     output: ResultOptions,
     batch_size: Annotated[int, typer.Option(help="Answers scored together.", rich_help_panel=MACHINE)] = 8,
 ) -> None:

@@ -128,6 +128,24 @@ class WindowOptions:
             return measure(network, documents, options, progress=progress)
 
 
+def open_model_or_base(name: str, *, dtype: Any, device: str, **options: Any) -> DynaMoForCausalLM:
+    """A DynaMo model, or a plain base as one with head 1 alone.
+
+    Raises:
+        InputError: it cannot be opened.
+    """
+    from dynamo_lm import DynaMoForCausalLM
+    from dynamo_lm.model.configuration import DynaMoConfig
+    from dynamo_lm.model.loading import choose_device, open_config
+
+    model: Any
+    if isinstance(open_config(name), DynaMoConfig):
+        model = DynaMoForCausalLM.from_pretrained(name, dtype=dtype, **options)
+    else:
+        model = DynaMoForCausalLM.from_base(name, num_heads=1, dtype=dtype, **options)
+    return model.to(choose_device(device)).eval()
+
+
 def table_of(columns: Iterable[str], rows: Iterable[Iterable[str]], title: str | None = None) -> Table:
     """A table of numbers, aligned to the right."""
     from rich import box

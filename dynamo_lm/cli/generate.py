@@ -314,12 +314,12 @@ def sentence(statistics: Statistics) -> str:
     said = (
         f"{statistics.new_tokens} tokens in {statistics.forwards} forward passes: {statistics.tokens_per_step:.2f} "
         f"per pass of at most {statistics.ceiling}; {rate:.0f} tokens/s; steps by size: {steps}; "
-        f"log-likelihood {statistics.mean_log_likelihood:.3f}"
+        f"log-likelihood {statistics.mean_log_likelihood:.3f} nats per token"
     )
     if statistics.unverified:
         said += f"; regret {statistics.mean_regret:.3f} nats per token"
-    accepted = " ".join(f"{share:.0%}" for share in statistics.acceptance)
-    return f"{said}; drafts accepted by head: {accepted}" if any(statistics.proposed) else said
+    accepted = ", ".join(f"head {head} {share:.0%}" for head, share in enumerate(statistics.acceptance, start=2))
+    return f"{said}; drafts accepted: {accepted}" if any(statistics.proposed) else said
 
 
 def _say(text: str) -> None:

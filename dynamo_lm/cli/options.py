@@ -61,15 +61,11 @@ class ComputeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(ComputeOptions):
-    """How to open a DynaMo model. A subclass may add `trust_remote_code`."""
+class OpeningOptions(ComputeOptions):
+    """How to open a DynaMo model, whose base is the recorded one. A subclass may add `trust_remote_code`."""
 
     dtype: Annotated[str, "Precision to compute in: float32, bfloat16, float16, or auto (as saved)."] = "auto"
     tokenizer: Annotated[str | None, "Tokenizer folder or hub id, if MODEL does not bring its own."] = None
-    base: Annotated[str | None, "Base of a MODEL that holds heads alone: a folder or hub id; default: as recorded."] = None
-    allow_base_mismatch: Annotated[
-        bool, "Take a base with other weights than the heads were trained for, such as another quantisation."
-    ] = False
 
     def open(self, model: str) -> tuple[DynaMoForCausalLM, Any]:
         """The model and its tokenizer.
@@ -80,6 +76,16 @@ class ModelOptions(ComputeOptions):
         from dynamo_lm.model.loading import open_for_evaluation
 
         return open_for_evaluation(model, **asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(OpeningOptions):
+    """How to open a DynaMo model on a base of the user's choice."""
+
+    base: Annotated[str | None, "Base of a MODEL that holds heads alone: a folder or hub id; default: as recorded."] = None
+    allow_base_mismatch: Annotated[
+        bool, "Take a base with other weights than the heads were trained for, such as another quantisation."
+    ] = False
 
 
 def verification(text: str) -> str | float:

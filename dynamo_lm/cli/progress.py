@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -95,6 +95,12 @@ def training(steps: int) -> Iterator[Callable[[Step], None]]:
 
 def _losses(step: Step) -> str:
     """By head, and of coupled heads 2.. given the token before; of a coupling that learns alone only those get better."""
-    plain = " ".join(f"{loss:.3f}" if loss else "-" for loss in step.losses)  # a frozen base has none
-    coupled = " ".join(f"{loss:.3f}" for loss in step.coupled)
-    return f"loss {plain}  coupled {coupled}" if coupled else f"loss {plain}"
+    first = 2 if step.losses[0] == 0 else 1  # a frozen base has no loss of head 1
+    plain = _by_head(first, step.losses[first - 1 :]) + (" (the base is frozen)" if first == 2 else "")
+    return f"loss of {plain}  coupled: {_by_head(2, step.coupled)}" if step.coupled else f"loss of {plain}"
+
+
+def _by_head(first: int, losses: Sequence[float]) -> str:
+    last = first + len(losses) - 1
+    heads = f"heads {first}-{last}" if last > first else f"head {first}"
+    return f"{heads}: {' '.join(f'{loss:.3f}' for loss in losses)}"

@@ -1,1 +1,1 @@
-"""One file per question asked of a model; `record.py` is how an answer is kept."""
+"""Measurements of a model, and the choice of its settings by them; `results_file.py` keeps the results."""

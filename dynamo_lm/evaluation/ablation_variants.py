@@ -117,14 +117,14 @@ def choose(names: Sequence[str] | None) -> tuple[Variant, ...]:
     """The variants of these keys in the order given, or all.
 
     Raises:
-        InputError: a key that is no variant, or none at all.
+        InputError: an unknown key, or none at all.
     """
     if names is None:
         return VARIANTS
     by_key = {variant.key: variant for variant in VARIANTS}
     for name in names:
         if name not in by_key:
-            raise InputError(f'"{name}" is no variant; choose from {", ".join(by_key)}.')
+            raise InputError(f'"{name}" is not a variant; choose from {", ".join(by_key)}.')
     if not names:
         raise InputError(f"No variant is named; choose from {', '.join(by_key)}.")
     return tuple(by_key[name] for name in dict.fromkeys(names))

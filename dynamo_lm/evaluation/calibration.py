@@ -1,16 +1,16 @@
 """Choosing a model's default `eps_b`: the largest speed-up whose quality is not worse than the base model's.
 
-In: what each dial costs, by one of three criteria. Out: a curve, the dial chosen from it, and the model folder's
-`generation_config.json` with that dial in it. "Speed-up" is tokens per step against one token per step, capped at n.
+In: the quality at several values of eps_b, by one of three criteria. Out: a curve, the value chosen from it, and the model
+folder's `generation_config.json` with that value. "Speed-up" is tokens per step against one token per step, at most n.
 
 * ppl: PPL_d(eps_b) / PPL_1 on a text is at most `limit` (1.1: each token of the true text costs at most 10 % more).
 * regret: regret of sampled text (nats per token below the base's first choice, under the base itself) exceeds that of
-  one-token sampling by at most `limit`, by the upper end of its 95 % interval: sampled text is noisy, and the fastest of
-  several noisy dials would be a lucky one. It sees effective temperature too: duller text has less regret.
+  one-token sampling by at most `limit`, by the upper end of its 95 % interval: sampled text is noisy, and the estimate alone
+  would choose by luck. It reflects effective temperature too: duller text has less regret.
 * win-rate: of a completion benchmark that was run before, points whose 95 % interval of the win rate against the base
   begins at 1 - margin or above (non-inferiority); by default at matched diversity. Points without an interval never pass.
 
-The first compares the estimate with the limit. Intervals take documents or prompts as the units. Of the dials that pass,
+The first compares the estimate with the limit. Intervals take documents or prompts as the units. Of the values that pass,
 the one with most tokens per step is chosen, of equal ones the larger eps_b; where none passes it is 1, one token per step,
 which is the base model's own sampling.
 """
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from dynamo_lm.errors import InputError
-from dynamo_lm.evaluation.perplexity.scoring import Measured, standard_error
+from dynamo_lm.evaluation.perplexity.scoring import Measured, Sums, standard_error
 from dynamo_lm.files import write_text
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
@@ -41,7 +41,7 @@ WIDE = 1.96  # standard errors to either side of a 95 % interval
 
 @dataclass(frozen=True)
 class Point:
-    """One dial."""
+    """One value of eps_b."""
 
     eps_b: float
     tokens_per_step: float
@@ -52,21 +52,19 @@ class Point:
 
 
 def choose(curve: Sequence[Point]) -> Point | None:
-    """The fastest point that passes, of equally fast ones the most careful; None if none passes."""
+    """The fastest point that passes, of equally fast ones the largest eps_b; None if none passes."""
     passing = [point for point in curve if point.passes]
     return max(passing, key=lambda point: (point.tokens_per_step, point.eps_b), default=None)
 
 
-def outcome(criterion: str, limit: float, curve: Sequence[Point], **more: Any) -> dict[str, Any]:
+def outcome(criterion: str, limit: float, curve: Sequence[Point], **details: Any) -> dict[str, Any]:
     """The own keys of `calibration.json`."""
     best = choose(curve)
-    chosen = (
-        {"eps_b": best.eps_b, "tokens_per_step": best.tokens_per_step} if best else {"eps_b": 1.0, "tokens_per_step": 1.0}
-    )
+    eps_b, tokens_per_step = (best.eps_b, best.tokens_per_step) if best is not None else (1.0, 1.0)
     return {
-        "criterion": {"name": criterion, "limit": limit, **more},
+        "criterion": {"name": criterion, "limit": limit, **details},
         "curve": [asdict(point) for point in curve],
-        "chosen": chosen | {"passes": best is not None},
+        "chosen": {"eps_b": eps_b, "tokens_per_step": tokens_per_step, "passes": best is not None},
     }
 
 
@@ -74,7 +72,7 @@ def outcome(criterion: str, limit: float, curve: Sequence[Point], **more: Any) -
 
 
 def by_perplexity(measured: Measured, limit: float, *, masked: bool = True) -> list[Point]:
-    """PPL_d / PPL_1 for each dial: of the masked joint, or of the product of heads if not `masked` or without tables. The
+    """PPL_d / PPL_1 for each eps_b: of the masked joint, or of the product of heads if not `masked` or without tables. The
     steps are those that generation takes either way."""
     base, points = measured.heads[0], []
     sums = measured.masked_dynamic if masked and measured.masked_dynamic is not None else measured.dynamic
@@ -89,66 +87,52 @@ def by_perplexity(measured: Measured, limit: float, *, masked: bool = True) -> l
 def by_regret(
     model: DynaMoForCausalLM,
     prompts: Sequence[Sequence[int]],
-    dials: Sequence[float],
+    values: Sequence[float],
     limit: float,
     *,
-    max_new_tokens: int,
     samples: int = 1,
-    seed: int = 0,
     progress: Callable[[int], None] = lambda texts: None,
     **arguments: Any,
 ) -> list[Point]:
-    """Regret of each dial's text less that of one-token sampling (eps_b = 1) from the same prompts and seeds.
+    """Regret of the text at each eps_b less that of one-token sampling (eps_b = 1) from the same prompts and seeds.
 
     Args:
-        prompts: two or more, token ids, one at least each.
-        samples: texts a prompt; text s of prompt p has the same seed at every dial.
-        progress: called with the number of texts written.
-        **arguments: of `generate`.
+        prompts: two or more, each of at least one token id.
+        values: of eps_b.
+        samples: texts for each prompt; text s of prompt p has the same seed at every eps_b.
+        progress: called with the number of finished texts.
+        **arguments: of `generate`, such as max_new_tokens and seed.
 
     Raises:
         InputError: a single prompt, which gives no interval.
     """
     if len(prompts) < 2:
         raise InputError("One prompt gives no interval of the regret; give two or more, better ten.")
-    rows = [list(prompt) for prompt in prompts for _ in range(samples)]
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
-    seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    written = 0
+    inputs = [list(prompt) for prompt in prompts for _ in range(samples)]
+    width = max(map(len, inputs))
+    ids = torch.tensor([[0] * (width - len(tokens)) + tokens for tokens in inputs], device=model.device)
+    mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in inputs], device=model.device)
+    options = {"verify": "off", "do_sample": True, "return_dict_in_generate": True, "attention_mask": mask} | arguments
+    finished = 0
 
-    def sample(eps_b: float) -> tuple[np.ndarray, np.ndarray, float]:
-        """By prompt: regret in nats and tokens it was taken over, (prompts,) each; and tokens per step."""
-        nonlocal written
-        output = model.generate(
-            ids,
-            attention_mask=seen,
-            verify="off",
-            do_sample=True,
-            eps_b=eps_b,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            return_dict_in_generate=True,
-            **arguments,
-        )
-        written += len(rows)
-        progress(written)
-        found = output.statistics
-        nats = np.array([one.regret for one in found]).reshape(len(prompts), samples).sum(1)
-        counted = np.array([float(one.unverified) for one in found]).reshape(len(prompts), samples).sum(1)
-        return nats, counted, sum(one.new_tokens for one in found) / sum(one.forwards for one in found)
+    def sample(eps_b: float) -> tuple[Sums, float]:
+        """Regret in nats and the tokens it was taken over, by prompt; and tokens per step."""
+        nonlocal finished
+        texts = model.generate(ids, eps_b=eps_b, **options).statistics
+        finished += len(inputs)
+        progress(finished)
+        counts = np.array([(text.regret, text.unverified) for text in texts])
+        nats, tokens = counts.reshape(len(prompts), samples, 2).sum(1).T
+        return Sums(nats, tokens), sum(text.new_tokens for text in texts) / sum(text.forwards for text in texts)
 
-    base_nats, base_tokens, _ = base = sample(1.0)
-    base_mean = base_nats.sum() / base_tokens.sum()
+    base, base_speed = sample(1.0)
     points = []
-    for eps_b in dials:
-        nats, tokens, per_step = base if eps_b == 1 else sample(eps_b)
-        mean = nats.sum() / tokens.sum()
-        influence = (nats - mean * tokens) / tokens.sum() - (base_nats - base_mean * base_tokens) / base_tokens.sum()
-        error, more = standard_error(influence), float(mean - base_mean)
+    for eps_b in values:
+        sums, tokens_per_step = (base, base_speed) if eps_b == 1 else sample(eps_b)
+        error, difference = standard_error(sums.influence - base.influence), sums.mean - base.mean
         assert error is not None
-        low, high = more - WIDE * error, more + WIDE * error
-        points.append(Point(eps_b, per_step, more, low, high, high <= limit))
+        low, high = difference - WIDE * error, difference + WIDE * error
+        points.append(Point(eps_b, tokens_per_step, difference, low, high, high <= limit))
     return points
 
 
@@ -158,18 +142,18 @@ def by_win_rate(record: dict[str, Any], margin: float, *, matched: bool = True) 
     Raises:
         InputError: none of the paper's method, a judge that failed its sanity check, or no point with an interval.
     """
-    judge = (record.get("judge") or {}).get("sanity", {})
-    if judge.get("useful") is False:
-        raise InputError(f"The judge of these results is not useful ({judge.get('reason', 'see the report')}); use another.")
-    found = record.get("methods", {}).get(METHOD, {}).get("points", [])
-    found = [point for point in found if point.get("eps_b") is not None]
-    if not found:
+    sanity = (record.get("judge") or {}).get("sanity", {})
+    if sanity.get("useful") is False:
+        reason = sanity.get("reason", "see the report")
+        raise InputError(f"The judge of these results is not useful ({reason}); use another.")
+    measured = record.get("methods", {}).get(METHOD, {}).get("points", [])
+    measured = [point for point in measured if point.get("eps_b") is not None]
+    if not measured:
         raise InputError(f'These results have no "{METHOD}" points; run `dynamo-lm eval completion` with that method.')
     points = []
-    for point in sorted(found, key=lambda point: -point["eps_b"]):
+    for point in sorted(measured, key=lambda point: -point["eps_b"]):
         rate = point.get("matched" if matched else "plain") or {}
-        interval = rate.get("interval")
-        low, high = interval if interval else (None, None)
+        low, high = rate.get("interval") or (None, None)
         passes = low is not None and low >= 1 - margin
         points.append(Point(point["eps_b"], point["tokens_per_step"], rate.get("win_rate", 0.0), low, high, passes))
     if all(point.low is None for point in points):
@@ -187,13 +171,13 @@ def check_writable(name: str, folder: Path) -> None:
     """Refuses, before the long part, a model whose default cannot be written.
 
     Args:
-        name: the model as the user called it; folder: where that was found.
+        name: the model as the user named it; folder: what that resolves to.
 
     Raises:
         InputError: a hub id, the bundled model by its short name, or a folder that is read-only.
     """
     if not folder.is_dir():
-        raise InputError(f'"{name}" is no folder to write a default into; download it, or use --dry-run to only see it.')
+        raise InputError(f'"{name}" is not a folder that a default can be written into; download it, or use --dry-run.')
     if not Path(name).is_dir():
         raise InputError(
             f'"{name}" is part of this installation; copy its folder and calibrate the copy, name the folder itself, or use '
@@ -216,16 +200,16 @@ def read_defaults(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise InputError(f'"{file}" is not valid JSON ({error}); mend it or delete it.') from error
+        raise InputError(f'"{file}" is not valid JSON ({error}); repair it or delete it.') from error
     if not isinstance(content, dict):
-        raise InputError(f'"{file}" holds no JSON object; mend it or delete it.')
+        raise InputError(f'"{file}" holds no JSON object; repair it or delete it.')
     return content
 
 
 def write_default(folder: Path, eps_b: float, model: DynaMoForCausalLM) -> Path:
     """Sets `eps_b` in the folder's `generation_config.json`, whole or not at all; every other value stays as it is.
 
-    Without such a file it becomes `model`'s own generation settings and the dial.
+    Without such a file it is made from `model`'s own generation settings.
     """
     file = folder / FILE
     content = read_defaults(folder)

@@ -1,7 +1,7 @@
-"""A results file: what was measured, of which model, by which command, on what seed.
+"""A results file: what was measured, of which model, by which command, with which seed.
 
-One folder holds the results of one model, `KIND.json` each; a folder with results of another model is refused, so that a
-report never mixes two.
+A folder holds the results of one model, `KIND.json` for each kind; a folder with results of another model is refused, so
+that a report never mixes two.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from dynamo_lm.training import provenance
 def begin(
     kind: str, command: Sequence[str], model: DynaMoForCausalLM, name: str, *, seed: int, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """The head of a results file of one `kind`; `name` is what the user called the model, `command` the arguments given.
+    """The first keys of a results file; whoever measures adds others before `save`.
 
-    Whoever measures adds keys of its own and hands the whole to `save`.
+    Args:
+        command: the arguments of `dynamo-lm`.
+        name: the model as the user named it.
     """
     return provenance.begin(command, kind=kind, model=describe(model, name), seed=seed, settings=settings)
 
@@ -37,7 +39,7 @@ def model_name(name: str) -> str:
 
 
 def describe(model: DynaMoForCausalLM, name: str) -> dict[str, Any]:
-    """What a reader must know of the model behind a number."""
+    """What a reader must know of the model that was measured."""
     return {
         "name": model_name(name),
         "path": name,
@@ -63,10 +65,10 @@ def save(folder: Path, record: dict[str, Any]) -> Path:
 
 
 def load(folder: Path, kind: str) -> dict[str, Any] | None:
-    """The record of one kind, or None if the folder has none.
+    """The record of this kind, or None if the folder has none.
 
     Raises:
-        InputError: the file is no results file.
+        InputError: the file is not a results file.
     """
     file = folder / f"{kind}.json"
     if not file.is_file():
@@ -76,26 +78,26 @@ def load(folder: Path, kind: str) -> dict[str, Any] | None:
     except ValueError as error:
         raise InputError(f'"{file}" is not valid JSON ({error}); delete it and measure again.') from error
     if not isinstance(record, dict) or record.get("kind") != kind or "identity" not in record.get("model", {}):
-        raise InputError(f'"{file}" is no results file of dynamo-lm; give a folder that `dynamo-lm eval` wrote.')
+        raise InputError(f'"{file}" is not a results file of dynamo-lm; give a folder that `dynamo-lm eval` wrote.')
     return record
 
 
 def load_all(folder: Path) -> dict[str, dict[str, Any]]:
-    """Every record in `folder`, by kind, all of one model.
+    """Every record in `folder`, by kind, all of the same model.
 
     Raises:
         InputError: no folder, no results, or results of different models.
     """
     if not folder.is_dir():
-        raise InputError(f'"{folder}" is no folder; give one that `dynamo-lm eval` wrote results into.')
-    found = {file.stem: load(folder, file.stem) for file in sorted(folder.glob("*.json"))}
-    records = {kind: record for kind, record in found.items() if record is not None}
+        raise InputError(f'"{folder}" is not a folder; give one that `dynamo-lm eval` wrote results into.')
+    kinds = [file.stem for file in sorted(folder.glob("*.json"))]
+    records = {kind: record for kind in kinds if (record := load(folder, kind)) is not None}
     if not records:
         raise InputError(f'"{folder}" has no results; make some with `dynamo-lm eval ... --out {folder}`.')
     models = {record["model"]["identity"]: kind for kind, record in records.items()}
     if len(models) > 1:
-        kinds = " and ".join(f"{kind}.json" for kind in list(models.values())[:2])
-        raise InputError(f'"{folder}" mixes results of different models ({kinds}); keep one folder per model.')
+        examples = " and ".join(f"{kind}.json" for kind in list(models.values())[:2])
+        raise InputError(f'"{folder}" mixes results of different models ({examples}); keep one folder per model.')
     return records
 
 

@@ -1,4 +1,4 @@
-"""How varied text is: the other half of every quality number, since lowering the temperature makes text likelier and duller.
+"""How varied text is, which belongs to every quality number: a lower temperature makes text likelier and duller.
 
 Pure functions of token ids or strings. Shares run from 0 to 1. They depend on the length of the texts and on how many are
 pooled, so they compare only arms with the same prompts, the same number of seeds and the same `max_new_tokens`.
@@ -73,34 +73,34 @@ def measure(texts_by_prompt: Sequence[Sequence[tuple[Sequence[int], str]]]) -> d
 
 
 def mauve(candidate: np.ndarray, base: np.ndarray) -> float | None:
-    """MAUVE (Pillutla et al. 2021) between two piles of texts: 0 (nothing in common) to 1 (one distribution).
+    """MAUVE (Pillutla et al. 2021) between two sets of texts: 0 (nothing in common) to 1 (the same distribution).
 
     Args:
         candidate: features of the candidate's texts, (texts, features), as `ReferenceJudge.features` makes them.
         base: features of the base model's, (texts, features).
 
     Returns:
-        The score on a fixed seed; None with fewer than 50 texts on a side, where its histogram over clusters (a tenth as
-        many as texts) says more about chance than about the texts. It falls with fewer texts, so that only piles of one
-        size compare, and the base against a second sample of itself is its ceiling, not 1.
+        The score with a fixed seed; None with fewer than 50 texts on a side, where its histogram over clusters (a tenth as
+        many as texts) is mostly noise. It falls with fewer texts, so only sets of the same size compare, and its ceiling is
+        the base against a second sample of itself, not 1.
     """
     if min(len(candidate), len(base)) < MAUVE_TEXTS:
         return None
-    with _quiet():  # faiss writes to file descriptor 2 that a hundred points are few
+    with _quiet():  # faiss warns on file descriptor 2 that a hundred points are few
         import faiss
         from mauve import compute_mauve
 
         threads = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(1)  # so that sums have one order
         try:
-            found = compute_mauve(p_features=candidate, q_features=base, seed=MAUVE_SEED, verbose=False)
+            result = compute_mauve(p_features=candidate, q_features=base, seed=MAUVE_SEED, verbose=False)
         finally:
             faiss.omp_set_num_threads(threads)
-    return float(np.clip(found.mauve, 0, 1))
+    return float(np.clip(result.mauve, 0, 1))
 
 
-def _grams(row: Sequence[Any], n: int) -> Iterator[tuple]:
-    return zip(*(row[start:] for start in range(n)), strict=False)
+def _grams(tokens: Sequence[Any], n: int) -> Iterator[tuple]:
+    return zip(*(tokens[start:] for start in range(n)), strict=False)
 
 
 def mean(values: Sequence[float | None]) -> float | None:

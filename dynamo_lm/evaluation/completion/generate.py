@@ -1,7 +1,7 @@
 """The sentence-completion protocol, first half: every prompt continued by every arm (method.md section 5).
 
-An arm is one way of decoding. The arms of one prompt and seed run one after another in random order, so that their seconds
-can be compared, and every text is a line of a file at once, so that a run that was stopped goes on. Knows no judge.
+An arm is a way of decoding. The arms of a prompt and seed run one after another in random order, so that their seconds can
+be compared, and every text is written to a file at once, so that a stopped run continues. Knows no judge.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ APART = 500_000  # added to the seed of the second, independent samples of the b
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of decoding."""
+    """A way of decoding."""
 
     name: str
     role: str  # "base", "again" (independent samples of the base), "ladder", "candidate", "own base" (of strict decoding)
@@ -70,25 +70,25 @@ def arms(
     num_heads: int, methods: Sequence[str], grid: Sequence[float], *, strict: bool, ladder: Sequence[float] = LADDER
 ) -> list[Arm]:
     """The base, its second sample, its ladder of temperatures, every method at every eps_b, and strict decoding."""
-    one = {"verify": "off", "do_sample": True, "num_heads": 1}
-    found = [
-        Arm("base", "base", "base", one, temperature=TEMPERATURE),
-        Arm("base again", "again", "base", one, temperature=TEMPERATURE),
+    single = {"verify": "off", "do_sample": True, "num_heads": 1}
+    result = [
+        Arm("base", "base", "base", single, temperature=TEMPERATURE),
+        Arm("base again", "again", "base", single, temperature=TEMPERATURE),
     ]
     for temperature in ladder:
         if temperature != TEMPERATURE:
-            name = f"base, temperature {temperature:g}"
-            found.append(Arm(name, "ladder", "base", one | {"temperature": temperature}, temperature=temperature))
+            arguments = single | {"temperature": temperature}
+            result.append(Arm(f"base, temperature {temperature:g}", "ladder", "base", arguments, temperature=temperature))
     for method in methods:
         for eps_b in grid:
             arguments = {"verify": "off", "do_sample": True, "num_heads": num_heads, "eps_b": eps_b} | METHODS[method]
-            found.append(Arm(f"{method}, eps_b {eps_b:g}", "candidate", method, arguments, eps_b=eps_b))
+            result.append(Arm(f"{method}, eps_b {eps_b:g}", "candidate", method, arguments, eps_b=eps_b))
     if strict:  # its own baseline: transformers' repetition penalty works on logits, Algorithm 1's on probabilities
         drawn = {"verify": "strict", "do_sample": True, "temperature": TEMPERATURE, "top_k": TOP_K}
         drawn |= {"repetition_penalty": PENALTY}
-        found.append(Arm("strict, one token", "own base", STRICT, drawn | {"num_heads": 1}, temperature=TEMPERATURE))
-        found.append(Arm("strict", "candidate", STRICT, drawn | {"num_heads": num_heads}, temperature=TEMPERATURE))
-    return found
+        result.append(Arm("strict, one token", "own base", STRICT, drawn | {"num_heads": 1}, temperature=TEMPERATURE))
+        result.append(Arm("strict", "candidate", STRICT, drawn | {"num_heads": num_heads}, temperature=TEMPERATURE))
+    return result
 
 
 def write_texts(
@@ -106,14 +106,14 @@ def write_texts(
     chat: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Text]:
-    """Continues every prompt `seeds` times with every arm, one text at a time; what `file` already has is kept.
+    """Continues every prompt `seeds` times with every arm, one text at a time; texts that `file` holds already are kept.
 
     Args:
-        file: JSON lines: a head that says what the run is, then a text each.
-        identity: of the model (`record.identity`).
+        file: JSON lines: a first one that describes the run, then a text each.
+        identity: of the model (`results_file.describe`).
         base: the model of the arms that candidates are compared with, if it is not `model` at one token per step.
         chat: ask each prompt as a user's message, through the tokenizer's chat template.
-        progress: called with texts done and texts in all.
+        progress: called with the number of finished texts and of all.
 
     Raises:
         InputError: the file belongs to a run with another model, prompts or options; a prompt that cannot be continued.
@@ -135,7 +135,8 @@ def write_texts(
     writers = {arm.name: base if base is not None and arm.role in COMPARED_WITH else model for arm in chosen}
     if any(ids.shape[1] == 0 for ids in encoded):
         raise InputError("A prompt is empty; give a few words to begin with.")
-    ends = {"eos_token_id": end_tokens(model.generation_config, tokenizer) or None}  # of all arms, whoever writes
+    # For all arms, whichever model writes.
+    ends = {"eos_token_id": end_tokens(model.generation_config, tokenizer) or None}
     total, fresh = len(prompts) * seeds * len(chosen), True
     for number in range(seeds):
         for prompt, ids in enumerate(encoded):
@@ -148,7 +149,8 @@ def write_texts(
                     for other in chosen:
                         writers[other.name].generate(ids, max_new_tokens=4, seed=0, **other.arguments, **ends)
                     fresh = False
-                text = _complete(writers[arm.name], tokenizer, ids, arm, prompt, number, seed, max_new_tokens, ends)
+                options = {"max_new_tokens": max_new_tokens, **ends}
+                text = _complete(writers[arm.name], tokenizer, ids, arm, prompt, number, seed, **options)
                 done[arm.name, prompt, number] = text
                 log.append(asdict(text))
                 progress(len(done), total)
@@ -170,30 +172,26 @@ def _complete(
     prompt: int,
     number: int,
     seed: int,
-    max_new_tokens: int,
-    ends: dict[str, Any],
+    **options: Any,
 ) -> Text:
     """One text. Arms share their random numbers, so that what differs is the arm; the base's second sample has its own."""
-    drawn = seed + 1000 * prompt + number + (APART if arm.role == "again" else 0)
+    seed = seed + 1000 * prompt + number + (APART if arm.role == "again" else 0)
     began = time.perf_counter()
-    output = model.generate(
-        ids, max_new_tokens=max_new_tokens, seed=drawn, return_dict_in_generate=True, **arm.arguments, **ends
-    )
+    output = model.generate(ids, seed=seed, return_dict_in_generate=True, **arm.arguments, **options)
     seconds = time.perf_counter() - began
     counted, tokens = output.statistics[0], output.sequences[0, ids.shape[1] :].tolist()
-    before = tokenizer.decode(ids[0], skip_special_tokens=True)
-    whole = tokenizer.decode(output.sequences[0], skip_special_tokens=True)
+    before, whole = (tokenizer.decode(sequence[0], skip_special_tokens=True) for sequence in (ids, output.sequences))
     return Text(
-        arm.name,
-        prompt,
-        number,
-        whole[len(before) :],
-        tokens,
-        counted.step_sizes,
-        counted.forwards,
-        seconds,
-        counted.regret,
-        counted.unverified,
+        arm=arm.name,
+        prompt=prompt,
+        seed=number,
+        text=whole[len(before) :],
+        tokens=tokens,
+        step_sizes=counted.step_sizes,
+        forwards=counted.forwards,
+        seconds=seconds,
+        regret=counted.regret,
+        unverified=counted.unverified,
     )
 
 

@@ -1,10 +1,11 @@
-"""The prompts of the completion benchmarks: the paper's ten, the question sets of `data/bench`, or a file of one's own."""
+"""The prompts of the completion benchmarks: the paper's ten, the question sets of `data/bench`, or the user's file."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from dynamo_lm.errors import InputError
 
@@ -24,7 +25,7 @@ BENCHES = {"vicuna": "vicuna_bench.jsonl", "mt-bench": "mt_bench.jsonl"}  # firs
 
 
 def data_folder() -> Path:
-    """Where the benchmarks lie: `$DYNAMO_DATA/bench`, else `../shared/data/bench`."""
+    """The folder of the benchmarks: `$DYNAMO_DATA/bench`, else `../shared/data/bench`."""
     return Path(os.environ.get("DYNAMO_DATA", "../shared/data")) / "bench"
 
 
@@ -56,13 +57,25 @@ def read(bench: str | None, data: Path | None = None) -> tuple[str, list[str]]:
 def _prompt(line: str, where: str) -> str:
     if not line.lstrip().startswith("{"):
         return line
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where} is not valid JSON: {error}.") from error
+    entry = parse(line, where)
     for key in ("prompt", "text", "question", "turns"):
         value = entry.get(key)
         value = value[0] if isinstance(value, list) and value else value
         if isinstance(value, str) and value.strip():
             return value
     raise InputError(f'{where} has no prompt; give it as "prompt", "text", "question" or "turns".')
+
+
+def parse(line: str, where: str) -> dict[str, Any]:
+    """The JSON object of a line; `where` is for the error.
+
+    Raises:
+        InputError: it is not one.
+    """
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where} is not valid JSON: {error}.") from error
+    if not isinstance(entry, dict):
+        raise InputError(f"{where} is not a JSON object.")
+    return entry

@@ -103,16 +103,16 @@ def same_quality(line: Line, ceiling: np.ndarray) -> np.ndarray:
 
 
 def speed_up_at_same_quality(x: np.ndarray, rates: np.ndarray, ceiling: np.ndarray) -> dict[str, Any]:
-    """The paper's same-quality speed-up, of one kind of speed-up; x, rates: (rows, points), ceiling: (rows,).
+    """The paper's same-quality speed-up for one measure of speed; x, rates: (rows, points), ceiling: (rows,).
 
     "theoretical": the line had to be followed beyond the fastest point measured. "capped": it is at win rate 1 or above all
     the way to the ceiling.
     """
-    found = same_quality(fit(x, rates), ceiling)
-    estimate = float(found[0])
+    speed_ups = same_quality(fit(x, rates), ceiling)
+    estimate = float(speed_ups[0])
     return {
         "estimate": estimate,
-        "interval": interval(found),
+        "interval": interval(speed_ups),
         "theoretical": bool(estimate > x[0].max() + 1e-3),
         "capped": bool(estimate >= ceiling[0]),
     }
@@ -140,23 +140,23 @@ def rate_record(counts: np.ndarray) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Points:
-    """What was measured of one method at each setting of its dial: J points, P prompts, R rungs of the base's ladder."""
+    """What was measured of a method at each eps_b: J points, P prompts, R temperatures of the base."""
 
     tokens: np.ndarray  # (J, P) emitted
     forwards: np.ndarray  # (J, P)
     log_ratio: np.ndarray  # (J, P) log of tokens per second over the baseline's
     plain: np.ndarray  # (J, P, 3) wins, ties, losses against the base
-    matched: np.ndarray  # (J, R, P, 3) against the base at each rung
+    matched: np.ndarray  # (J, R, P, 3) against the base at each temperature
     diversity: np.ndarray  # (J, P)
     ladder: np.ndarray  # (R, P) diversity of the base at rising temperatures
     temperatures: Sequence[float]  # (R,)
 
 
 def analyse(points: Points, ceiling: int, *, seed: int) -> dict[str, Any]:
-    """Everything the comparison says of one method.
+    """The results of one method.
 
     Returns:
-        {"points": one dictionary a point (tokens_per_step, speed_up, plain, matched), "same_quality": {"plain", "matched"}},
+        {"points": a dictionary for each (tokens_per_step, speed_up, plain, matched), "same_quality": {"plain", "matched"}},
         as results files hold them; intervals are None with fewer than `LEAST_PROMPTS` prompts.
     """
     weights = resamples(points.tokens.shape[1], seed)  # (B, P)
@@ -173,7 +173,7 @@ def analyse(points: Points, ceiling: int, *, seed: int) -> dict[str, Any]:
         mix = weight[:, None]
         matched[:, j] = (1 - mix) * counts[rows, below] + mix * counts[rows, above]
         at[:, j] = (1 - weight) * temperatures[below] + weight * temperatures[above]
-    found = [
+    results = [
         {
             "tokens_per_step": float(per_step[0, j]),
             "tokens_per_step_interval": interval(per_step[:, j]),
@@ -184,7 +184,7 @@ def analyse(points: Points, ceiling: int, *, seed: int) -> dict[str, Any]:
         for j in range(len(points.tokens))
     ]
     return {
-        "points": found,
+        "points": results,
         "same_quality": {
             name: quality(per_step, wall, win_rate(counts), ceiling)
             for name, counts in (("plain", plain), ("matched", matched))
@@ -196,7 +196,7 @@ def quality(per_step: np.ndarray, wall: np.ndarray, rates: np.ndarray, ceiling: 
     """Same-quality speed-ups in tokens per step and in wall clock; all (rows, points)."""
     if per_step.shape[1] < 3:
         nothing = {"estimate": None, "interval": None, "theoretical": False, "capped": False}
-        note = "fewer than three points of the dial: no regression"
+        note = "fewer than three values of eps_b: no regression"
         return {"tokens_per_step": nothing, "wall_clock": nothing, "band": None, "note": note}
     rows, fastest = np.arange(len(wall)), wall.argmax(1)
     most = np.full(len(wall), float(ceiling))

@@ -46,7 +46,8 @@ ANSWER_USUAL = 50  # tokens, for the estimate
 CHARACTERS_PER_TOKEN = 4  # of English, roughly
 KEPT = "What was judged so far is kept; run the same command again to go on."
 
-T, V = TypeVar("T"), TypeVar("V")
+T = TypeVar("T")
+V = TypeVar("V")
 
 
 class EndpointJudge:
@@ -197,9 +198,9 @@ class EndpointJudge:
             return self._ask(question)
         except openai.OpenAIError as error:
             self._fail(error)
-        except ValueError:  # a reply that is no JSON
+        except ValueError:  # a reply that is not JSON
             return ""
-        choices = getattr(reply, "choices", None)  # text where the reply is no JSON object
+        choices = getattr(reply, "choices", None)  # text where the reply is not a JSON object
         message = getattr(choices[0], "message", None) if choices else None
         content = getattr(message, "content", None)
         return content if isinstance(content, str) else ""
@@ -229,7 +230,7 @@ class EndpointJudge:
         elif isinstance(error, openai.APIConnectionError):
             what = "cannot be reached"
         elif isinstance(error, openai.NotFoundError):
-            what = f'has no model "{self.model}" or is no chat endpoint'
+            what = f'has no model "{self.model}" or is not a chat endpoint'
         elif isinstance(error, openai.APIStatusError):
             message = " ".join(str(error.message).replace(self._client.api_key, "***").split())[:200]
             what = f"answered with status {error.status_code} ({message})"

@@ -204,7 +204,7 @@ class ReferenceJudge:
             cache: file of the log-likelihoods (a `JsonlCache`), so that a stopped run resumes.
 
         Raises:
-            InputError: no such model or tokenizer, or one that is no causal language model; options out of range.
+            InputError: no such model or tokenizer, or one that is not a causal language model; options out of range.
         """
         if not (math.isfinite(tie) and tie >= 0):
             raise InputError(f"The judge's tie is {tie}; give 0 or more nats per byte.")
@@ -215,7 +215,7 @@ class ReferenceJudge:
         where = choose_device(device)
         path = resolve(str(model_name_or_path))
         if Path(path).exists() and not (Path(path) / "config.json").is_file():
-            raise InputError(f'The judge "{path}" is no model: it has no config.json.')
+            raise InputError(f'The judge "{path}" is not a model directory (no config.json).')
         model: Any = load_base(path, dtype=dtype)
         model = model.base if isinstance(model, DynaMoForCausalLM) else model
         model.to(where).eval()
@@ -259,7 +259,7 @@ class ReferenceJudge:
         Prompt and completion are tokenized as one text; every token that has a character of the completion is scored.
         None: an empty completion, or one longer than the reference's context.
         """
-        self._compute(items, self._key, scored=True, progress=progress)
+        self._compute(items, progress)
         return [self._cache[self._key(item)] for item in items]
 
     def features(self, items: Sequence[Item | str], *, progress: Progress = lambda done: None) -> np.ndarray:
@@ -269,7 +269,7 @@ class ReferenceJudge:
         `log_likelihoods` has None.
         """
         texts = [("", item) if isinstance(item, str) else item for item in items]
-        self._compute(texts, self._feature_key, scored=False, progress=progress)
+        self._compute(texts, progress)
         features = np.zeros((len(texts), self._reader.width), np.float32)
         for feature, item in zip(features, texts, strict=True):
             stored = self._cache[self._feature_key(item)]
@@ -293,11 +293,11 @@ class ReferenceJudge:
     def _feature_key(self, item: Item) -> str:
         return key_of(*self._identity, "feature", *item)
 
-    def _compute(self, items: Sequence[Item], key: Callable[[Item], str], *, scored: bool, progress: Progress) -> None:
+    def _compute(self, items: Sequence[Item], progress: Progress) -> None:
         """Fills the cache for `items`, longest first, so that a batch has little padding and memory fails early."""
         texts: list[tuple[Item, Text]] = []
         for item in dict.fromkeys(items):
-            if key(item) in self._cache:
+            if self._key(item) in self._cache and self._feature_key(item) in self._cache:
                 continue
             text = self._tokenize(item)
             if text is None:
@@ -309,18 +309,14 @@ class ReferenceJudge:
         for start in range(0, len(texts), self.batch_size):
             progress(len(items) - len(texts) + start)
             batch = texts[start : start + self.batch_size]
-            results = self._reader.read([text for _, text in batch], scored=scored)
-            for (item, _), (total, feature) in zip(batch, results, strict=True):
-                self._keep(item, total if scored else None, feature)
+            for (item, _), (total, feature) in zip(batch, self._reader.read([text for _, text in batch]), strict=True):
+                value = round(
+                    total / len(item[1].encode(errors="replace")), 6
+                )  # beyond, it depends on the rest of the batch
+                packed = base64.b64encode(feature.astype(np.float16).tobytes()).decode()
+                self._cache.put(self._key(item), value if math.isfinite(value) else None)
+                self._cache.put(self._feature_key(item), packed if np.isfinite(feature).all() else None)
         progress(len(items))
-
-    def _keep(self, item: Item, total: float | None, feature: np.ndarray) -> None:
-        if total is not None:
-            value = round(total / len(item[1].encode(errors="replace")), 6)  # beyond, it depends on the rest of the batch
-            self._cache.put(self._key(item), value if math.isfinite(value) else None)
-        if self._feature_key(item) not in self._cache:
-            packed = base64.b64encode(feature.astype(np.float16).tobytes()).decode()
-            self._cache.put(self._feature_key(item), packed if np.isfinite(feature).all() else None)
 
     def _tokenize(self, item: Item) -> Text | None:
         """None if there is nothing to score, or more than the context holds; a long prompt loses its beginning instead."""

@@ -51,7 +51,7 @@ class Reader:
             whole = model(ids, use_cache=False, output_hidden_states=True)
             self.width = whole.hidden_states[-1].shape[-1]
             if not _alike(model(ids[:, :-1], use_cache=False).logits, whole.logits[:, :-1]):
-                raise InputError(f'The judge "{name}" looks at later words, so it is no causal language model; use another.')
+                raise InputError(f'The judge "{name}" looks at later words: it is not a causal language model; use another.')
             names = [key for key, module in model._modules.items() if module is output and output is not None]
             if not names or self._body is None or self._body is model:
                 return
@@ -64,14 +64,11 @@ class Reader:
                 self._readout, self.width = twin, hidden.shape[-1]
 
     @torch.inference_mode()
-    def read(self, texts: Sequence[Text], *, scored: bool = True) -> Iterator[tuple[float, np.ndarray]]:
-        """Of each text, the sum of its scored tokens' log-probabilities and the mean final state over them at length 1.
-
-        Without `scored` no logits are computed and the sums are 0.
-        """
+    def read(self, texts: Sequence[Text]) -> Iterator[tuple[float, np.ndarray]]:
+        """The sum of each text's log-probabilities of its scored tokens, and the mean final state over them, of norm 1."""
         if self._readout is None and len(texts) > 1:  # logits come at every position: one text at a time
             for text in texts:
-                yield from self.read([text], scored=scored)
+                yield from self.read([text])
             return
         longest = max(len(text.ids) for text in texts)
         # Padding on the right follows everything that is read, so a causal model needs no mask for it.
@@ -81,13 +78,12 @@ class Reader:
         rows = torch.tensor([row for row, text in enumerate(texts) for _ in text.scored], device=ids.device)
         places = torch.tensor([place for text in texts for place in text.scored], device=ids.device)
         sums = torch.zeros(len(texts), dtype=torch.float64)
-        if scored:
-            for row, place in zip(rows.split(CHUNK), places.split(CHUNK), strict=True):
-                if logits is None:
-                    at = self._readout(inputs_embeds=hidden[row, place - 1][None], use_cache=False).logits[0]
-                else:
-                    at = logits[row, place - 1]  # (chunk, vocabulary)
-                sums.index_add_(0, row.cpu(), _log_probability(at, ids[row, place]))
+        for row, place in zip(rows.split(CHUNK), places.split(CHUNK), strict=True):
+            if logits is None:
+                chunk = self._readout(inputs_embeds=hidden[row, place - 1][None], use_cache=False).logits[0]
+            else:
+                chunk = logits[row, place - 1]  # (chunk, vocabulary)
+            sums.index_add_(0, row.cpu(), _log_probability(chunk, ids[row, place]))
         for number, text in enumerate(texts):
             mean = hidden[number, text.scored].float().mean(0)
             yield float(sums[number]), (mean / mean.norm().clamp(min=1e-12)).cpu().numpy()

@@ -1,16 +1,15 @@
-"""Benchmarks whose answer is a text (GSM8K, TriviaQA, HumanEval), written by our own decoding at several settings, so that
-accuracy can be seen against speed.
+"""Benchmarks whose answer is a text (GSM8K, TriviaQA, HumanEval), decoded at several settings: accuracy against speed.
 
 Every setting ("arm") writes every answer, arms interleaved question by question on the same weights and machine. The prompts
-and the scores, with their standard errors, are the harness's. Speed-up is wall clock, the prompt's forward included, in
-tokens per second over those of one token per step; tokens per step have the number of heads as their ceiling.
+and the scores, with their standard errors, are the harness's. Speed-up is wall clock, prefill included, in tokens per second
+over those of one token per step; the ceiling of tokens per step is the number of heads.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,53 +44,50 @@ def arms(eps_b: Sequence[float], alpha_c: float | None = None) -> list[Arm]:
     return [Arm(ONE, {"verify": "strict", "num_heads": 1}), Arm(STRICT, {"verify": "strict"}), *off]
 
 
-@dataclass
-class _Written:
-    """What an arm wrote; one entry a question."""
+@dataclass(frozen=True)
+class _Output:
+    """What an arm wrote for one question."""
 
-    texts: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    forwards: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    text: str
+    tokens: int
+    forwards: int
+    seconds: float
 
 
 class Race(LM):
-    """A model for the harness that writes each question's text with every arm when first asked, then reads them out.
+    """A model for the harness that writes each question's text with every arm at the first request, then returns them.
 
     Attributes:
-        arm: whose texts it gives.
+        arm: whose texts it returns.
+        outputs: by arm, an entry for each question.
         cut: prompts whose beginning did not fit the model's context.
     """
 
-    def __init__(self, model: DynaMoLM, ways: Sequence[Arm], progress: Progress = lambda done, total: None):
+    def __init__(self, model: DynaMoLM, arms: Sequence[Arm], progress: Progress = lambda done, total: None):
         super().__init__()
-        self.model, self.ways, self.progress = model, ways, progress
-        self.arm = ways[0].name
-        self.written: dict[str, _Written] = {}
+        self.model, self.arms, self.progress = model, arms, progress
+        self.arm = arms[0].name
+        self.outputs: dict[str, list[_Output]] = {}
         self.cut = 0
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        if not self.written:
+        if not self.outputs:
             self._write([request.args for request in requests])
-        return self.written[self.arm].texts
+        return [output.text for output in self.outputs[self.arm]]
 
     def _write(self, questions: Sequence[tuple[str, dict[str, Any]]]) -> None:
-        self.written = {way.name: _Written() for way in self.ways}
-        context, asked = questions[0]
-        for way in self.ways:  # first calls pay for what is set up once
-            self.model.complete(context, asked | {"max_gen_toks": 8}, **way.decoding)
-        for number, (context, asked) in enumerate(questions, start=1):
-            room = self.model.room(asked.get("max_gen_toks", TOKENS))
-            self.cut += len(self.model.tok_encode(context)) > room
-            for way in self.ways:
+        self.outputs = {arm.name: [] for arm in self.arms}
+        context, options = questions[0]
+        for arm in self.arms:  # first calls pay for what is set up once
+            self.model.complete(context, options | {"max_gen_toks": 8}, **arm.decoding)
+        for number, (context, options) in enumerate(questions, start=1):
+            self.cut += len(self.model.tok_encode(context)) > self.model.room(options.get("max_gen_toks", TOKENS))
+            for arm in self.arms:
                 began = time.perf_counter()
-                text, statistics = self.model.complete(context, asked, **way.decoding)
-                written = self.written[way.name]
-                written.seconds.append(time.perf_counter() - began)
-                written.texts.append(text)
-                written.tokens.append(statistics.new_tokens)
-                written.forwards.append(statistics.forwards)
-            self.progress(number * len(self.ways), len(questions) * len(self.ways))
+                text, counted = self.model.complete(context, options, **arm.decoding)
+                seconds = time.perf_counter() - began
+                self.outputs[arm.name].append(_Output(text, counted.new_tokens, counted.forwards, seconds))
+            self.progress(number * len(self.arms), len(questions) * len(self.arms))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         raise NotImplementedError("texts only")
@@ -103,61 +99,62 @@ class Race(LM):
 def race(
     model: DynaMoLM,
     question: Question,
-    ways: Sequence[Arm],
+    arms: Sequence[Arm],
     *,
-    limit: int | None,
-    shots: int | None,
     seed: int,
-    run_code: bool = False,
     progress: Progress = lambda done, total: None,
+    **options: Any,
 ) -> tuple[dict[str, Answer], list[dict[str, Any]]]:
-    """Answers one generative question with every arm.
+    """Answers a generative question with every arm.
 
     Args:
-        ways: the first is the baseline of the speed-ups; see `arms`.
-        progress: told how many texts were written, and how many there will be.
+        arms: the first is the baseline of the speed-ups; see `arms`.
+        seed: of the choice of examples and of the intervals.
+        progress: called with the number of finished texts and of all.
+        **options: of `harness.ask`.
 
     Returns:
-        The answer of each arm by name, and a row a arm for the results file: accuracy is the task's first metric.
+        The answer of each arm by name, and an entry for each arm of the results file: accuracy is the task's first metric.
     """
-    runner = Race(model, ways, progress)
+    runner = Race(model, arms, progress)
     answers: dict[str, Answer] = {}
-    for way in ways:
-        runner.arm = way.name
-        answers[way.name] = ask(runner, question, limit=limit, shots=shots, seed=seed, run_code=run_code)
-    baseline = runner.written[ways[0].name]
-    rows = []
-    for way in ways:
-        written, metrics = runner.written[way.name], answers[way.name].metrics
-        first = next(iter(metrics))
-        low, high = _interval(written, baseline, seed)
-        rows.append(
+    for arm in arms:
+        runner.arm = arm.name
+        answers[arm.name] = ask(runner, question, seed=seed, **options)
+    baseline = runner.outputs[arms[0].name]
+    entries = []
+    for arm in arms:
+        outputs = runner.outputs[arm.name]
+        metric, result = next(iter(answers[arm.name].metrics.items()))
+        tokens = sum(output.tokens for output in outputs)
+        same = sum(mine.text == theirs.text for mine, theirs in zip(outputs, baseline, strict=True))
+        entries.append(
             {
-                "arm": way.name,
-                "metric": first,
-                "accuracy": metrics[first]["value"],
-                "stderr": metrics[first]["stderr"],
-                "tokens_per_step": sum(written.tokens) / sum(written.forwards),
-                "speed_up": _rate(written) / _rate(baseline),
-                "speed_up_interval": [low, high] if len(written.texts) > 1 else None,
-                "ceiling": way.decoding.get("num_heads", model.model.num_heads),
-                "same_text": sum(a == b for a, b in zip(written.texts, baseline.texts, strict=True)) / len(baseline.texts),
-                "tokens": sum(written.tokens),
+                "arm": arm.name,
+                "metric": metric,
+                "accuracy": result["value"],
+                "stderr": result["stderr"],
+                "tokens_per_step": tokens / sum(output.forwards for output in outputs),
+                "speed_up": _rate(outputs) / _rate(baseline),
+                "speed_up_interval": _interval(outputs, baseline, seed) if len(outputs) > 1 else None,
+                "ceiling": arm.decoding.get("num_heads", model.model.num_heads),
+                "same_text": same / len(baseline),
+                "tokens": tokens,
                 "prompts_cut": runner.cut,
             }
         )
-    return answers, rows
+    return answers, entries
 
 
-def _rate(written: _Written) -> float:
-    return sum(written.tokens) / sum(written.seconds)
+def _rate(outputs: Sequence[_Output]) -> float:
+    return sum(output.tokens for output in outputs) / sum(output.seconds for output in outputs)
 
 
-def _interval(written: _Written, baseline: _Written, seed: int) -> tuple[float, float]:
+def _interval(outputs: Sequence[_Output], baseline: Sequence[_Output], seed: int) -> list[float]:
     """95 % interval of the speed-up over questions, by resampling them."""
-    rows = np.random.default_rng(seed).integers(len(written.texts), size=(RESAMPLES, len(written.texts)))
-    tokens, seconds, others, clock = (
-        np.asarray(values)[rows].sum(1) for values in (written.tokens, written.seconds, baseline.tokens, baseline.seconds)
-    )
-    low, high = np.quantile(tokens / seconds / (others / clock), [0.025, 0.975])
-    return float(low), float(high)
+    chosen = np.random.default_rng(seed).integers(len(outputs), size=(RESAMPLES, len(outputs)))
+    rates = []
+    for arm in (outputs, baseline):
+        tokens, seconds = np.array([(output.tokens, output.seconds) for output in arm]).T
+        rates.append(tokens[chosen].sum(1) / seconds[chosen].sum(1))
+    return [float(end) for end in np.quantile(rates[0] / rates[1], [0.025, 0.975])]

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness asking a DynaMo model: head 1 for likelihoods, our own decoding for texts.
+"""A DynaMo model for lm-evaluation-harness: head 1 gives likelihoods, `DynaMoForCausalLM.generate` writes texts.
 
 Importing this module registers the model "dynamo-lm". The harness has no plug-ins, so its own command line finds the model,
 and the task files of `dynamo_lm.evaluation.nlu.tasks`, through
@@ -50,7 +50,7 @@ Metrics = dict[str, dict[str, float | None]]  # {metric: {"value", "stderr"}}; n
 
 
 class Head1(HFLM):
-    """A causal language model that is open already, asked in this process; says how far it is."""
+    """An opened causal language model that reports its progress."""
 
     def __init__(self, pretrained: Any, tokenizer: Any, *, context: int | None, batch_size: int = 1, **kwargs: Any):
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
@@ -69,7 +69,7 @@ class Head1(HFLM):
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         self.done, self.total = 0, len(requests)
         answers = super()._loglikelihood_tokens(requests, *args, **kwargs)
-        self.progress(self.total, self.total)  # some answers share a row
+        self.progress(self.total, self.total)  # some answers share a forward pass
         return answers
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -105,7 +105,7 @@ class DynaMoLM(Head1):
     ):
         if isinstance(pretrained, str):
             pretrained, tokenizer = open_for_evaluation(
-                pretrained, tokenizer=tokenizer, dtype=dtype, device=_here(device or "auto")
+                pretrained, tokenizer=tokenizer, dtype=dtype, device=_available(device or "auto")
             )
         if str(batch_size).startswith("auto"):
             raise InputError("--batch_size auto is not supported; give a number.")
@@ -114,20 +114,20 @@ class DynaMoLM(Head1):
         self.decoding: dict[str, Any] = {"verify": verify, "eps_b": eps_b, "num_heads": heads, "seed": seed}
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """One text at a time: rows of a batch would share their clock."""
+        """One text at a time: the texts of a batch would share their time."""
         texts: list[str] = []
         for request in requests:
             texts.append(self.complete(*request.args)[0])
             self.progress(len(texts), len(requests))
         return texts
 
-    def complete(self, context: str, asked: dict[str, Any], **decoding: Any) -> tuple[str, Statistics]:
-        """Continues `context` as a task's `generation_kwargs` ask, cut before the first stop string.
+    def complete(self, context: str, options: dict[str, Any], **decoding: Any) -> tuple[str, Statistics]:
+        """Continues `context` by a task's `generation_kwargs`, cut before the first stop string.
 
         A prompt that leaves too little room in the model's context loses its beginning, as in the harness. The repetition
         penalty of Algorithm 1 is off: it would punish answers that repeat the question's own words and numbers.
         """
-        given = normalize_gen_kwargs(asked, TOKENS)
+        given = normalize_gen_kwargs(options, TOKENS)
         stops = [stop for stop in given.get("until", []) if stop]
         ids = self.tok_encode(context) or [self.prefix_token_id]
         room = self.room(given["max_gen_toks"])
@@ -153,7 +153,7 @@ class DynaMoLM(Head1):
 
 
 class _Stop:
-    """Whether the new text holds a stop string; for one row. ids: (1, length)."""
+    """Whether the new text holds a stop string; ids: (1, length)."""
 
     def __init__(self, tokenizer: Any, strings: Sequence[str], prompt_length: int):
         self.tokenizer, self.strings, self.begin = tokenizer, strings, prompt_length
@@ -179,10 +179,10 @@ def original_base(model: DynaMoForCausalLM, folder: str, named: str | None = Non
 
     Args:
         folder: where the model was opened.
-        named: the user's word for it. Else the recorded one, if it is a folder here; the model's own if it was frozen.
+        named: by the user. Else the recorded one, if it is a folder on this machine; the model's own if it was frozen.
 
     Raises:
-        InputError: `named` cannot be opened, or is no base of this model.
+        InputError: `named` cannot be opened, or is not a base of this model.
     """
     recorded = model.config.base_name_or_path
     training = provenance.read(Path(folder)) or {}
@@ -192,7 +192,7 @@ def original_base(model: DynaMoForCausalLM, folder: str, named: str | None = Non
         name = Path(recorded).name if recorded else "its own"
         return Base(model.base, name, True, "Training left the base as it was, so one measurement serves both columns.")
     if named is None and not (recorded and Path(recorded).is_dir()):
-        why = f'"{recorded}" is no folder here' if recorded else "no base is recorded"
+        why = f'"{recorded}" is not a folder on this machine' if recorded else "no base is recorded"
         note = f"The base was trained with the heads and {why}: there is no base to compare with (--base names one)."
         return Base(None, "", False, note)
     name = resolve(named or str(recorded))
@@ -217,7 +217,7 @@ def local_tasks() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Question:
-    """A task or a group of tasks, ready to be asked."""
+    """A loaded task or group of tasks."""
 
     name: str  # what the user calls it
     identity: str  # what the harness calls it
@@ -229,7 +229,7 @@ class Question:
 def questions(
     names: Sequence[str], *, hub: bool = False, data: str | Path | None = None, run_code: bool = False
 ) -> list[Question]:
-    """Looks tasks up, and reads their documents once, so that a wrong name or file is known before a model is asked.
+    """Looks tasks up and reads their documents, so that a wrong name or file is reported before a model is opened.
 
     Raises:
         InputError: an unknown task, no benchmark folder, a damaged file, a hub that cannot be reached, generated code that
@@ -238,19 +238,20 @@ def questions(
     with quiet():
         if hub:
             manager = TaskManager()
-            known = {name: name for name in manager.all_tasks}
+            identities = {name: name for name in manager.all_tasks}
         else:
             manager = TaskManager(
                 include_path=str(FOLDER), include_defaults=False, metadata={"data": str(bench_folder(data))}
             )
-            known = local_tasks()
-        strangers = [name for name in names if name not in known]
-        if strangers:
-            choice = "see `lm_eval ls tasks`" if hub else f"give one of {', '.join(known)}, or --hub for the harness's own"
-            raise InputError(f'There is no task "{strangers[0]}"; {choice}.')
-        found = []
+            identities = local_tasks()
+        unknown = next((name for name in names if name not in identities), None)
+        if unknown is not None:
+            local = f"give one of {', '.join(identities)}, or --hub for the harness's own"
+            choice = "see `lm_eval ls tasks`" if hub else local
+            raise InputError(f'There is no task "{unknown}"; {choice}.')
+        questions = []
         for name in dict.fromkeys(names):
-            identity = known[name] + ("_run" if run_code and not hub and name == "humaneval" else "")
+            identity = identities[name] + ("_run" if run_code and not hub and name == "humaneval" else "")
             loaded = _load(manager, identity, name)
             tasks = loaded["tasks"]
             if any(getattr(task, "UNSAFE_CODE", False) for task in tasks.values()) and not run_code:
@@ -259,8 +260,8 @@ def questions(
             if len(kinds) > 1:
                 raise InputError(f'"{name}" mixes tasks of likelihoods and of texts; name its members one by one.')
             own = {key: task.get_config("num_fewshot") for key, task in tasks.items()}
-            found.append(Question(name, identity, loaded, own, kinds.pop()))
-        return found
+            questions.append(Question(name, identity, loaded, own, kinds.pop()))
+        return questions
 
 
 def _load(manager: TaskManager, identity: str, name: str) -> TaskDict:
@@ -268,16 +269,16 @@ def _load(manager: TaskManager, identity: str, name: str) -> TaskDict:
         return manager.load([identity])
     except InputError:
         raise
-    except Exception as error:  # whatever templates make of missing fields, and download libraries of no network
+    except Exception as error:  # templates fail at missing fields, and download libraries without a network, in many ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if identity.startswith(PREFIX):
             raise InputError(f'The file of "{name}" does not have the fields that the task reads: {reason}.') from error
-        raise InputError(f'The task "{name}" could not be had from the hub: {reason}') from error
+        raise InputError(f'The task "{name}" could not be loaded from the hub: {reason}') from error
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the harness found; `parts` are the members of a group."""
+    """The harness's result; `parts` are the members of a group."""
 
     metrics: Metrics
     samples: int
@@ -285,7 +286,7 @@ class Answer:
 
 
 def ask(lm: LM, question: Question, *, limit: int | None, shots: int | None, seed: int, run_code: bool = False) -> Answer:
-    """Asks one model one question; standard errors are the harness's own.
+    """Evaluates a model on a question; standard errors are the harness's own.
 
     Args:
         limit: documents of each task, the first so many; all if None.
@@ -297,7 +298,7 @@ def ask(lm: LM, question: Question, *, limit: int | None, shots: int | None, see
         task.set_config("num_fewshot", shots if shots is not None and own != 0 else own or 0)
         task.set_fewshot_seed(seed)
     with quiet():
-        found = evaluate(
+        results = evaluate(
             lm,
             question.loaded,
             limit=limit,
@@ -305,7 +306,7 @@ def ask(lm: LM, question: Question, *, limit: int | None, shots: int | None, see
             log_samples=False,
             confirm_run_unsafe_code=run_code,
         )
-    answers = {name: _answer(numbers) for name, numbers in found["results"].items()}
+    answers = {name: _answer(numbers) for name, numbers in results["results"].items()}
     whole = answers.pop(question.identity, None)
     if whole is None:  # a tag: its tasks stand side by side
         samples = sum(answer.samples for answer in answers.values())
@@ -328,7 +329,7 @@ def _answer(numbers: dict[str, Any]) -> Answer:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The harness keeps its lines, warnings and bars to itself."""
+    """Suppresses the harness's output, warnings and progress bars."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -339,7 +340,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _here(device: str) -> str:
+def _available(device: str) -> str:
     """The harness's command line always asks for a GPU unless told otherwise."""
     return "auto" if device.startswith("cuda") and not torch.cuda.is_available() else device
 

@@ -5,7 +5,7 @@ each eps_b scored and how long its steps were. At a position the step size is wh
 the window's tokens as its context; then the true tokens are taken, up to the end of the document.
 
 Whether m tokens are emitted depends on eps_b only through a limit, so each position's joints are computed once for all
-eps_b (`limits`). Where thresholds and penalty make the answer depend on more than that, `sampling.survivors` is asked.
+eps_b (`limits`). Where thresholds and penalty make the answer depend on more than that, `sampling.survivors` decides.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from dynamo_lm.sampling.top_k import HeadCandidates
 
 
 class Walk:
-    """One walk through every document for each of `eps_b`; `advance` goes on as far as candidates are known.
+    """One walk through every document for each value of eps_b; `advance` continues as far as there are candidates.
 
     Attributes:
-        plain, masked: log-probability of what was scored, (documents, dials), nats.
-        tokens: how many were scored, (documents, dials).
-        sizes: steps of 1, 2, .. n tokens, (dials, n); what the end of a document cuts off does not count.
+        plain, masked: log-probability of the scored tokens, (documents, values), nats.
+        tokens: how many were scored, (documents, values).
+        sizes: steps of 1, 2, .. n tokens, (values, n); what the end of a document cuts off does not count.
     """
 
     def __init__(
@@ -43,31 +43,31 @@ class Walk:
     ):
         """plain, masked: per document (n, length), filled in up to where `advance` goes."""
         self.documents, self.log_p = documents, (plain, masked)
-        self.dials, self.algorithm, self.table = list(eps_b), algorithm, table
-        shape = (len(documents), len(self.dials))
+        self.eps_b, self.algorithm, self.table = list(eps_b), algorithm, table
+        shape = (len(documents), len(self.eps_b))
         self.plain, self.masked, self.tokens = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-        self.sizes = np.zeros((len(self.dials), len(plain[0])), dtype=np.int64)
+        self.sizes = np.zeros((len(self.eps_b), len(plain[0])), dtype=np.int64)
         self.next = np.zeros(shape, dtype=np.int64)  # the position each walk stands at
 
     def advance(self, document: int, heads: Sequence[HeadCandidates], start: int, fresh: int, end: int) -> None:
-        """Walks through positions fresh .. end - 1. heads: by head, a row per position; start: of the context they saw."""
+        """Walks through positions fresh .. end - 1; heads: by head, an entry per position; start: of their context."""
         tokens = self.documents[document]
-        plain, masked = (rows[document] for rows in self.log_p)
-        known: dict[int, StepSize] = {}
-        for dial, eps_b in enumerate(self.dials):
-            at = int(self.next[document, dial])
+        plain, masked = (log_p[document] for log_p in self.log_p)
+        step_sizes: dict[int, StepSize] = {}  # by position
+        for number, eps_b in enumerate(self.eps_b):
+            at = int(self.next[document, number])
             while at < end:
-                if at not in known:
+                if at not in step_sizes:
                     ids, probs = (np.stack([getattr(head, name)[at - fresh] for head in heads]) for name in ("ids", "probs"))
                     context = tokens[start : at + 1]
-                    known[at] = StepSize(HeadCandidates(ids, probs), context, self.table, self.algorithm)
-                size = min(known[at](eps_b), len(tokens) - 1 - at)
-                self.plain[document, dial] += plain[:size, at].sum()
-                self.masked[document, dial] += masked[:size, at].sum()
-                self.tokens[document, dial] += size
-                self.sizes[dial, size - 1] += 1
+                    step_sizes[at] = StepSize(HeadCandidates(ids, probs), context, self.table, self.algorithm)
+                size = min(step_sizes[at](eps_b), len(tokens) - 1 - at)
+                self.plain[document, number] += plain[:size, at].sum()
+                self.masked[document, number] += masked[:size, at].sum()
+                self.tokens[document, number] += size
+                self.sizes[number, size - 1] += 1
                 at += size
-            self.next[document, dial] = at
+            self.next[document, number] = at
 
 
 class StepSize:
@@ -82,11 +82,11 @@ class StepSize:
         for m in range(1 if eps_b == 1 else len(self.heads.ids), 1, -1):
             surely, possibly = self.limits[m - 2]
             limit = eps_b ** (m - 1) * (1 + ROUNDING)
-            if surely > limit or (possibly > limit and self._ask(m, eps_b)):
+            if surely > limit or (possibly > limit and self._survives(m, eps_b)):
                 return m
         return 1
 
-    def _ask(self, m: int, eps_b: float) -> bool:
+    def _survives(self, m: int, eps_b: float) -> bool:
         options = replace(self.algorithm, eps_b=eps_b)
         joint = Joints(self.heads, self.table, options.alpha_c, least=static_threshold(eps_b, len(self.heads.ids)))[m]
         present = np.zeros(1 + max(int(self.heads.ids.max()), int(self.context.max())), bool)
@@ -116,13 +116,13 @@ def limits(
             repeats[i] |= (tokens[:i] == tokens[i]).any(0)
         return values / penalty ** repeats.sum(0)
 
-    found = []
+    pairs = []
     for m in range(2, n + 1):
         joint = joints[m]
         cells, values = joint.cells, joint.values
         top = float(values.max(initial=0.0))
         if top == 0:
-            found.append((0.0, 0.0))
+            pairs.append((0.0, 0.0))
             continue
         first = values >= top * (1 - ROUNDING)  # of equal ones any may be the survivor
         surely = min(top, float(penalised(m, cells[first], values[first]).min()))
@@ -131,5 +131,5 @@ def limits(
         else:
             rivals = values > surely
             possibly = float(penalised(m, cells[rivals], values[rivals]).max(initial=surely))
-        found.append((surely, possibly))
-    return found
+        pairs.append((surely, possibly))
+    return pairs

@@ -1,13 +1,13 @@
 """Multi-token perplexities of a text (method.md section 5): each head alone, the heads together, and the dynamic PPL_d.
 
 In: a DynaMo model and documents of token ids. Out: sums by document, and the numbers of `perplexity.json` with standard
-errors. Every document is scored on its own. A target counts where a token stands before it: the first token of a document
-is scored only if the tokenizer puts a token in front of every text; the end-of-text token behind a document is a target.
+errors. Every document is scored on its own. A target counts where a token precedes it: the first token of a document is
+scored only if the tokenizer puts a token in front of every text; the end-of-text token after a document is a target.
 
 A document longer than the window is read by windows that start every `stride` tokens. A position is scored in the first
 window that holds it, so every target counts once per head and sees at least window - stride tokens (or all there are).
 
-The joint of m tokens is the product of heads, and beside it the masked joint of `evaluation.masked`.
+The joint of m tokens is the product of heads, and beside it the masked joint of `evaluation.perplexity.masked`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Text:
     """Documents to score."""
 
     documents: list[np.ndarray]  # each (length,) int64, two tokens at least
-    bytes: int  # UTF-8, of the scored tokens: of everything behind each document's first token
+    bytes: int  # UTF-8, of the scored tokens: of everything after each document's first token
     sources: list[str]  # names without their folders
 
     @property
@@ -58,7 +58,7 @@ class Options:
     window: int  # tokens a forward sees at most
     stride: int  # tokens from one window's start to the next
     batch_size: int = 8  # windows a forward
-    eps_b: tuple[float, ...] = ()  # dials of PPL_d, none to leave the walk out
+    eps_b: tuple[float, ...] = ()  # values for PPL_d, none to leave it out
     algorithm: Algorithm1 = field(default_factory=Algorithm1)  # how the walk chooses m; its alpha_c is the mask's, too
     masked: bool = True  # whether the tables are used: by the walk, and in the masked joint
     smoothing: float = SMOOTHING  # share of the product of heads in the masked joint
@@ -71,7 +71,7 @@ class Options:
         if not 0 < self.smoothing <= 1:
             raise InputError(f"The smoothing is {self.smoothing}; give a share above 0 (a perplexity needs it) up to 1.")
         for eps_b in self.eps_b:
-            replace(self.algorithm, eps_b=eps_b)  # refuses what is no probability
+            replace(self.algorithm, eps_b=eps_b)  # refuses what is not a probability
 
     @classmethod
     def of(
@@ -91,7 +91,7 @@ class Options:
         """
         n, context = num_heads or model.num_heads, stated_context(model.config) or WINDOW
         if not 1 <= n <= model.num_heads or num_heads == 0:
-            raise InputError(f"{num_heads} heads are asked of a model that has {model.num_heads}; give 1 to that many.")
+            raise InputError(f"num_heads is {num_heads}, but the model has {model.num_heads}; give 1 to that many.")
         if window is not None and window > context_limit(model.config):
             raise InputError(f"The window is {window} tokens, but the model's context is {context}; give a smaller window.")
         window = min(WINDOW, context) if window is None else window
@@ -210,37 +210,42 @@ class Measured:
 
     def record(self) -> dict[str, Any]:
         """The own keys of `perplexity.json`. PPL_1 is the base's: head 1 is its own last layer."""
-        first = self.heads[0]
-        sources = {"sources": self.text.sources, "documents": len(self.text.documents)}
+        first, text, options = self.heads[0], self.text, self.options
+        masked_joint: Sequence[Sums | None] = self.masked_joint or [None] * len(self.joint)
         return {
-            "text": sources | {"tokens": self.text.tokens, "bytes": self.text.bytes, "seen": self.seen},
-            "window": self.options.window,
-            "stride": self.options.stride,
+            "text": {
+                "sources": text.sources,
+                "documents": len(text.documents),
+                "tokens": text.tokens,
+                "bytes": text.bytes,
+                "seen": self.seen,
+            },
+            "window": options.window,
+            "stride": options.stride,
             "heads": [
                 {"head": i, "ppl": s.perplexity, "se": s.error, "nll": s.mean, "tokens": int(s.tokens.sum())}
                 for i, s in enumerate(self.heads, start=1)
             ],
-            "joint": [self._joint(m) for m in range(1, len(self.joint) + 1)],
-            "dynamic": [row for number in range(len(self.options.eps_b)) for row in self._dynamic(number)],
+            "joint": [
+                {
+                    "heads": m,
+                    "ppl": plain.perplexity,
+                    "se": plain.error,
+                    "masked_ppl": masked and masked.perplexity,
+                    "masked_se": masked and masked.error,
+                }
+                for m, (plain, masked) in enumerate(zip(self.joint, masked_joint, strict=True), start=1)
+            ],
+            "dynamic": [entry for number in range(len(options.eps_b)) for entry in self._dynamic(number)],
             "base": {
                 "ppl": first.perplexity,
-                "bits_per_byte": float(first.nats.sum()) / math.log(2) / self.text.bytes if self.text.bytes else None,
+                "bits_per_byte": float(first.nats.sum()) / math.log(2) / text.bytes if text.bytes else None,
             },
-            "ceiling": self.options.num_heads,
-        }
-
-    def _joint(self, m: int) -> dict[str, Any]:
-        plain, masked = self.joint[m - 1], self.masked_joint[m - 1] if self.masked_joint else None
-        return {
-            "heads": m,
-            "ppl": plain.perplexity,
-            "se": plain.error,
-            "masked_ppl": masked.perplexity if masked else None,
-            "masked_se": masked.error if masked else None,
+            "ceiling": options.num_heads,
         }
 
     def tokens_per_step(self, number: int) -> float:
-        """Of the `number`-th eps_b; a step cut short by the end of a document counts as one."""
+        """At the `number`-th eps_b; a step cut short by the end of a document counts as one."""
         return float(self.dynamic[number].tokens.sum()) / sum(self.steps[number])
 
     def _dynamic(self, number: int) -> Iterator[dict[str, Any]]:
@@ -259,7 +264,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens start .. end of a document; its positions from `fresh` on are scored here."""
+    """Tokens start .. end of a document, of whose positions those from `fresh` on are scored."""
 
     document: int
     start: int
@@ -272,15 +277,15 @@ def windows(lengths: Sequence[int], window: int, stride: int) -> list[Window]:
 
     The last token is read only by heads of other positions, so a window never begins at it.
     """
-    found = []
+    result = []
     for document in sorted(range(len(lengths)), key=lambda index: (min(lengths[index], window), index)):
         last = lengths[document] - 1  # positions 0 .. last - 1 have a target
         start = fresh = 0
         while fresh < last:
             end = min(start + window, last)
-            found.append(Window(document, start, fresh, end))
+            result.append(Window(document, start, fresh, end))
             start, fresh = start + stride, end
-    return found
+    return result
 
 
 @torch.inference_mode()
@@ -301,7 +306,7 @@ def measure(
         raise InputError("The text has tokens beyond the model's vocabulary; use the model's own tokenizer.")
     table = model.cooccurrence.to("cpu") if options.masked and model.cooccurrence is not None else None
     mask = Mask(table, options.algorithm.alpha_c, options.smoothing) if table is not None else None
-    # Per document (n, length): log-probability of head i's target behind each position; NaN where there is none.
+    # Per document (n, length): log-probability of head i's target after each position; NaN where there is none.
     plain = [np.full((n, length), np.nan) for length in lengths]
     masked = [np.full((n, length), np.nan) for length in lengths] if mask else plain
     walk = Walk(text.documents, plain, masked, options.eps_b, options.algorithm, table)
@@ -309,12 +314,22 @@ def measure(
     order = windows(lengths, options.window, options.stride)
     for at in range(0, len(order), options.batch_size):
         batch = order[at : at + options.batch_size]
-        candidates = _score(model, text.documents, batch, options, mask, plain, masked)
-        for window, heads in zip(batch, candidates, strict=True):
+        hidden = _hidden(model, text.documents, batch, n)
+        for row, window in enumerate(batch):
+            heads = _score(
+                model,
+                hidden[:, row, window.fresh - window.start : window.end - window.start],
+                text.documents[window.document],
+                window,
+                options,
+                mask,
+                plain[window.document],
+                masked[window.document],
+            )
             walk.advance(window.document, heads, window.start, window.fresh, window.end)
             done += window.end - window.fresh
             progress(done)
-    if not all(np.isfinite(row[0, :-1]).all() for row in plain):
+    if not all(np.isfinite(document[0, :-1]).all() for document in plain):
         raise InputError("The model gives a token of this text no probability at all; check its weights.")
     every = range(n)
     return Measured(
@@ -333,71 +348,59 @@ def measure(
 def _sums(log_p: Sequence[np.ndarray], first: int, end: int) -> Sums:
     """Of heads first .. end - 1 over the positions where all of them have a target."""
     nats, tokens = [], []
-    for rows in log_p:  # (n, length)
-        there = rows[first:end, : max(0, rows.shape[1] - end)]  # head index i predicts i + 1 ahead
-        nats.append(-there.sum())
-        tokens.append(there.size)
+    for document in log_p:  # (n, length)
+        scored = document[first:end, : max(0, document.shape[1] - end)]  # head index i predicts i + 1 ahead
+        nats.append(-scored.sum())
+        tokens.append(scored.size)
     return Sums(np.array(nats), np.array(tokens, dtype=float))
 
 
-def _score(
-    model: DynaMoForCausalLM,
-    documents: Sequence[np.ndarray],
-    batch: Sequence[Window],
-    options: Options,
-    mask: Mask | None,
-    plain: Sequence[np.ndarray],
-    masked: Sequence[np.ndarray],
-) -> list[list[HeadCandidates]]:
-    """One forward: fills in the fresh positions' log-probabilities and returns each window's candidates, head by head."""
-    device, n = model.device, options.num_heads
-    width = max(window.end - window.start for window in batch)
+def _hidden(model: DynaMoForCausalLM, documents: Sequence[np.ndarray], batch: Sequence[Window], num_heads: int) -> Tensor:
+    """One forward pass of a batch of windows: (heads, batch, width, hidden)."""
+    width, device = max(window.end - window.start for window in batch), model.device
     tokens = torch.zeros(len(batch), width, dtype=torch.long)
     for row, window in enumerate(batch):
         tokens[row, : window.end - window.start] = torch.from_numpy(documents[window.document][window.start : window.end])
     order = torch.arange(width)[None]
-    seen = AttentionMaskBuilder.of(model.base.config, model.dtype).mask(
-        order, order, device=device
-    )  # padding is behind every query
-    hidden = model.hidden(
-        tokens.to(device), num_heads=n, attention_mask=seen, position_ids=order.expand(len(batch), -1).to(device)
-    )  # (n, batch, width, hidden)
-    algorithm, candidates = options.algorithm, []
-    for row, window in enumerate(batch):
-        document, positions = documents[window.document], np.arange(window.fresh, window.end)
-        tops = []
-        for head in range(1, n + 1):
-            states = hidden[head - 1, row, window.fresh - window.start : window.end - window.start]
-            pieces, size = [], max(1, LOGITS // model.config.vocab_size)
-            for begin in range(0, len(positions), size):
-                logits = model.readout(states[None, begin : begin + size], head)[0].float()  # (piece, vocabulary)
-                if options.eps_b:
-                    pieces.append(HeadCandidates.top(logits, algorithm.top_k, algorithm.temperature))
-                here = positions[begin : begin + size]
-                here = here[here + head < len(document)]  # those with a target
-                _fill(head, logits[: len(here)], document, here, mask, plain[window.document], masked[window.document])
-            if options.eps_b:
-                ids, probs = ([getattr(piece, name) for piece in pieces] for name in ("ids", "probs"))
-                tops.append(HeadCandidates(np.concatenate(ids), np.concatenate(probs)))  # a row per position
-        candidates.append(tops)
-    return candidates
+    # Causal alone: padding follows every query.
+    mask = AttentionMaskBuilder.of(model.base.config, model.dtype).mask(order, order, device=device)
+    positions = order.expand(len(batch), -1).to(device)
+    return model.hidden(tokens.to(device), num_heads=num_heads, attention_mask=mask, position_ids=positions)
 
 
-def _fill(
-    head: int,
-    logits: Tensor,
+def _score(
+    model: DynaMoForCausalLM,
+    states: Tensor,
     document: np.ndarray,
-    positions: np.ndarray,
+    window: Window,
+    options: Options,
     mask: Mask | None,
     plain: np.ndarray,
     masked: np.ndarray,
-) -> None:
-    """Log-probabilities of one head's targets behind `positions` (rows,), from its logits (rows, vocabulary)."""
-    if not len(positions):
-        return
-    log_f = logits.log_softmax(-1).cpu().numpy()  # float32
-    targets = document[positions + head]
-    plain[head - 1, positions] = log_f[np.arange(len(positions)), targets]
-    if mask is not None:
-        history = document[positions[:, None] + np.arange(1, head)]  # (rows, head - 1)
-        masked[head - 1, positions] = mask(log_f, history, targets)
+) -> list[HeadCandidates]:
+    """Fills in the log-probabilities of a window's fresh positions and returns their candidates by head, for the walk.
+
+    states (heads, positions, hidden); plain, masked (heads, length) of the document.
+    """
+    algorithm, chunk = options.algorithm, max(1, LOGITS // model.config.vocab_size)
+    candidates = []
+    for head in range(1, options.num_heads + 1):
+        tops = []
+        for begin in range(0, window.end - window.fresh, chunk):
+            logits = model.readout(states[head - 1, None, begin : begin + chunk], head)[0].float()  # (chunk, vocabulary)
+            if options.eps_b:
+                tops.append(HeadCandidates.top(logits, algorithm.top_k, algorithm.temperature))
+            first = window.fresh + begin
+            positions = np.arange(first, min(first + len(logits), len(document) - head))  # those with a target
+            if not len(positions):
+                continue
+            log_f = logits[: len(positions)].log_softmax(-1).cpu().numpy()  # float32
+            targets = document[positions + head]
+            plain[head - 1, positions] = log_f[np.arange(len(positions)), targets]
+            if mask is not None:
+                history = document[positions[:, None] + np.arange(1, head)]  # (positions, head - 1)
+                masked[head - 1, positions] = mask(log_f, history, targets)
+        if tops:
+            ids, probs = (np.concatenate([getattr(top, name) for top in tops]) for name in ("ids", "probs"))
+            candidates.append(HeadCandidates(ids, probs))  # an entry per position
+    return candidates

@@ -8,12 +8,11 @@ in its first line where it asks other than the harness's own task. Knows no mode
 from __future__ import annotations
 
 import gzip
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 from dynamo_lm.errors import InputError
+from dynamo_lm.evaluation.completion.prompts import data_folder, parse
 
 FOLDER = Path(__file__).parent
 
@@ -25,7 +24,7 @@ def bench_folder(data: str | Path | None = None) -> Path:
     Raises:
         InputError: there is no such folder.
     """
-    folder = Path(data) if data is not None else Path(os.environ.get("DYNAMO_DATA", "../shared/data")) / "bench"
+    folder = Path(data) if data is not None else data_folder()
     if not folder.is_dir():
         raise InputError(f'There is no folder "{folder}" with the benchmarks; name the one with nlu/ and blimp/ by --data.')
     return folder
@@ -35,7 +34,7 @@ def read(*, file: str, data: str | Path | None = None, **_: Any) -> dict[str, An
     """{"test": datasets.Dataset} of one file of JSON lines, gzipped or not, in memory; called by the harness.
 
     Raises:
-        InputError: no such file, or a line that is no JSON object.
+        InputError: no such file, or a line that is not a JSON object.
     """
     from datasets import Dataset
 
@@ -46,20 +45,10 @@ def read(*, file: str, data: str | Path | None = None, **_: Any) -> dict[str, An
         with opener(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    documents.append(_document(line, f'Line {number} of "{path}"'))
+                    documents.append(parse(line, f'Line {number} of "{path}"'))
     except (OSError, UnicodeDecodeError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f'"{path}" cannot be read ({reason}); name the folder of the benchmarks by --data.') from error
     if not documents:
         raise InputError(f'"{path}" is empty; name the folder of the benchmarks by --data.')
     return {"test": Dataset.from_list(documents)}
-
-
-def _document(line: str, where: str) -> dict[str, Any]:
-    try:
-        document = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where} is not valid JSON: {error}.") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{where} is no JSON object.")
-    return document

@@ -1,7 +1,7 @@
 """Scores of a HumanEval completion: whether Python can parse it and, only where the user asked for it, whether it passes.
 
 `executed` runs generated code in a separate process with limits on time, memory and file size, in an empty folder. That
-keeps accidents small; it is no sandbox against code that means harm.
+keeps accidents small; it does not protect against malicious code.
 """
 
 from __future__ import annotations
