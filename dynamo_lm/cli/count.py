@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from dynamo_lm.cli.dataclass_options import dataclass_options
+from dynamo_lm.cli.options import scratch_folder
 from dynamo_lm.errors import InputError
 
 if TYPE_CHECKING:
@@ -188,35 +187,34 @@ def _count(names: list[str], text: CountedTextOptions, options: TableOptions) ->
     if not text.data:
         raise InputError("There is nothing to count; name a text with --data.")
     minimum = minimum_counts(options.min_count, options.order)
-    folder = resolve(names[0])
-    config = open_config(folder)
+    name = resolve(names[0])
+    config = open_config(name)
     vocab_size = config.get_text_config().vocab_size
-    tokenizer = open_tokenizer(resolve(text.tokenizer or folder), vocab_size=vocab_size)
+    tokenizer = open_tokenizer(resolve(text.tokenizer or name), vocab_size=vocab_size)
     out = options.out
     if out is None:
-        if not (isinstance(config, DynaMoConfig) and Path(folder).is_dir()):
+        if not (isinstance(config, DynaMoConfig) and Path(name).is_dir()):
             raise InputError(f'"{names[0]}" is no DynaMo folder to put the table into; say where it goes with --out.')
-        out = Path(folder)
+        out = Path(name)
     target = destination(out, tokenizer=tokenizer)
 
     # 2. Text to tokens, tokens to counts.
-    with ExitStack() as stack:
-        tokens = text.tokens or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dynamo-tokens-")))
-        with tokenizing() as progress:
-            store = tokenize(text.data, tokenizer, tokens, text_field=text.text_field, progress=progress)
-        documents = store.split(text.validation_fraction, text.seed)[0]
-        total = int((store.offsets[documents + 1] - store.offsets[documents]).sum())
-        share = f"{text.validation_fraction:g} of the documents (seed {text.seed})"
-        left_out = f" without {share}" if text.validation_fraction else ""
-        with bar("counting", total) as update:
-            table = count_ngrams(
-                (store.document(index) for index in documents.tolist()),
-                vocab_size=vocab_size,
-                order=options.order,
-                min_counts=minimum,
-                tokenizer=store.tokenizer,
-                description=", ".join(text.data) + f"{left_out}: {total:,} tokens",
-                memory_mb=options.memory_mb,
-                progress=update,
-            )
+    folder = text.tokens or scratch_folder()
+    with tokenizing() as progress:
+        store = tokenize(text.data, tokenizer, folder, text_field=text.text_field, progress=progress)
+    documents = store.split(text.validation_fraction, text.seed)[0]
+    total = int((store.offsets[documents + 1] - store.offsets[documents]).sum())
+    share = f"{text.validation_fraction:g} of the documents (seed {text.seed})"
+    left_out = f" without {share}" if text.validation_fraction else ""
+    with bar("counting", total) as update:
+        table = count_ngrams(
+            (store.document(index) for index in documents.tolist()),
+            vocab_size=vocab_size,
+            order=options.order,
+            min_counts=minimum,
+            tokenizer=store.tokenizer,
+            description=", ".join(text.data) + f"{left_out}: {total:,} tokens",
+            memory_mb=options.memory_mb,
+            progress=update,
+        )
     return table, target

@@ -11,15 +11,15 @@ import typer
 
 from dynamo_lm.cli.dataclass_options import dataclass_options
 from dynamo_lm.cli.judge_options import JudgeOptions
-from dynamo_lm.cli.training_options import HeadOptions, LearningOptions, LengthOptions, RunOptions, TextOptions
+from dynamo_lm.cli.options import scratch_folder
+from dynamo_lm.cli.training_options import Defaults, HeadOptions, LearningOptions, LengthOptions, RunOptions, TextOptions
 from dynamo_lm.errors import InputError
 
 if TYPE_CHECKING:
     from dynamo_lm.cli.training_run import Run
     from dynamo_lm.model.modeling import DynaMoForCausalLM
 
-BLOCK, BATCH, EPOCHS = 2048, 16, 3.0
-LORA_RATES = {"lr_b": 1e-4, "lr_mb": 1e-5}  # of low-rank changes, which want about ten times the rates of the weights
+BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +116,7 @@ class TuningOptions(LearningOptions):
     ] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.freeze and self.lora_rank is not None:
             raise InputError("--freeze leaves the base as it is and --lora-rank changes it; give one of them.")
 
@@ -157,10 +158,11 @@ def finetune(
     Stop it with Ctrl-C whenever you like; the same command goes on where it stopped.
     """
     from dynamo_lm.cli.conversations import account
-    from dynamo_lm.cli.training_run import Run, carry_out, describe, load_table, read_text, scratch
+    from dynamo_lm.cli.training_run import Run, carry_out, describe, load_table, read_text
     from dynamo_lm.data.chat_template import chat_template
     from dynamo_lm.data.tokenize_chat import tokenize_conversations
     from dynamo_lm.model.loading import open_config, resolve
+    from dynamo_lm.model.presets import PAPER
     from dynamo_lm.training.answer_table import add_answers
     from dynamo_lm.training.lora import TrunkLora
 
@@ -172,6 +174,7 @@ def finetune(
         raise InputError("A judge needs to know how many conversations to keep: --keep.")
     name = resolve(base)
     config = open_config(name)
+    lora_rates = {} if learning.lora_rank is None else {"lr_b": 1e-4, "lr_mb": 1e-5}  # about ten times those of weights
     run = Run.plan(
         base,
         name,
@@ -180,17 +183,15 @@ def finetune(
         learning,
         length,
         output,
-        block_size=BLOCK,
-        batch_size=BATCH,
+        usual=Defaults(block_size=2048, batch_size=BATCH, epochs=3.0, rates=PAPER.rates | lora_rates),
         lora_rank=learning.lora_rank,
-        rates=LORA_RATES if learning.lora_rank is not None else None,
     )
     tokenizer = run.open_tokenizer(text.tokenizer)
     chat_template(tokenizer, text.read_template())
     table = load_table(heads.tables, tokenizer, run.vocab_size)
 
     # 2. Read the conversations: the best of them, with answers of the model's own if so chosen.
-    folder = output.out or scratch()
+    folder = output.out or scratch_folder()
     corpus = model = None
     if text.data:
         sources: list[str] = list(text.data)
@@ -202,7 +203,7 @@ def finetune(
             sources, text, read, folder, run,
             account=lambda store: typer.echo(f"dynamo-lm: {account(store.facts, run.block_size)}", err=True), **facts,
         )  # fmt: skip
-        run = run.with_epochs(EPOCHS if length.epochs is None else length.epochs, corpus)
+        run = run.of(corpus)
 
     # 3. Train.
     if output.dry_run:

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -77,24 +77,11 @@ evaluation = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
-EVALUATIONS: tuple[Callable[..., None], ...] = (perplexity, nlu, completion, ablation)
-for command in EVALUATIONS:
-    evaluation.command()(command)
-COMMANDS: tuple[Callable[..., None], ...] = (
-    demo,
-    generate,
-    chat,
-    serve,
-    train,
-    finetune,
-    count,
-    info,
-    bench,
-    calibrate,
-    report,
-)
-for command in COMMANDS:
-    app.command()(command)
+EVALUATIONS = (perplexity, nlu, completion, ablation)
+COMMANDS = (demo, generate, chat, serve, train, finetune, count, info, bench, calibrate, report)
+for parent, commands in ((app, COMMANDS), (evaluation, EVALUATIONS)):
+    for command in commands:
+        parent.command()(command)
 app.add_typer(evaluation)
 
 

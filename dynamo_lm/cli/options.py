@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,6 +88,13 @@ class ModelOptions(OpeningOptions):
     allow_base_mismatch: Annotated[
         bool, "Take a base with other weights than the heads were trained for, such as another quantisation."
     ] = False
+
+
+def scratch_folder() -> Path:
+    """A folder that goes away with the process."""
+    folder = tempfile.TemporaryDirectory(prefix="dynamo-tokens-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def verification(text: str) -> str | float:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dynamo_lm.cli.dataclass_options import dataclass_options
-from dynamo_lm.cli.training_options import HeadOptions, LearningOptions, LengthOptions, RunOptions, TextOptions
+from dynamo_lm.cli.options import scratch_folder
+from dynamo_lm.cli.training_options import Defaults, HeadOptions, LearningOptions, LengthOptions, RunOptions, TextOptions
 from dynamo_lm.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
 
     from dynamo_lm.model.presets import Preset
 
-PAPER_BLOCK, PAPER_BATCH = 2048, 64  # what goes with a preset (method.md section 2)
-BLOCK, BATCH = 512, 16  # for everybody else
+PAPER_BLOCK = 2048  # method.md section 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +125,10 @@ def train(
 
     Stop it with Ctrl-C whenever you like; the same command goes on where it stopped.
     """
-    from dynamo_lm.cli.training_run import Run, carry_out, describe, load_table, read_text, scratch
+    from dynamo_lm.cli.training_run import Run, carry_out, describe, load_table, read_text
     from dynamo_lm.data.token_store import tokenize
     from dynamo_lm.model.loading import open_config, resolve
-    from dynamo_lm.model.presets import PRESETS
+    from dynamo_lm.model.presets import PAPER, PRESETS
 
     # 1. Validate arguments. The shape of a preset is known, so a dry run of one needs no hub.
     output.check_text(text.data)
@@ -143,9 +143,12 @@ def train(
         replace(learning, freeze=learning.freeze or heads.coupling_only),
         length,
         output,
-        preset=preset,
-        block_size=PAPER_BLOCK if preset else BLOCK,
-        batch_size=PAPER_BATCH if preset else BATCH,
+        usual=Defaults(
+            block_size=PAPER_BLOCK if preset else 512,
+            batch_size=64 if preset else 16,
+            epochs=1.0,
+            rates=(preset or PAPER).rates,
+        ),
         coupling_only=heads.coupling_only,
     )
 
@@ -155,8 +158,8 @@ def train(
         tokenizer = run.open_tokenizer(text.tokenizer)
         table = load_table(heads.tables, tokenizer, run.vocab_size)
         read = partial(tokenize, tokenizer=tokenizer, text_field=text.text_field)
-        corpus = read_text(text.data, text, read, output.out or scratch(), run)
-        run = run.with_epochs(1.0 if length.epochs is None else length.epochs, corpus)
+        corpus = read_text(text.data, text, read, output.out or scratch_folder(), run)
+        run = run.of(corpus)
 
     # 3. Train.
     if output.dry_run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -12,6 +13,16 @@ import typer
 from dynamo_lm.cli.options import ComputeOptions
 from dynamo_lm.errors import InputError
 from dynamo_lm.training.options import OptimizerOptions, ScheduleOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What goes for options that are left out; the command decides."""
+
+    block_size: int
+    batch_size: int
+    epochs: float
+    rates: Mapping[str, float]  # lr_b, lr_m, lr_mb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +79,15 @@ class LearningOptions(OptimizerOptions):
     lr_b: Annotated[float | None, "Learning rate of the base, from its own loss. Default: 1e-5."] = None
     lr_m: Annotated[float | None, "Learning rate of the new heads. Default: 1e-3."] = None
     lr_mb: Annotated[float | None, "How fast the new heads may change the base. Default: 1e-6."] = None
+
+    def __post_init__(self) -> None:
+        if self.freeze and (self.lr_b or self.lr_mb):
+            raise InputError("--freeze leaves the base as it is, so --lr-b and --lr-mb have no meaning; leave them out.")
+
+    def rates(self, usual: Mapping[str, float]) -> dict[str, float]:
+        """lr_b, lr_m and lr_mb: as given, else as usual; 0 for a frozen base."""
+        given = vars(self) | ({"lr_b": 0.0, "lr_mb": 0.0} if self.freeze else {})
+        return {name: rate if given[name] is None else given[name] for name, rate in usual.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

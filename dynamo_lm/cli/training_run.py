@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -17,16 +14,17 @@ import typer
 
 from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.cli.progress import tokenizing, training
-from dynamo_lm.cli.training_options import LearningOptions, LengthOptions, RunOptions, TextOptions
+from dynamo_lm.cli.training_options import Defaults, LearningOptions, LengthOptions, RunOptions, TextOptions
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.data.packing import Blocks, WholeBlocks
 from dynamo_lm.data.token_store import TokenStore
 from dynamo_lm.errors import InputError
+from dynamo_lm.jsonl_cache import JsonlLog
+from dynamo_lm.model.base_location import base_sources
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.coupling import add_coupling
 from dynamo_lm.model.loading import check_table, open_tokenizer, print_json, resolve, skeleton, table_file
 from dynamo_lm.model.modeling import DynaMoForCausalLM
-from dynamo_lm.model.presets import PRESETS, Preset
 from dynamo_lm.training import provenance
 from dynamo_lm.training.checkpoints import latest_checkpoint
 from dynamo_lm.training.feature_cache import FeatureCache
@@ -61,6 +59,7 @@ class Run:
     block_size: int
     options: TrainingOptions  # of one step until the number of steps is known
     steps: int | None
+    epochs: float
     save: str  # "heads" or "full"
     lora_rank: int = 0
 
@@ -75,19 +74,14 @@ class Run:
         length: LengthOptions,
         output: RunOptions,
         *,
-        block_size: int,
-        batch_size: int,
-        preset: Preset | None = None,
+        usual: Defaults,
         coupling_only: bool = False,
         lora_rank: int | None = None,
-        rates: dict[str, float] | None = None,
     ) -> Run:
         """Decide by device, model and preset what was left open.
 
         Args:
-            block_size: tokens a block, unless `length` or the model's context says otherwise.
-            batch_size: blocks a step, unless `length` says otherwise.
-            rates: learning rates in place of the preset's.
+            usual: what goes for options that are left out.
 
         Raises:
             InputError: options out of range, or that the model does not allow.
@@ -95,8 +89,8 @@ class Run:
         device = output.torch_device()
         on_gpu = device.type == "cuda"
         decided: dict[str, Any] = {
-            **learning_rates(learning, preset, rates or {}),
-            "batch_size": batch_size if length.batch_size is None else length.batch_size,
+            **learning.rates(usual.rates),
+            "batch_size": usual.batch_size if length.batch_size is None else length.batch_size,
             "bf16": on_gpu if output.bf16 is None else output.bf16,
             "steps": 1 if length.steps is None else length.steps,
             "coupling_only": coupling_only,
@@ -109,20 +103,21 @@ class Run:
             heads=check_heads(base, config, heads),
             device=device,
             attention=output.attention or ("sdpa" if on_gpu else "eager"),
-            block_size=block_length(length.block_size, block_size, config),
+            block_size=block_length(length.block_size, usual.block_size, config),
             options=TrainingOptions(
                 **{each.name: given[each.name] for each in fields(TrainingOptions) if each.name in given}
             ),
             steps=length.steps,
+            epochs=usual.epochs if length.epochs is None else length.epochs,
             save=weights_to_save(output.save, learning.freeze, config),
             lora_rank=lora_rank or 0,
         )
 
-    def with_epochs(self, epochs: float, text: Text) -> Run:
-        """The run with so many steps that the text is read `epochs` times, unless their number was given."""
+    def of(self, text: Text) -> Run:
+        """The run with as many steps as it takes to read `text` for its epochs, unless their number was given."""
         if self.steps is not None:
             return self
-        steps = max(1, round(epochs * text.blocks.num_blocks() / self.options.batch_size))
+        steps = max(1, round(self.epochs * text.blocks.num_blocks() / self.options.batch_size))
         return replace(self, steps=steps, options=replace(self.options, steps=steps))
 
     @property
@@ -205,17 +200,6 @@ def weights_to_save(save: str | None, freeze: bool, config: PreTrainedConfig) ->
     if save == "heads" and not freeze:
         raise InputError("--save heads needs --freeze: training changes the base, so heads alone would not fit it.")
     return save
-
-
-def learning_rates(learning: LearningOptions, preset: Preset | None, rates: dict[str, float]) -> dict[str, float]:
-    """lr_b, lr_m, lr_mb: as given, else of `rates`, else the preset's or the paper's for Pythia-70M; 0 for a frozen base."""
-    given = {"lr_b": learning.lr_b, "lr_m": learning.lr_m, "lr_mb": learning.lr_mb}
-    if learning.freeze:
-        if learning.lr_b or learning.lr_mb:
-            raise InputError("--freeze leaves the base as it is, so --lr-b and --lr-mb have no meaning; leave them out.")
-        rates = {"lr_b": 0.0, "lr_mb": 0.0}
-    usual = preset or PRESETS["DynaMo-77M-T3"]
-    return {key: rates.get(key, getattr(usual, key)) if rate is None else rate for key, rate in given.items()}
 
 
 def block_length(given: int | None, usual: int, config: PreTrainedConfig) -> int:
@@ -406,13 +390,6 @@ def carry_out(
     print(f"{target}: {run.save} weights, {run.steps} steps; try it: {try_it.format(target)}")
 
 
-def scratch() -> Path:
-    """A folder that goes away with the process."""
-    folder = tempfile.TemporaryDirectory(prefix="dynamo-tokens-")
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
-
-
 def _sizes(text: Text) -> dict[str, int]:
     validation_tokens = text.validation.total if text.validation else 0
     return {"training_tokens": text.blocks.total, "validation_tokens": validation_tokens}
@@ -425,18 +402,16 @@ def _bytes(count: int) -> str:
 def _path_to_base(target: Path, name: str, config: PreTrainedConfig) -> str | None:
     """The local base relative to the model's folder, so that the two can be moved together and used from anywhere."""
     if isinstance(config, DynaMoConfig):  # whose own base is recorded in the same way
-        recorded = config.base_name_or_path or ""
-        folders = [path for path in (Path(name) / recorded, Path(recorded)) if recorded and path.is_dir()]
+        folders = [source for source in base_sources(name, config) if Path(source).is_dir()]
         if not folders:
             return config.base_name_or_path  # a hub id, or a model of its own
-        name = str(folders[0])
+        name = folders[0]
     return os.path.relpath(Path(name).resolve(), target.resolve())
 
 
 def _perplexities(folder: Path) -> dict[str, float]:
     """Of the last validation in the run's log."""
-    for line in reversed((folder / "log.jsonl").read_text(encoding="utf-8").split("\n")[:-1]):
-        entry = json.loads(line)
+    for entry in reversed(JsonlLog(folder / "log.jsonl").records):
         if "ppl" in entry:
             heads = {f"PPL_{i}": value for i, value in enumerate(entry["ppl"], start=1)}
             coupled = {f"PPL_{i}|{i - 1}": value for i, value in enumerate(entry.get("ppl_coupled", ()), start=2)}

@@ -20,6 +20,11 @@ class Preset:
     lr_m: float  # LR_M: the new layers
     lr_mb: float  # LR_MB: heads 2..n into the stem
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """The three learning rates by the names of `TrainingOptions`."""
+        return {"lr_b": self.lr_b, "lr_m": self.lr_m, "lr_mb": self.lr_mb}
+
     def base_config(self, context: int) -> GPTNeoXConfig:
         """The base's configuration with positions for `context` tokens; needs no hub, because the shape is known."""
         return GPTNeoXConfig(
@@ -46,3 +51,4 @@ PRESETS: dict[str, Preset] = {
     "DynaMo-2.9B-T3": _preset("2.8b", 32, 2560, 32, 1.6e-6),
     "DynaMo-7.3B-T3": _preset("6.9b", 32, 4096, 32, 1.2e-6, 50432),
 }
+PAPER = PRESETS["DynaMo-77M-T3"]  # the model whose rates go for bases without a preset
