@@ -26,16 +26,16 @@ class CountedTextOptions:
     data: Annotated[
         list[str] | None,
         "Text to count: a file (.txt, .jsonl, .json, .parquet), a folder, a glob or a `datasets` id; may be given several "
-        "times. Best the text that the heads are trained on.",
+        "times. Use the text that the heads are trained on.",
     ] = None
     text_field: Annotated[str | None, 'Field of JSON or Parquet that holds the text. Default: "text".'] = None
     tokenizer: Annotated[str | None, "Tokenizer folder or hub id, if MODEL does not bring its own."] = None
     validation_fraction: Annotated[
         float,
-        "Share of the documents to leave out: with the same value and seed, those that `train` holds out, so that what is "
-        "measured on them stays honest. 0 counts everything.",
+        "Share of the documents to leave out: with the same value and seed, those that `train` holds out, so that "
+        "nothing is measured on text that was counted. 0 counts everything.",
     ] = 0.03
-    seed: Annotated[int, "Which documents that share is."] = 0
+    seed: Annotated[int, "Seed of the choice of these documents."] = 0
     tokens: Annotated[Path | None, "Folder to keep the tokenized text in, for the next count. Default: none."] = None
 
 
@@ -140,7 +140,9 @@ def destination(out: Path, table: Cooccurrence | None = None, tokenizer: Any = N
 
     if not out.is_dir():
         if out.suffix != ".safetensors":
-            raise InputError(f'"{out}" is no model folder; give one, or a file name that ends in .safetensors.')
+            raise InputError(
+                f'"{out}" is not a model folder; give a model folder, or a file name that ends in .safetensors.'
+            )
         if not out.parent.is_dir():
             raise InputError(f'"{out.parent}" does not exist; make that folder first.')
         return out
@@ -194,7 +196,7 @@ def _count(names: list[str], text: CountedTextOptions, options: TableOptions) ->
     out = options.out
     if out is None:
         if not (isinstance(config, DynaMoConfig) and Path(name).is_dir()):
-            raise InputError(f'"{names[0]}" is no DynaMo folder to put the table into; say where it goes with --out.')
+            raise InputError(f'"{names[0]}" is not a DynaMo folder; say where the table goes with --out.')
         out = Path(name)
     target = destination(out, tokenizer=tokenizer)
 

@@ -60,8 +60,8 @@ class AnswerOptions:
         float, "Share of the conversations that MODEL answers itself; the others keep the data's answers."
     ] = 1.0
     distill_tokens: Annotated[int, "Longest such answer; one that does not end is kept up to here."] = 512
-    distill_temperature: Annotated[float, "What they are sampled at; 0 for the likeliest tokens."] = 0.7
-    distill_batch: Annotated[int, "How many answers are written at a time."] = 32
+    distill_temperature: Annotated[float, "Sampling temperature of these answers; 0 for the likeliest tokens."] = 0.7
+    distill_batch: Annotated[int, "Answers per batch."] = 32
     distill_endpoint: Annotated[
         str | None,
         typer.Option(
@@ -70,7 +70,7 @@ class AnswerOptions:
             "http://localhost:8000/v1.",
         ),
     ] = None
-    distill_model: Annotated[str | None, "What that server calls the model. Default: MODEL."] = None
+    distill_model: Annotated[str | None, "Name of the model at that server. Default: MODEL."] = None
 
     def __post_init__(self) -> None:
         if not 0 < self.distill_share <= 1:
@@ -93,7 +93,7 @@ class TunedHeadOptions(HeadOptions):
             help="Count the answers that are learned and add them to the table. Default: if there is a table.",
         ),
     ] = None
-    count_weight: Annotated[int, "How often they are added."] = 1
+    count_weight: Annotated[int, "How many times these answers are added."] = 1
 
     def __post_init__(self) -> None:
         if self.count_weight < 1:
@@ -104,7 +104,7 @@ class TunedHeadOptions(HeadOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TuningOptions(LearningOptions):
-    warmup: Annotated[float, "Share of the steps in which the rates rise."] = 0.03
+    warmup: Annotated[float, "Share of the steps in which the learning rates rise."] = 0.03
     lora_rank: Annotated[
         int | None,
         "Low-rank changes of this rank to the base in place of changing all of it (peft); heads train in full. They are "
@@ -125,11 +125,11 @@ class TuningOptions(LearningOptions):
 class TuningLengthOptions(LengthOptions):
     block_size: Annotated[
         int | None,
-        "Tokens that are read together; a longer conversation is cut after an answer or left out. Default: 2048, or the "
+        "Tokens a block; a longer conversation is cut after an answer or left out. Default: 2048, or the "
         "model's context if shorter.",
     ] = None
-    batch_size: Annotated[int, "Blocks a step."] = BATCH
-    epochs: Annotated[float | None, "How often to read all conversations, instead of --steps. Default: 3."] = None
+    batch_size: Annotated[int, "Blocks per step."] = BATCH
+    epochs: Annotated[float | None, "Passes over the conversations, instead of --steps. Default: 3."] = None
 
 
 @dataclass_options
@@ -139,8 +139,8 @@ def finetune(
         str,
         typer.Argument(
             metavar="MODEL",
-            help='The model to tune: a DynaMo folder or hub id, "story" for the bundled one, or a base model, which gets '
-            "heads on the way.",
+            help='The model to tune: a DynaMo folder or hub id, "story" for the bundled one, or a base model, which '
+            "gets heads.",
         ),
     ],
     text: ConversationOptions,
@@ -155,7 +155,7 @@ def finetune(
 
     `dynamo-lm finetune story --data conversations.jsonl --out runs/chat`
 
-    Stop it with Ctrl-C whenever you like; the same command goes on where it stopped.
+    Ctrl-C stops it; the same command resumes.
     """
     from dynamo_lm.cli.conversations import account
     from dynamo_lm.cli.training_run import Run, carry_out, describe, load_table, read_text

@@ -30,11 +30,11 @@ class TrainTextOptions(TextOptions):
 class NewHeadOptions(HeadOptions):
     head: Annotated[
         str | None,
-        "What a head is: layer (decoder layers beside the last one: the method; default) or medusa (a residual block and "
-        "an output embedding of its own on the last layer's state, for comparison).",
+        "Kind of head: layer (decoder layers beside the last one: the method; default) or medusa (a residual block and an "
+        "output embedding of its own on the last layer's state, for comparison).",
     ] = None
     layers_per_head: Annotated[int | None, "Decoder layers of each head, 1 or 2. Default: 1."] = None
-    feed: Annotated[str | None, "What heads read: stem (the penultimate layer; default) or last (the last layer)."] = None
+    feed: Annotated[str | None, "Input of the heads: stem (the penultimate layer; default) or last (the last layer)."] = None
     own_output_embedding: Annotated[
         bool, "Give each head an output embedding of its own. Large; the paper shares the base's."
     ] = False
@@ -43,12 +43,12 @@ class NewHeadOptions(HeadOptions):
     ] = None
     coupling: Annotated[
         str | None,
-        "learned: a small correction that lets each head know the token chosen before its own, trained beside the heads, "
-        "which learn as they would without it.",
+        "learned: low-rank factors that correct each head's logits by the token chosen before its own. They are trained "
+        "beside the heads and do not change how those learn.",
     ] = None
-    coupling_rank: Annotated[int | None, "How large a new coupling is. Default: 64."] = None
+    coupling_rank: Annotated[int | None, "Rank of a new coupling. Default: 64."] = None
     coupling_only: Annotated[
-        bool, "Train the coupling of a finished DynaMo model and leave its base and heads as they are. Fast."
+        bool, "Train the coupling of a finished DynaMo model and leave its base and heads as they are."
     ] = False
 
     def arguments(self, base: str, config: PreTrainedConfig, preset: Preset | None) -> dict[str, Any]:
@@ -119,11 +119,11 @@ def train(
 ) -> None:
     """Add heads to a language model and train them on text.
 
-    The quickest useful run, with a base that stays as it is:
+    The quickest useful run, which does not change the base:
 
     `dynamo-lm train BASE --data stories.jsonl --freeze --init copy --out runs/mine`
 
-    Stop it with Ctrl-C whenever you like; the same command goes on where it stopped.
+    Ctrl-C stops it; the same command resumes.
     """
     from dynamo_lm.cli.training_run import Run, carry_out, describe, load_table, read_text
     from dynamo_lm.data.token_store import tokenize

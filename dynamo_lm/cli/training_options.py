@@ -34,7 +34,7 @@ class TextOptions:
     data: Annotated[
         list[str] | None,
         "Text to train on: a file (.txt, .jsonl, .json, .parquet), a folder, a glob or a `datasets` id; may be given "
-        "several times. Best like what the model will write.",
+        "several times. Use text like that which the model will write.",
     ] = None
     validation: Annotated[list[str] | None, "Text to measure on, in the same forms. Default: a share of --data."] = None
     validation_fraction: Annotated[
@@ -51,7 +51,7 @@ class HeadOptions:
 
     heads: Annotated[int | None, "How many tokens a step may give at most, the base's own included. Default: 3."] = None
     init: Annotated[
-        str | None, "How heads begin: random (the paper; default) or copy (of the last layer; learns faster)."
+        str | None, "Initial weights of new heads: random (the paper; default) or copy (of the last layer; learns faster)."
     ] = None
     tables: Annotated[
         str | None,
@@ -72,13 +72,13 @@ class LearningOptions(OptimizerOptions):
         bool,
         typer.Option(
             "--freeze/--no-freeze",
-            help="Train the new heads only. The base stays as it is, memory and time shrink, and the result is a small "
-            "folder of heads.",
+            help="Train the new heads only. The base does not change, training takes less memory and time, and the "
+            "result is a small folder of heads.",
         ),
     ] = False
     lr_b: Annotated[float | None, "Learning rate of the base, from its own loss. Default: 1e-5."] = None
     lr_m: Annotated[float | None, "Learning rate of the new heads. Default: 1e-3."] = None
-    lr_mb: Annotated[float | None, "How fast the new heads may change the base. Default: 1e-6."] = None
+    lr_mb: Annotated[float | None, "Learning rate of the base, from the new heads' losses. Default: 1e-6."] = None
 
     def __post_init__(self) -> None:
         if self.freeze and (self.lr_b or self.lr_mb):
@@ -98,11 +98,11 @@ class LengthOptions(ScheduleOptions):
 
     block_size: Annotated[
         int | None,
-        "Tokens that are read together. Default: 512 (2048 with a preset), or the model's context if shorter.",
+        "Tokens a block. Default: 512 (2048 with a preset), or the model's context if shorter.",
     ] = None
-    batch_size: Annotated[int | None, "Blocks a step. Default: 16 (64 with a preset)."] = None
-    steps: Annotated[int | None, "How many steps to train."] = None
-    epochs: Annotated[float | None, "How often to read all of the text, instead of --steps. Default: 1."] = None
+    batch_size: Annotated[int | None, "Blocks per step. Default: 16 (64 with a preset)."] = None
+    steps: Annotated[int | None, "Number of optimizer steps."] = None
+    epochs: Annotated[float | None, "Passes over the text, instead of --steps. Default: 1."] = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -146,7 +146,7 @@ class RunOptions(ComputeOptions):
     save: Annotated[
         str | None, "heads (small; the base is fetched by its name) or full. Default: heads if the base was frozen."
     ] = None
-    dry_run: Annotated[bool, "Say how large everything is and how long the run, and train nothing."] = False
+    dry_run: Annotated[bool, "Print parameters, memory and steps of the run, and train nothing."] = False
     json: Annotated[bool, "Print the result as JSON."] = False
 
     def __post_init__(self) -> None:

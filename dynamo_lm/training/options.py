@@ -17,10 +17,10 @@ class OptimizerOptions:
 
     # Not in the paper; at LR_M the coupling learns several times slower.
     lr_c: Annotated[float, "Learning rate of the heads' coupling."] = 1e-2
-    warmup: Annotated[float, "Share of the steps in which the rates rise."] = 0.01
-    weight_decay: Annotated[float, "Pull of matrices towards 0."] = 0.01
+    warmup: Annotated[float, "Share of the steps in which the learning rates rise."] = 0.01
+    weight_decay: Annotated[float, "Weight decay of matrices."] = 0.01
     clip: Annotated[float, "Largest norm of a step's gradient; 0 for no limit."] = 1.0
-    seed: Annotated[int, "Of the new heads and the order of the text; same seed, same run."] = 0
+    seed: Annotated[int, "Seed of the new heads and of the order of the text."] = 0
     kl: Annotated[
         float,
         "Share of the loss of heads 2.. that is the divergence from the base's own distribution at the predicted place; the "
@@ -37,9 +37,9 @@ class OptimizerOptions:
 class ScheduleOptions:
     """How a step is computed, and what happens every so many steps."""
 
-    accumulation: Annotated[int, "Split each step into this many passes, for less memory and the same result."] = 1
+    accumulation: Annotated[int, "Forward passes a step is split into, for less memory and the same result."] = 1
     validate_every: Annotated[int, "Steps between measurements on the held-out text."] = 500
-    checkpoint_every: Annotated[int, "Steps between checkpoints: what a crash costs at most."] = 500
+    checkpoint_every: Annotated[int, "Steps between checkpoints, from which a stopped run resumes."] = 500
 
 
 @dataclass(frozen=True, kw_only=True)
