@@ -329,7 +329,7 @@ def test_prompt_lines_end_at_the_line_feed_alone_and_a_byte_order_mark_is_no_pro
 
 def test_a_reader_that_goes_away_is_silent(model):
     line = f"{sys.executable} -m dynamo_lm.cli.main generate {model} 'the fox' -n 100 --verify off | head -c 3"
-    done = subprocess.run(line, shell=True, capture_output=True, timeout=60)
+    done = subprocess.run(line, shell=True, capture_output=True, timeout=600)
     assert (done.stdout, done.stderr) == (b"the", b"")
 
 

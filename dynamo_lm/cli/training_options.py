@@ -49,7 +49,9 @@ class HeadOptions:
 
     PANEL: ClassVar[str] = "The heads"
 
-    heads: Annotated[int | None, "How many tokens a step may give at most, the base's own included. Default: 3."] = None
+    heads: Annotated[
+        int | None, "Number of heads, the base's own included: the most tokens a step can give. Default: 3."
+    ] = None
     init: Annotated[
         str | None, "Initial weights of new heads: random (the paper; default) or copy (of the last layer; learns faster)."
     ] = None
