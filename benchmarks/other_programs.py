@@ -1,4 +1,4 @@
-"""Other programs as engines of a race: flashspec, and llama.cpp on a GGUF file that is made of the base.
+"""Other methods and programs: assisted generation, flashspec, and llama.cpp on a GGUF file that is made of the base.
 
 Both get the very weights of the base: flashspec the module itself, llama.cpp a file in the same precision, cache included.
 `add` makes their methods known to `dynamo_lm.bench.runners`.
@@ -22,7 +22,17 @@ from dynamo_lm.bench.methods import ONE, Method
 from dynamo_lm.bench.runners import BenchmarkContext, Output, Runner
 
 FLASHSPEC_LOOKUP = 6  # tokens proposed by its lookup, as in its own default strategy
+ENSEMBLE = 0.5  # the target's weight in the ensemble of target and draft model
 METHODS = (
+    Method("transformers: assisted", "transformers", identical_to=ONE, ceiling=None, draft=True),
+    Method(
+        f"transformers: assisted, ensemble {ENSEMBLE:g}",
+        "transformers",
+        {"assistant_ensemble_weight": ENSEMBLE},
+        lossless=False,
+        ceiling=None,
+        draft=True,
+    ),
     Method("flashspec: prompt lookup", "flashspec", identical_to=ONE, ceiling=7),
     Method("flashspec: lookup, draft model", "flashspec", identical_to=ONE, ceiling=7, draft=True),
     Method("llama.cpp: one token", "llama.cpp, converted", identical_to=ONE),

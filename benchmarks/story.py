@@ -18,7 +18,6 @@ from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.assets import bundled
 from dynamo_lm.bench.benchmark import open_context
 from dynamo_lm.bench.methods import Method, dynamo
-from dynamo_lm.bench.options import RaceOptions
 from dynamo_lm.bench.prompts import Prompt
 from dynamo_lm.bench.race import race
 from dynamo_lm.bench.summary import summaries
@@ -78,7 +77,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lines = PROMPTS.read_text().splitlines()[: arguments.prompts]
     prompts = [Prompt("openings", tuple(tokenizer(line).input_ids)) for line in lines]
-    context = open_context(model, tokenizer, RaceOptions())
+    context = open_context(model)
     listed = methods(model.num_heads)
     outcome = race(
         context,

@@ -1,7 +1,7 @@
 """Trains a small draft model for the bundled story model: `python -m recipes.draft` (ten minutes on one CPU core; resumes).
 
 A GPT-NeoX of a few narrow layers with the story model's own tokenizer, on the same simple stories. It is what assisted
-generation needs, so that `dynamo-lm bench story --draft runs/draft/model` can measure DynaMo against it. It is not shipped.
+generation needs, so that `python -m benchmarks.race story --draft runs/draft/model` can measure DynaMo against it.
 """
 
 from __future__ import annotations

@@ -11,12 +11,12 @@ import torch
 from commandline import Run, byte_tokenizer, neox
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import gguf_file, other_programs, race_plot, random_model, step_profile
+from benchmarks import gguf_file, other_programs, prompt_sets, race_plot, random_model, step_profile
+from benchmarks.race import application
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.bench import llama_cpp, methods, race, roofline, summary, tables
-from dynamo_lm.bench import prompts as prompt_sets
 from dynamo_lm.bench.options import RaceOptions
-from dynamo_lm.bench.prompts import Prompt
+from dynamo_lm.bench.prompts import Prompt, batches, fitted
 from dynamo_lm.bench.runners import BenchmarkContext, Output, open_runner
 from dynamo_lm.errors import InputError
 
@@ -38,7 +38,7 @@ def context():
 
 
 def test_every_method_has_a_name_of_its_own_and_reproduces_one_that_exists():
-    listed = [*methods.ONE_TOKEN, *methods.ONE_TOKEN_SAMPLED, *methods.PEERS, *other_programs.METHODS]
+    listed = [*methods.ONE_TOKEN, *methods.ONE_TOKEN_SAMPLED, methods.PROMPT_LOOKUP, *other_programs.METHODS]
     listed += methods.heads(4, off_heads=3, eps_b=0.3)
     names = [method.name for method in listed]
     assert len(set(names)) == len(names)
@@ -67,7 +67,8 @@ def test_dynamo_is_raced_at_every_number_of_heads_and_off_as_far_as_its_tables_r
 
 
 def test_batches_race_only_what_takes_them_and_a_choice_keeps_its_baselines():
-    listed = [*methods.ONE_TOKEN, *methods.PEERS, *methods.heads(3, off_heads=1, eps_b=0.3), *methods.ONE_TOKEN_SAMPLED]
+    listed = [*methods.ONE_TOKEN, methods.PROMPT_LOOKUP, *methods.heads(3, off_heads=1, eps_b=0.3)]
+    listed += methods.ONE_TOKEN_SAMPLED
     assert all(method.batched and method.kind == "greedy" for method in methods.choose(listed, batch=4))
     chosen = [method.name for method in methods.choose(listed, batch=1, only=["strict, n=2"])]
     assert chosen == [*(one.name for one in methods.ONE_TOKEN), "DynaMo strict, n=2", "DynaMo strict, n=2, compiled"]
@@ -79,7 +80,8 @@ def test_batches_race_only_what_takes_them_and_a_choice_keeps_its_baselines():
     "method",
     [
         methods.ONE_TOKEN[1],
-        *methods.PEERS,
+        methods.PROMPT_LOOKUP,
+        *other_programs.METHODS[:2],
         *methods.heads(3, off_heads=1, eps_b=0.3)[:2],
     ],
     ids=lambda method: method.name,
@@ -102,7 +104,7 @@ def test_texts_of_a_batch_are_written_as_each_alone(context):
         assert write(prompts, 10, 0).texts == [write([prompt], 10, 0).texts[0] for prompt in prompts]
 
 
-@pytest.mark.parametrize("method", other_programs.add(), ids=lambda method: method.name)
+@pytest.mark.parametrize("method", other_programs.add()[2:], ids=lambda method: method.name)
 def test_other_programs_reproduce_the_text_where_they_are_installed(context, method):
     for package in ("flashspec",) if method.engine == "flashspec" else ("gguf", "xllamacpp"):
         if importlib.util.find_spec(package) is None:  # importing llama.cpp into this process would end it
@@ -232,10 +234,10 @@ def test_ratios_are_taken_within_a_repetition_and_the_fastest_one_token_method_i
 
 def test_what_cannot_run_is_left_out_with_a_reason(context):
     without = replace(context, draft=None)
-    chosen = [*methods.ONE_TOKEN[:2], methods.PEERS[1]]
+    chosen = [*methods.ONE_TOKEN[:2], other_programs.METHODS[0]]
     outcome = race.race(without, PROMPTS, chosen, max_new_tokens=8, repetitions=1, bandwidth_bytes=2**16)
     assert [result.method.name for result in outcome.results] == [method.name for method in methods.ONE_TOKEN[:2]]
-    why = "No draft model was given with --draft."
+    why = "There is no draft model."
     assert outcome.skipped == [{"name": "transformers: assisted", "reason": why, "one_token": False}]
 
 
@@ -341,16 +343,16 @@ def test_long_prompts_end_in_the_prompt_and_too_long_ones_keep_their_end():
     longer = prompt_sets.lengthened(PROMPTS, 6, list(range(100, 108)))
     assert longer[0].tokens == (100, 101, 102, 5, 6, 7)
     assert longer[1].tokens == (103, 104, 8, 9, 10, 11)
-    fitted, cut = prompt_sets.fitted(longer, 14, 10)
-    assert fitted[0].tokens == (102, 5, 6, 7) and cut == 2
+    cut_prompts, cut = fitted(longer, 14, 10)
+    assert cut_prompts[0].tokens == (102, 5, 6, 7) and cut == 2
     with pytest.raises(InputError, match="no room"):
-        prompt_sets.fitted(PROMPTS, 8, 8)
+        fitted(PROMPTS, 8, 8)
 
 
 def test_batches_are_of_one_group_and_always_full():
     prompts = [Prompt("a", (i,)) for i in range(3)] + [Prompt("b", (9,))]
-    batches = [[prompt.tokens[0] for prompt in batch] for batch in prompt_sets.batches(prompts, 2)]
-    assert batches == [[0, 1], [2, 0], [9, 9]]
+    ids = [[prompt.tokens[0] for prompt in batch] for batch in batches(prompts, 2)]
+    assert ids == [[0, 1], [2, 0], [9, 9]]
 
 
 def test_a_model_of_a_shape_has_random_tables_and_no_end():
@@ -415,17 +417,10 @@ def test_the_bundled_model_is_raced_into_a_record_and_a_table(run, tmp_path):
     [
         (("--batch", "0"), "--batch"),
         (("--batch", "many"), "--batch"),
-        (("--context", "wide"), "--context"),
         (("--heads", "9"), "2 to 4"),
         (("--prompts", "nowhere.txt"), "cannot be read"),
-        (("--spec-bench", "nowhere.jsonl"), "cannot be read"),
-        (("--prompts", "a.txt", "--spec-bench", "b.jsonl"), "one source"),
         (("--gguf", "nowhere.gguf"), "--gguf"),
         (("--repetitions", "0"), "--repetitions"),
-        (("--draft", "nowhere/at/all"), "nowhere/at/all"),
-        (("--also", "nowhere/at/all"), "nowhere/at/all"),
-        (("--context", "long", "--context-tokens", "1020"), "--context-tokens"),
-        (("--context", "long", "--filler", "nowhere.txt"), "--filler"),
         (("--threads", "0"), "--threads"),
     ],
 )
@@ -433,7 +428,27 @@ def test_bad_input_gets_one_sentence(run, options, message):
     assert message in run.refused("bench", "story", *options)
 
 
-def test_heads_on_another_base_are_refused(run, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--context", "wide"), "--context"),
+        (("--spec-bench", "nowhere.jsonl"), "cannot be read"),
+        (("--prompts", "a.txt", "--spec-bench", "b.jsonl"), "one source"),
+        (("--shape", "pythia-9b"), "pythia-160m"),
+        (("--shape", "pythia-70m", "--draft", "x"), "--draft"),
+        (("--draft", "nowhere/at/all"), "nowhere/at/all"),
+        (("--also", "nowhere/at/all"), "nowhere/at/all"),
+        (("--context", "long", "--context-tokens", "1020"), "--context-tokens"),
+        (("--context", "long", "--filler", "nowhere.txt"), "--filler"),
+    ],
+)
+def test_the_repository_race_refuses_bad_input(options, message):
+    with pytest.raises(InputError, match=message):
+        application()(["story", *options], standalone_mode=False)
+
+
+def test_heads_on_another_base_are_refused(tmp_path):
     DynaMoForCausalLM.from_base(neox(), num_heads=2).save_pretrained(str(tmp_path / "other"))
     byte_tokenizer().save_pretrained(tmp_path / "other")
-    assert "another base" in run.refused("bench", "story", "--also", tmp_path / "other")
+    with pytest.raises(InputError, match="another base"):
+        application()(["story", "--also", str(tmp_path / "other")], standalone_mode=False)

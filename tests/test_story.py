@@ -10,7 +10,6 @@ from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.assets import bundled
 from dynamo_lm.bench.benchmark import open_context
 from dynamo_lm.bench.methods import dynamo
-from dynamo_lm.bench.options import RaceOptions
 from dynamo_lm.bench.prompts import Prompt
 from dynamo_lm.bench.race import race
 from dynamo_lm.bench.summary import log_likelihood, summaries
@@ -48,7 +47,7 @@ def test_a_race_counts_what_the_statistics_count_and_scores_by_the_base_alone(st
     prompts = [Prompt("a", tuple(tokenizer(opening).input_ids)) for opening in OPENINGS[:2]]
     one = dynamo("one", {"verify": "strict", "num_heads": 1})
     strict = dynamo("strict", {"verify": "strict", "num_heads": model.num_heads}, identical_to="one")
-    context = open_context(model, tokenizer, RaceOptions())
+    context = open_context(model)
     outcome = race(context, prompts, [one, strict], max_new_tokens=20, repetitions=1, bandwidth_bytes=0)
     plain, fast = summaries(outcome, context)
     assert plain["tokens"] == fast["tokens"] == 40 and plain["steps"] == 40 and fast["steps"] < 40

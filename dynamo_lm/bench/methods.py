@@ -23,7 +23,7 @@ class Method:
     batched: bool = False  # runs with more than one prompt at a time
     identical_to: str | None = None  # the method whose tokens it must reproduce
     ceiling: int | None = 1  # tokens per step at most; None where the method states none
-    model: str = "model"  # which DynaMo model: the one measured, or one of --also
+    model: str = "model"  # which DynaMo model: the one measured, or another on the same base
     draft: bool = False  # needs a draft model
 
     @property
@@ -38,7 +38,6 @@ SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # f
 PAPER = {"do_sample": True, "temperature": 0.7, "top_k": 50, "repetition_penalty": 1.1}  # Algorithm 1's own settings
 LOOKUP = 10  # tokens that prompt lookup proposes, as transformers' documentation has it
 BUDGETS = (0.05, 0.2)  # nats per token, between strict and off
-ENSEMBLE = 0.5  # the target's weight in the ensemble of target and draft model
 
 
 def dynamo(name: str, arguments: dict[str, Any], **about: Any) -> Method:
@@ -67,23 +66,12 @@ ONE_TOKEN_SAMPLED: tuple[Method, ...] = (
     dynamo("one token, T=0.7: own loop", {"verify": "off", "num_heads": 1, "do_sample": True}),
     Method("one token, T=0.7: transformers", "transformers", PAPER, "sampled", lossless=False, one_token=True),
 )
-PEERS: tuple[Method, ...] = (
-    Method(
-        "transformers: prompt lookup",
-        "transformers",
-        {"prompt_lookup_num_tokens": LOOKUP},
-        identical_to=ONE,
-        ceiling=LOOKUP + 1,
-    ),
-    Method("transformers: assisted", "transformers", identical_to=ONE, ceiling=None, draft=True),
-    Method(
-        f"transformers: assisted, ensemble {ENSEMBLE:g}",
-        "transformers",
-        {"assistant_ensemble_weight": ENSEMBLE},
-        lossless=False,
-        ceiling=None,
-        draft=True,
-    ),
+PROMPT_LOOKUP = Method(
+    "transformers: prompt lookup",
+    "transformers",
+    {"prompt_lookup_num_tokens": LOOKUP},
+    identical_to=ONE,
+    ceiling=LOOKUP + 1,
 )
 
 
@@ -127,12 +115,6 @@ def heads(num_heads: int, *, off_heads: int, eps_b: float) -> list[Method]:
         for name, arguments, counts, suffix, batched in rows
         for n in counts
     ]
-
-
-def also(name: str, num_heads: int) -> Method:
-    """Strict greedy decoding by another DynaMo model on the same base."""
-    arguments = {"verify": "strict", "num_heads": num_heads}
-    return dynamo(f"{name} strict, n={num_heads}", arguments, batched=True, identical_to=ONE, model=name)
 
 
 def choose(methods: Sequence[Method], *, batch: int, sampled: bool = True, only: Iterable[str] = ()) -> list[Method]:

@@ -18,28 +18,12 @@ class PromptOptions:
     PANEL: ClassVar[str] = "What is continued"
 
     prompts: Annotated[Path | None, "Prompts, one a line or JSON lines. Default: the paper's ten."] = None
-    spec_bench: Annotated[Path | None, "Spec-Bench's question file: results by its six groups."] = None
-    limit: Annotated[int | None, "Prompts at most (of each group)."] = None
+    limit: Annotated[int | None, "Prompts at most."] = None
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Length of a text.")] = 80
-    context: Annotated[
-        str,
-        "short (the prompts as they are), long (after other text, to three quarters of the context), or both as short,long.",
-    ] = "short"
-    context_tokens: Annotated[int | None, "Tokens of a long context."] = None
-    filler: Annotated[Path | None, "Text to put before long prompts. Default: the stories of $DYNAMO_DATA."] = None
 
     def __post_init__(self) -> None:
         _at_least(1, self.limit, "--limit")
         _at_least(8, self.max_new_tokens, "--max-new-tokens")
-        _at_least(1, self.context_tokens, "--context-tokens")
-        if not set(self.lengths) <= {"short", "long"}:
-            raise InputError(f'--context is "{self.context}"; give short, long or short,long.')
-        if self.prompts is not None and self.spec_bench is not None:
-            raise InputError("Give one source of prompts: --prompts or --spec-bench.")
-
-    @property
-    def lengths(self) -> list[str]:
-        return [part.strip() for part in self.context.split(",")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +35,6 @@ class RaceOptions:
     batch: Annotated[str, "Prompts at a time; several sizes as 1,4,16."] = "1"
     repetitions: Annotated[int, "Repetitions of the whole race."] = 5
     heads: Annotated[int | None, "The most tokens a step may give. Default: all heads."] = None
-    draft: Annotated[str | None, "A smaller model with the same tokenizer, for assisted generation."] = None
-    also: Annotated[list[str], "Another DynaMo model on the same base, decoded strictly, too."] = field(default_factory=list)
     gguf: Annotated[Path | None, "The model as a GGUF file, for llama.cpp (needs the package xllamacpp)."] = None
     only: Annotated[list[str], "Race the methods whose name contains this, and the baselines."] = field(default_factory=list)
     sampled: Annotated[bool, typer.Option("--sampled/--greedy-only", help="Methods that sample, too.")] = True

@@ -1,23 +1,15 @@
-"""What is continued: prompts from a file or from Spec-Bench's six groups, as they are or after a long context of real text.
-
-Everything here is token ids once it is read.
-"""
+"""What is continued: prompts of a file as token ids, cut to the context and put into batches."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from dynamo_lm.data.token_store import documents
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation.completion import prompts as benches
-
-MT_BENCH = ("writing", "reasoning", "math", "humanities", "roleplay", "coding", "stem", "extraction")  # one group of six
-LONG = 0.75  # of the model's context
 
 
 @dataclass(frozen=True)
@@ -35,64 +27,7 @@ def read(file: Path | None, tokenizer: Any, *, limit: int | None = None) -> list
         InputError: no such file, or no prompts in it.
     """
     name, texts = benches.read(None if file is None else str(file))
-    return [Prompt(name, _tokens(text, tokenizer)) for text in texts[:limit]]
-
-
-def read_spec_bench(file: Path, tokenizer: Any, *, limit: int | None = None) -> list[Prompt]:
-    """First turns of Spec-Bench, `limit` of each of its six groups.
-
-    Raises:
-        InputError: no such file, or lines without `category` and `turns`.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f'The prompts "{file}" cannot be read; name Spec-Bench\'s question file.') from error
-    groups: dict[str, list[Prompt]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            category, text = entry["category"], entry["turns"][0]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise InputError(f'{file}:{number} is not a question of Spec-Bench; it needs "category" and "turns".') from error
-        group = "mt-bench" if category in MT_BENCH else category
-        own = groups.setdefault(group, [])
-        if limit is None or len(own) < limit:
-            own.append(Prompt(group, _tokens(text, tokenizer)))
-    if not groups:
-        raise InputError(f'"{file}" has no prompts; name Spec-Bench\'s question file.')
-    return [prompt for group in sorted(groups) for prompt in groups[group]]
-
-
-def filler(file: Path, tokenizer: Any, tokens: int) -> list[int]:
-    """At least `tokens` token ids of running text from a corpus, again from its beginning where it is too short.
-
-    Raises:
-        InputError: no such file, or no text in it.
-    """
-    ids: list[int] = []
-    for text in documents(str(file)):
-        ids += tokenizer(text, add_special_tokens=False).input_ids
-        if len(ids) >= tokens:
-            break
-    if not ids:
-        raise InputError(f'"{file}" has no text to put before the prompts.')
-    return list(islice(cycle(ids), max(tokens, len(ids))))
-
-
-def lengthened(prompts: Sequence[Prompt], length: int, text: Sequence[int]) -> list[Prompt]:
-    """Every prompt with text before it, to `length` tokens; each gets another stretch of the text. Longer ones stay."""
-    longer, at = [], 0
-    for prompt in prompts:
-        missing = max(0, length - len(prompt.tokens))
-        if missing > len(text):
-            raise InputError(f"{missing} tokens of text are needed before a prompt and the filler has {len(text)}.")
-        at = at if at + missing <= len(text) else 0
-        longer.append(Prompt(prompt.group, (*text[at : at + missing], *prompt.tokens)))
-        at += missing
-    return longer
+    return [Prompt(name, tuple(tokenizer(text).input_ids)) for text in texts[:limit]]
 
 
 def fitted(prompts: Sequence[Prompt], context: int, max_new_tokens: int) -> tuple[list[Prompt], int]:
@@ -116,7 +51,3 @@ def batches(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
         for start in range(0, len(own), size):
             chunks.append(list(islice(cycle(own[start:] + own[:start]), size)))
     return chunks
-
-
-def _tokens(text: str, tokenizer: Any) -> tuple[int, ...]:
-    return tuple(tokenizer(text).input_ids)

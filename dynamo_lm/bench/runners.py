@@ -77,7 +77,7 @@ def open_runner(method: Method, context: BenchmarkContext) -> Runner:
         ModuleNotFoundError: a package is missing.
     """
     if method.draft and context.draft is None:
-        raise InputError("No draft model was given with --draft.")
+        raise InputError("There is no draft model.")
     if method.engine not in ENGINES:
         raise InputError(f'"{method.engine}" is not an engine; there are {", ".join(ENGINES)}.')
     return ENGINES[method.engine](method, context)

@@ -26,21 +26,31 @@ def bench(
 ) -> None:
     """How fast a model writes, compared with everything else that decodes the same weights.
 
-    In one run: one token per step by four loops, of which the fastest is the baseline; transformers' prompt lookup and
-    assisted generation; llama.cpp with --gguf; DynaMo in all its modes; and the machine's memory-bandwidth floor. Ratios are
+    In one run: one token per step by four loops, of which the fastest is the baseline; transformers' prompt lookup;
+    llama.cpp with --gguf; DynaMo in all its modes; and the machine's memory-bandwidth floor. Ratios are
     medians over interleaved repetitions.
 
     `dynamo-lm bench story --prompts stories.txt --out results/bench`
     """
     from dynamo_lm.bench.benchmark import open_context, run
+    from dynamo_lm.bench.prompts import read
     from dynamo_lm.cli.progress import counting
     from dynamo_lm.model.loading import print_json
 
     network, tokenizer = compute.open(model)
-    opened = open_context(network, tokenizer, race)
+    texts = read(prompts.prompts, tokenizer, limit=prompts.limit)
     command = command_line.find_root().obj or []
     with counting() as progress:
-        record = run(opened, tokenizer, prompts, race, name=model, command=command, out=out, progress=progress)
+        record = run(
+            open_context(network),
+            {"short": texts},
+            race,
+            max_new_tokens=prompts.max_new_tokens,
+            name=model,
+            command=command,
+            out=out,
+            progress=progress,
+        )
     if json:
         print_json(record)
         return

@@ -22,7 +22,6 @@ from rich.text import Text
 
 from dynamo_lm.bench.benchmark import open_context
 from dynamo_lm.bench.methods import Method, dynamo
-from dynamo_lm.bench.options import RaceOptions
 from dynamo_lm.bench.prompts import Prompt
 from dynamo_lm.bench.race import race
 from dynamo_lm.bench.runners import BenchmarkContext, Output, open_runner
@@ -69,7 +68,7 @@ def demo(
         prompts = [Prompt("demo", tuple(tokenizer(text).input_ids)) for text in texts]
         if not all(prompt.tokens for prompt in prompts):
             raise InputError("The prompt is empty; give a few words to begin with.")
-        context = open_context(network, tokenizer, RaceOptions())
+        context = open_context(network)
 
         # 1. Threads, and a length of texts that leaves time for one prompt at least.
         status.update("getting ready")
