@@ -92,7 +92,7 @@ def test_json_values_may_span_lines(tmp_path, content, texts):
 
 def test_json_that_spans_lines_says_where_its_records_are(tmp_path):
     file = write(tmp_path / "a.json", '{\n"text": "one"\n}\n\n{\n"text": 2\n}\n')
-    with pytest.raises(InputError, match=r"a\.json, line 5: the field 'text' is no text"):
+    with pytest.raises(InputError, match=r"a\.json, line 5: the field 'text' is int, not text"):
         list(documents(file))
     with pytest.raises(InputError, match=r"a\.json.* is not JSON at line 3: Expecting"):
         list(documents(write(tmp_path / "a.json", '{\n"text": "one"\n"more": 2\n}')))
@@ -194,12 +194,12 @@ def test_a_missing_optional_package_names_the_extra(tmp_path, monkeypatch, modul
             r"line 1: no field 'text'; its fields are 'ask', 'say'; .*--text-field",
         ),
         ("a.jsonl", '{"text": "x"}\n{"say": "y"}\n', r"line 2: no field 'text'; its fields are 'say'"),
-        ("a.json", '[{"text": "x"}, {"text": 7}]', r"element 2: the field 'text' is no text but int"),
+        ("a.json", '[{"text": "x"}, {"text": 7}]', r"element 2: the field 'text' is int, not text"),
         ("a.jsonl", '{"text": "\\ud800"}', r"line 1: the field 'text' holds half a surrogate pair"),
         ("a.parquet", b"PAR1 not really PAR1", r"a\.parquet.* is not a readable Parquet file"),
         ("a.txt", " \n\t", r"a\.txt.* holds no document with any text"),
         ("a.jsonl", "", r"a\.jsonl.* holds no document with any text"),
-        ("a.csv", "text\nx", r"a\.csv.* is no kind of text known here; .*\.txt, \.jsonl, \.json, \.parquet"),
+        ("a.csv", "text\nx", r"a\.csv.* has a type that cannot be read; .*\.txt, \.jsonl, \.json, \.parquet"),
     ],
 )
 def test_unusable_files_are_refused_in_a_sentence(tmp_path, name, content, message):
@@ -382,7 +382,7 @@ def test_a_damaged_or_old_store_is_refused_when_opened_and_rebuilt_by_tokenize(t
     source, folder = write(tmp_path / "a.txt", "a b"), tmp_path / "store"
     tokenize([source], word_tokenizer(), folder)
     damage(folder, what)
-    with pytest.raises(InputError, match="holds no usable token store"):
+    with pytest.raises(InputError, match="is not a usable token store"):
         TokenStore(folder)
     assert tokenize([source], word_tokenizer(), folder).tokens.tolist() == [3, 4, 1]
 

@@ -1,4 +1,4 @@
-"""Chat templates: messages in, the text and tokens that a model is tuned on and asked with.
+"""Chat templates: messages in, the text and tokens that a model is tuned on and prompted with.
 
 A message is {"role": "system" | "user" | "assistant", "content": text}. The template is the tokenizer's own, in the format
 of transformers, or `DEFAULT`, which needs no token that a base model does not have. It is set on the tokenizer, whose
@@ -52,7 +52,7 @@ def chat_template(tokenizer: Any, template: str | None = None) -> Any:
 
 
 def render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-    """The text of a conversation; with `add_generation_prompt` up to where the assistant begins to speak.
+    """The text of a conversation; with `add_generation_prompt` up to where the assistant's answer begins.
 
     Raises:
         InputError: the template refuses these messages.
@@ -67,7 +67,7 @@ def render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: b
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-    """The tokens of `render`'s text; the template itself says which special tokens there are.
+    """The tokens of `render`'s text; the template itself writes the special tokens.
 
     Raises:
         InputError: the template refuses these messages.
@@ -76,15 +76,15 @@ def encode_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prom
 
 
 def special_tokens(tokenizer: Any) -> set[int]:
-    """Ids that stand for no text."""
+    """Ids of the special tokens."""
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 
 
 def end_of_turn(tokenizer: Any) -> int:
-    """The token that ends what the assistant says: generation stops there, beside the end of text.
+    """The token that ends the assistant's turn: generation stops there, and at the end of text.
 
-    The last special token of a rendered answer; the end-of-text token where the template puts none.
+    The last special token of a rendered answer; the end-of-text token where the template writes none.
     """
     question = {"role": "user", "content": "a"}
     begin = len(encode_chat(tokenizer, [question]))

@@ -1,6 +1,6 @@
 """Records of instruction data in, lists of messages out.
 
-A record is known by its fields: OpenAI's `messages`, ShareGPT's `conversations`, Alpaca's `instruction`, `input`, `output`,
+A record is told by its fields: OpenAI's `messages`, ShareGPT's `conversations`, Alpaca's `instruction`, `input`, `output`,
 Dolly's `instruction`, `context`, `response`, or a plain `prompt` with its `response`, `completion` or `output`. Knows no
 tokens.
 """
@@ -37,68 +37,66 @@ def conversations(sources: Sequence[str]) -> Iterator[tuple[str, Messages]]:
         InputError: a record of an unknown shape, or no record at all.
     """
     for source in sources:
-        found = False
+        where = None
         for where, record in records(source):
-            found = True
             yield where, messages(record, where)
-        if not found:
+        if where is None:
             raise InputError(f"{source} holds no conversation.")
 
 
 def messages(record: Mapping[str, Any], where: str) -> Messages:
-    """One record as messages, at least one of them the assistant's; `where` is for the error.
+    """A record as messages, at least one of them the assistant's; `where` is for the error.
 
-    What the assistant says before anybody asked is left out: nobody can ask for it again. An empty answer is kept: whoever
-    tokenizes leaves it out and counts it.
+    Turns of the assistant before the first of the user are left out: nothing leads to them. An empty answer is kept: the
+    tokenizing code leaves it out and counts it.
 
     Raises:
-        InputError: the record has none of the shapes, or something that is no text where text belongs.
+        InputError: the record has none of the shapes, or something other than text where text belongs.
     """
-    turns = next((record[key] for key in ("messages", "conversations", "conversation") if key in record), None)
+
+    def field(*names: str) -> str | None:
+        return next((name for name in names if name in record), None)
+
+    def text(name: str) -> str:
+        return text_of(where, name, record[name])
+
+    turns = record.get(field("messages", "conversations", "conversation") or "")
     if turns is not None:
         if not isinstance(turns, Sequence) or isinstance(turns, str):
-            raise InputError(f"{where}: the messages are no list but {type(turns).__name__}.")
-        found = [_turn(turn, where) for turn in turns]
+            raise InputError(f"{where}: the messages are {type(turns).__name__}, not a list.")
+        result = [_turn(turn, where) for turn in turns]
     else:
-        asked = next((key for key in ("instruction", "prompt", "question") if key in record), None)
-        answered = next((key for key in ("output", "response", "completion", "answer") if key in record), None)
-        if asked is None or answered is None:
-            raise InputError(f"{where}: fields {', '.join(map(repr, record)) or 'none'}; known are {KNOWN}.")
-        more = next((record[key] for key in ("input", "context") if record.get(key)), "")
-        prompt = _unwrap(text_of(where, asked, record[asked]))
-        more = text_of(where, "input", more)
-        user = f"{prompt.strip()}\n\n{more.strip()}" if more.strip() else prompt.strip()
-        found = [
-            {"role": "user", "content": user},
-            {"role": "assistant", "content": text_of(where, answered, record[answered])},
-        ]
-        if record.get("system"):
-            found.insert(0, {"role": "system", "content": text_of(where, "system", record["system"])})
-    asked_first = next((index for index, message in enumerate(found) if message["role"] == "user"), len(found))
-    found = [m for index, m in enumerate(found) if index > asked_first or m["role"] != "assistant"]
-    if not any(message["role"] == "assistant" for message in found):
+        prompt, answer = field("instruction", "prompt", "question"), field("output", "response", "completion", "answer")
+        if prompt is None or answer is None:
+            raise InputError(f"{where}: fields {', '.join(map(repr, record)) or 'none'}; it takes {KNOWN}.")
+        more = next((text(name) for name in ("input", "context") if record.get(name)), "")
+        parts = [part.strip() for part in (_unwrap(text(prompt)), more)]
+        result = [{"role": "system", "content": text("system")}] if record.get("system") else []
+        result.append({"role": "user", "content": "\n\n".join(parts if parts[1] else parts[:1])})
+        result.append({"role": "assistant", "content": text(answer)})
+    first = next((index for index, message in enumerate(result) if message["role"] == "user"), len(result))
+    result = [message for index, message in enumerate(result) if index > first or message["role"] != "assistant"]
+    if not any(message["role"] == "assistant" for message in result):
         raise InputError(f"{where}: no message is an answer of the assistant, so there is nothing to learn.")
-    return found
+    return result
 
 
 def _turn(turn: Any, where: str) -> dict[str, str]:
     if not isinstance(turn, Mapping):
-        raise InputError(f"{where}: a message is no object but {type(turn).__name__}.")
+        raise InputError(f"{where}: a message is {type(turn).__name__}, not an object.")
     name = turn.get("role", turn.get("from"))
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
-        raise InputError(f"{where}: a message has the role {name!r}; known are {', '.join(ROLES)}.")
+        raise InputError(f"{where}: a message has the role {name!r}; give {', '.join(ROLES)}.")
     content = turn.get("content", turn.get("value"))
     if isinstance(content, Sequence) and not isinstance(content, str):  # OpenAI's list of parts
         parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
         if None in parts:
-            raise InputError(f"{where}: a message has a part that is no text.")
+            raise InputError(f"{where}: a message has a part other than text.")
         content = "".join(text_of(where, "text", part) for part in parts)
     return {"role": role, "content": text_of(where, "content", content)}
 
 
 def _unwrap(prompt: str) -> str:
-    found = WRAPPED.fullmatch(prompt)
-    if found is None:
-        return prompt
-    return f"{found['text']}\n\n{found['more']}" if found["more"] else found["text"]
+    match = WRAPPED.fullmatch(prompt)
+    return "\n\n".join(filter(None, match.groups())) if match else prompt

@@ -1,10 +1,10 @@
 """Documents of tokens in, blocks of equal length and their labels out.
 
 A block of text (`Blocks`) is `block_size` consecutive tokens of an epoch's concatenated documents; a block of conversations
-(`WholeBlocks`) holds whole ones and padding, and says which tokens are learned. `segments` says which document piece a
+(`WholeBlocks`) holds whole ones and padding, and marks the tokens that are learned. `segments` is the document piece that a
 token belongs to, `positions` counts inside the piece, `targets` gives the labels of head `shift`. Every block, and so
-every batch, is a pure function of the seed and its number: a training run resumes anywhere. Nothing here knows text,
-tokenizers or files.
+every batch, is a pure function of the seed and its number: a training run resumes anywhere. Knows no text, tokenizers or
+files.
 """
 
 from __future__ import annotations
@@ -81,14 +81,14 @@ class Blocks:
         piece = int(np.searchsorted(ends, start, side="right"))  # the document that holds token `start`
         filled = segment = 0
         while filled < self.block_size:
-            left = int(ends[piece]) - start - filled  # tokens of this document from here to its end
+            left = int(ends[piece]) - start - filled  # tokens of this document up to its end
             size = min(left, self.block_size - filled)
             if size:
                 source = int(self.store.offsets[documents[piece] + 1]) - left
-                here = slice(filled, filled + size)
-                tokens[here] = self._tokens[source : source + size]
-                segments[here] = segment
-                positions[here] = np.arange(size)
+                chunk = slice(filled, filled + size)
+                tokens[chunk] = self._tokens[source : source + size]
+                segments[chunk] = segment
+                positions[chunk] = np.arange(size)
                 filled, segment = filled + size, segment + 1
             piece += 1
         return tokens, segments, positions
@@ -107,7 +107,7 @@ class Blocks:
         """Batch number `step`: `tokens`, `segments`, `positions`, each int64 (batch_size, block_size), and what else a block
         of this kind consists of.
 
-        It holds the blocks `step * batch_size ..` of the epochs put end to end, whatever was asked for before.
+        It holds the blocks `step * batch_size ..` of the epochs put end to end, whatever was read before.
         """
         if step < 0 or batch_size < 1:
             raise InputError(f"A batch needs a step >= 0 and a size >= 1, not {step} and {batch_size}.")
@@ -190,10 +190,10 @@ class WholeBlocks(Blocks):
         chosen = self._packed[int(self._order(epoch)[index])]
         for segment, document in enumerate(chosen):
             source = slice(int(self.store.offsets[document]), int(self.store.offsets[document + 1]))
-            here = slice(filled, filled + source.stop - source.start)
-            tokens[here], responses[here] = self._tokens[source], self._responses[source]
-            segments[here], positions[here] = segment, np.arange(here.stop - here.start)
-            filled = here.stop
+            chunk = slice(filled, filled + source.stop - source.start)
+            tokens[chunk], responses[chunk] = self._tokens[source], self._responses[source]
+            segments[chunk], positions[chunk] = segment, np.arange(chunk.stop - chunk.start)
+            filled = chunk.stop
         tokens[filled:] = tokens[filled - 1]
         segments[filled:] = len(chosen)
         positions[filled:] = np.arange(self.block_size - filled)

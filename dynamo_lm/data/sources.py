@@ -1,6 +1,6 @@
 """Files, folders and data sets in, texts and records out, one at a time.
 
-`documents` gives the text of each record, `records` the record itself. Nothing here knows tokens.
+`documents` gives the text of each record, `records` the record itself. Knows no tokens.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def documents(source: str, *, text_field: str | None = None) -> Iterator[str]:
     "owner/name:split", streamed). `text_field` names the field that holds the text; without it that is "text" or else
     the only string field, as the first object of each file has it.
     """
-    paths = files(source)  # here and not in the generator: a wrong path is reported at once
+    paths = files(source)  # outside the generator, so that a wrong path is reported at once
     return _non_empty(source, _hub_texts(source, text_field) if paths is None else _read_all(paths, text_field))
 
 
 def records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, record) for each record of `source`: as `documents`, but whole and without plain text.
+    """(where it stands, record) for each record of `source`: as `documents`, with all fields and without plain text.
 
     Raises:
-        InputError: nothing to read there, or something that is no record.
+        InputError: nothing to read there, or something other than a record.
     """
     paths = files(source)
     return _hub_rows(source) if paths is None else _all_records(paths)
@@ -62,12 +62,12 @@ def _all_records(paths: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _non_empty(source: str, texts: Iterable[str]) -> Iterator[str]:
-    found = False
+    empty = True
     for text in texts:
         if text.strip():
-            found = True
+            empty = False
             yield text
-    if not found:
+    if empty:
         raise InputError(f"{source} holds no document with any text.")
 
 
@@ -76,18 +76,18 @@ def files(source: str) -> list[Path] | None:
     path, readable = Path(source), f"files that can be read end in {', '.join(SUFFIXES)}"
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
-            raise InputError(f"{source} is no kind of text known here; {readable}.")
+            raise InputError(f"{source} has a type that cannot be read; {readable}.")
         return [path]
     if path.is_dir() and source:  # an empty name is not the current folder
         inside = (file.relative_to(path) for file in path.rglob("*"))
-        found = [path / file for file in inside if not any(part.startswith(".") for part in file.parts)]
+        matches = [path / file for file in inside if not any(part.startswith(".") for part in file.parts)]
     elif glob.has_magic(source):
-        found = [Path(name) for name in glob.glob(source, recursive=True)]
+        matches = [Path(name) for name in glob.glob(source, recursive=True)]
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:\w[\w.-]*)?", source) and path.suffix.lower() not in SUFFIXES:
         return None
     else:
         raise InputError(f'"{source}" does not exist; give a file, a folder, a glob or the id of a data set (owner/name).')
-    paths = sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.is_file())
+    paths = sorted(file for file in matches if file.suffix.lower() in SUFFIXES and file.is_file())
     if not paths:
         raise InputError(f"{source} matches no file to read; {readable}.")
     return paths
@@ -177,13 +177,13 @@ def _texts(records: Iterable[tuple[str, Any]], text_field: str | None) -> Iterat
 
 
 def _text_field(where: str, fields: Sequence[str], strings: Sequence[str], text_field: str | None) -> str:
-    wanted = text_field or "text"
-    if wanted in fields:
-        return wanted
+    name = text_field or "text"
+    if name in fields:
+        return name
     if text_field is None and len(strings) == 1:
         return strings[0]
     hint = "" if text_field else "; name the one with the text with --text-field"
-    raise InputError(f"{where}: no field {wanted!r}; its fields are {_names(fields)}{hint}.")
+    raise InputError(f"{where}: no field {name!r}; its fields are {_names(fields)}{hint}.")
 
 
 def _names(fields: Iterable[str]) -> str:
@@ -194,16 +194,16 @@ def text_of(where: str, field: str, value: Any) -> str:
     """A record's field as text without a byte order mark, "" for a null; `where` and `field` are for the error.
 
     Raises:
-        InputError: it is no text.
+        InputError: it is not text.
     """
     if value is None:  # a null is an empty document
         return ""
     if not isinstance(value, str):
-        raise InputError(f"{where}: the field {field!r} is no text but {type(value).__name__}.")
+        raise InputError(f"{where}: the field {field!r} is {type(value).__name__}, not text.")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # "\ud800" in JSON: tokenizers refuse it
-        raise InputError(f"{where}: the field {field!r} holds half a surrogate pair, which is no text.") from error
+        raise InputError(f"{where}: the field {field!r} holds half a surrogate pair, which is not text.") from error
     return value.removeprefix("\ufeff")  # of the file that the text was once
 
 
@@ -258,7 +258,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except InputError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{source} is no file and no data set that can be read: {first_line(error)}.") from error
+        raise InputError(f"{source} is neither a file nor a data set that can be read: {first_line(error)}.") from error
 
 
 def _extra(module: str) -> ModuleType:

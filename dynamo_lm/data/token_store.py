@@ -2,7 +2,7 @@
 
 `tokenize` streams the texts of `dynamo_lm.data.sources` through a Hugging Face tokenizer into a `TokenStore`: one flat
 memory-mapped file and the documents' borders, so that a corpus may be larger than memory (a single document may not).
-Nothing here knows models; cutting a store into blocks is `packing`, and conversations come from `instruct.tokens`.
+`packing` cuts a store into blocks; `tokenize_chat` makes one of conversations.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from dynamo_lm.files import write_text
 FORMAT = 1  # of a store's folder; another number is rebuilt
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1000, 4_000_000  # a batch for the tokenizer is full at either
 
+Document = tuple[list[int], list[bool] | None]  # its ids and, of conversations, which of them are learned
+Progress = Callable[[int, int], None]  # is given the documents and the tokens so far
+
 
 class TokenStore:
     """The tokens of a corpus: iterating yields each document's as an array, `len` counts the documents.
@@ -38,12 +41,12 @@ class TokenStore:
 
     tokens: np.memmap  # (num_tokens,) uint16 where the vocabulary fits, otherwise uint32
     offsets: np.ndarray  # (documents + 1,) int64: document i is tokens[offsets[i]:offsets[i + 1]]
-    responses: np.ndarray | None  # (num_tokens,) bool: what the assistant says, which is learned; None for plain text
+    responses: np.ndarray | None  # (num_tokens,) bool: the assistant's tokens, which are learned; None for plain text
     vocab_size: int  # 1 + the largest id of the tokenizer
     fingerprint: str  # sha256 over the tokens' bytes, and those of `responses`
     tokenizer: str  # `tokenizer_fingerprint` of the tokenizer that made it
     inputs: str  # sha256 over what it was made from
-    facts: dict[str, Any]  # what its maker wanted to be known of it
+    facts: dict[str, Any]  # more about it, from whoever built it
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -65,7 +68,7 @@ class TokenStore:
             if self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens) or (np.diff(self.offsets) < 0).any():
                 raise ValueError("offsets and tokens disagree")
         except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{self.folder} holds no usable token store: {first_line(error)}.") from error
+            raise InputError(f"{self.folder} is not a usable token store: {first_line(error)}.") from error
         self._tokens = np.asarray(self.tokens)  # the same memory map, without memmap's cost per slice
 
     @property
@@ -113,7 +116,7 @@ def tokenize(
     *,
     text_field: str | None = None,
     limit_tokens: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> TokenStore:
     """The store in `folder` of all documents of `sources`; what is there is reused if it was made from the same inputs.
 
@@ -128,35 +131,38 @@ def tokenize(
         raise InputError("The tokenizer has no end-of-text token, which marks where documents end; set its eos_token.")
     if limit_tokens is not None and limit_tokens < 1:
         raise InputError(f"The token limit must be at least 1, not {limit_tokens}.")
-    inputs = _inputs(sources, tokenizer, text_field, limit_tokens)
+    inputs = digest(
+        {"sources": identities(sources), "tokenizer": tokenizer_fingerprint(tokenizer), "text_field": text_field}
+        | {"limit_tokens": limit_tokens, "eos": tokenizer.eos_token_id, "format": FORMAT}
+    )
     texts = chain.from_iterable(documents(source, text_field=text_field) for source in sources)
-    rows = ((row, None) for row in _tokenized(texts, tokenizer))
+    rows = ((ids, None) for ids in _tokenized(texts, tokenizer))
     return build_store(folder, inputs, rows, tokenizer, limit_tokens=limit_tokens, progress=progress)
 
 
 def build_store(
     folder: Path,
     inputs: str,
-    batches: Iterable[tuple[list[list[int]], list[list[bool]] | None]],
+    documents: Iterable[Document],
     tokenizer: Any,
     *,
     facts: dict[str, Any] | None = None,
     limit_tokens: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> TokenStore:
-    """The store in `folder`, made of `batches` unless what is there has the same `inputs`.
+    """The store in `folder`, made of `documents` unless the one that is there has the same `inputs`.
 
     Args:
         inputs: a hash of all that decides the content.
-        batches: documents as ids and, for conversations, as many booleans (True: an answer); read only if needed.
-        facts: kept in the store; read when the batches are exhausted, so that their maker may fill it meanwhile.
+        documents: read only if needed.
+        facts: kept in the store; read after the documents, so that their maker may fill it meanwhile.
     """
     if store := _reusable(folder, inputs):  # before the lock: a finished store may lie on a read-only disk
         return store
     with _locked(folder):
         if store := _reusable(folder, inputs):
             return store
-        _build(folder, inputs, batches, tokenizer, facts, limit_tokens, progress)
+        _build(folder, inputs, documents, tokenizer, facts, limit_tokens, progress)
     return TokenStore(folder)
 
 
@@ -167,12 +173,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     if backend is not None:  # merges, normalization, the special tokens it adds
         about["backend"] = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
     return digest(about)[:16]
-
-
-def _inputs(sources: Sequence[str], tokenizer: Any, text_field: str | None, limit_tokens: int | None) -> str:
-    """What decides a store's content, as a sha256."""
-    options = {"text_field": text_field, "limit_tokens": limit_tokens, "eos": tokenizer.eos_token_id, "format": FORMAT}
-    return digest({"sources": identities(sources), "tokenizer": tokenizer_fingerprint(tokenizer), **options})
 
 
 def identities(sources: Sequence[str]) -> list[Any]:
@@ -200,19 +200,20 @@ def _reusable(folder: Path, inputs: str) -> TokenStore | None:
 
 def _store_files(folder: Path, inputs: str) -> tuple[Path, Path, Path]:
     """Named after the inputs, so that a new store never touches the old one's files before it is complete."""
-    made = inputs[:16]
-    return folder / f"tokens-{made}.bin", folder / f"offsets-{made}.npy", folder / f"responses-{made}.bin"
+    name = inputs[:16]
+    return folder / f"tokens-{name}.bin", folder / f"offsets-{name}.npy", folder / f"responses-{name}.bin"
 
 
 def _dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
 
 
-def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[list[list[int]]]:
-    """Batches of documents as ids, each ending in the end-of-text token, whether or not the tokenizer adds it."""
+def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+    """The ids of each text, ending in the end-of-text token whether or not the tokenizer adds it."""
     for batch in _batched(texts):
         rows = tokenizer(batch, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
-        yield [ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id] for ids in rows]
+        for ids in rows:
+            yield ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
 
 
 def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -231,43 +232,40 @@ def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
 def _build(
     folder: Path,
     inputs: str,
-    batches: Iterable[tuple[list[list[int]], list[list[bool]] | None]],
+    documents: Iterable[Document],
     tokenizer: Any,
     facts: dict[str, Any] | None,
     limit_tokens: int | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
 ) -> None:
-    """Write a store into `folder`. Until `store.json` is replaced, what was there before stays whole."""
+    """Write a store into `folder`. Until `store.json` is replaced, the store that was there before is intact."""
     vocab_size = 1 + max(tokenizer.get_vocab().values())
     tokens_file, offsets_file, responses_file = files = _store_files(folder, inputs)
     ends: list[int] = [0]
     sha, flags_sha, flagged = hashlib.sha256(), hashlib.sha256(), False
     try:
-        # 1. The tokens, batch by batch.
+        # 1. The tokens, document by document.
         with _writing(folder), open(tokens_file, "wb") as file, open(responses_file, "wb") as responses:
-            for rows, flags in batches:
-                flat = np.fromiter(chain.from_iterable(rows), dtype=_dtype(vocab_size))
-                if limit_tokens is not None:
-                    flat = flat[: limit_tokens - ends[-1]]
-                file.write(flat.data)
-                sha.update(flat.data)
-                if flags is not None:
-                    said = np.fromiter(chain.from_iterable(flags), dtype=np.bool_)
-                    responses.write(said.data)
-                    flags_sha.update(said.data)
+            for ids, learned in documents:
+                row = np.array(ids, dtype=_dtype(vocab_size))[: None if limit_tokens is None else limit_tokens - ends[-1]]
+                file.write(row.data)
+                sha.update(row.data)
+                if learned is not None:
+                    flags = np.array(learned, dtype=np.bool_)
+                    responses.write(flags.data)
+                    flags_sha.update(flags.data)
                     flagged = True
-                last = ends[-1] + len(flat)
-                for row in rows:
-                    if ends[-1] < last:  # documents beyond the limit are not there
-                        ends.append(min(ends[-1] + len(row), last))
-                if progress:
-                    progress(len(ends) - 1, last)
-                if last == limit_tokens:
+                ends.append(ends[-1] + len(row))
+                if progress and (len(ends) - 1) % BATCH_DOCUMENTS == 0:
+                    progress(len(ends) - 1, ends[-1])
+                if ends[-1] == limit_tokens:
                     break
             _to_disk(file)
             _to_disk(responses)
         if ends[-1] == 0:
             raise InputError("There is no source to read tokens from; give at least one.")
+        if progress and (len(ends) - 1) % BATCH_DOCUMENTS:
+            progress(len(ends) - 1, ends[-1])
         if flagged:
             sha.update(flags_sha.digest())
         else:
@@ -286,7 +284,7 @@ def _build(
                 np.save(file, np.array(ends, dtype=np.int64))
                 _to_disk(file)
             write_text(folder / "store.json", json.dumps(about, indent=1), durable=True)
-    except BaseException:  # also an interrupt: leave no gigabytes of half a store behind
+    except BaseException:  # also an interrupt: leave no gigabytes of half a store
         for path in files:
             path.unlink(missing_ok=True)
         raise
