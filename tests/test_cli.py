@@ -436,10 +436,10 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(run, made, monkeypatch, tm
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     for name in ("somebody/something", "DynaMo-77M-T3", "nowhere"):
-        assert "not to be had from the hub" in run.refused(
+        assert "nor available from the hub" in run.refused(
             "train", name, "--data", made / "text.jsonl", "--out", tmp_path / "x"
         )
-    assert "not to be had from the hub" in run.refused("generate", "somebody/something", "hello")
+    assert "nor available from the hub" in run.refused("generate", "somebody/something", "hello")
 
 
 @pytest.mark.parametrize("config", [BertConfig, T5Config])

@@ -11,7 +11,7 @@ and each range is read, sorted and added up, level by level.
 
 Memory: `memory_mb` for the work, plus about 50 bytes for every n-gram that survives pruning.
 Scratch space: at most 8 bytes per token, 16 where `order` tokens do not fit 57 bits; repeats within a chunk take none.
-It knows nothing of text or tokenizers.
+Knows no text and no tokenizers.
 """
 
 import errno
@@ -97,8 +97,8 @@ def count(
         # 2. Ranges of keys from all of them; every level sums over the keys that share its prefix.
         levels = [_Level(least) for least in minimum]
         for grams in _in_order(pool, lambda spans: coder.count_levels(runs.read(spans)), runs.ranges(chunk), ahead):
-            for level, found in zip(levels, grams, strict=True):
-                level.add(*found)
+            for level, (keys, counts) in zip(levels, grams, strict=True):
+                level.add(keys, counts)
 
         # 3. From n-gram keys to rows of a trie.
         dense = np.zeros(vocab_size, np.int64)
@@ -123,14 +123,14 @@ def count(
 def _in_order(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
-    """`map(function, items)` on the pool, with at most `ahead` items begun whose result nobody took yet."""
-    begun: deque[Future[Result]] = deque()
+    """`map(function, items)` on the pool, with at most `ahead` results computed ahead."""
+    pending: deque[Future[Result]] = deque()
     for item in items:
-        if len(begun) == ahead:
-            yield begun.popleft().result()
-        begun.append(pool.submit(function, item))
-    while begun:
-        yield begun.popleft().result()
+        if len(pending) == ahead:
+            yield pending.popleft().result()
+        pending.append(pool.submit(function, item))
+    while pending:
+        yield pending.popleft().result()
 
 
 def _pieces(documents: Iterable[np.ndarray], mark: int, gap: int, chunk: int) -> Iterator[list[np.ndarray]]:
@@ -297,7 +297,7 @@ class _Coder:
 
     def count_levels(self, rows: np.ndarray) -> list[Grams]:
         """N-grams of 1 .. `order` tokens that begin the windows of the rows, none with a mark."""
-        rows.sort(kind="stable")  # a merge: the rows are sorted runs, one behind the other
+        rows.sort(kind="stable")  # a merge: the rows are sorted runs, one after the other
         levels: list[Grams] = []
         keys, counts = self._unpacked(rows)
         for m in range(self.order, 0, -1):
@@ -333,7 +333,7 @@ class _Coder:
 
 
 class _Runs:
-    """Sorted runs of rows, one behind the other in a scratch file."""
+    """Sorted runs of rows, one after the other in a scratch file."""
 
     def __init__(self, folder: Path, coder: _Coder) -> None:
         self.path, self.coder = folder / "rows", coder
@@ -353,8 +353,8 @@ class _Runs:
 
     def ranges(self, size: int) -> Iterator[list[tuple[int, int]]]:
         """Ranges of keys that cover all rows, as (start, stop) by run, of about `size` rows each; no key is in two."""
-        whole = np.memmap(self.path, self.coder.dtype, mode="r")
-        runs = [whole[start:stop] for start, stop in zip(self.ends[:-1], self.ends[1:], strict=True)]
+        rows = np.memmap(self.path, self.coder.dtype, mode="r")
+        runs = [rows[start:stop] for start, stop in zip(self.ends[:-1], self.ends[1:], strict=True)]
         # Between two of every len(runs)-th sample are at most len(runs) samples, and one stride of each run.
         stride = max(1, size // (2 * len(runs)))
         samples = np.sort(np.concatenate([run[stride - 1 :: stride] for run in runs]))

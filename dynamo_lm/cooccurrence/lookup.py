@@ -2,7 +2,7 @@
 
 In: rows of the table's trie and candidate tokens. Out: which of them were seen, as rows, and their log frequencies. The
 arrays are the table's own where it lies on the CPU, plus the place where each row's children begin. `Cooccurrence.extend`
-and `.log_p` say the same one binary search at a time, on any device; the tests hold the two together.
+and `.log_p` give the same by a binary search each, on any device; the tests compare the two.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Lookup:
             if row < 0 or token >= self.vocab_size:
                 return -1
             keys, key = self.keys[order - 1], row * self.vocab_size + token
-            found = int(keys.searchsorted(key))
-            row = found if found < keys.size and keys[found] == key else -1
+            position = int(keys.searchsorted(key))
+            row = position if position < keys.size and keys[position] == key else -1
         return row
 
     def log_after(self, row: int, ids: np.ndarray, order: int) -> np.ndarray:
@@ -91,19 +91,19 @@ class Lookup:
         if start == end:
             return np.full(ids.size, -np.inf)
         children = self.keys[order - 1][start:end]
-        wanted = ids + row * self.vocab_size  # a token beyond the vocabulary falls behind the last child
-        found = children.searchsorted(wanted)
-        found[found == children.size] = 0
-        logs = self.logs[order - 1][start:end].take(found).astype(np.float64)
-        logs[children.take(found) != wanted] = -np.inf
+        keys = ids + row * self.vocab_size  # of a token beyond the vocabulary: above the last child's
+        positions = children.searchsorted(keys)
+        positions[positions == children.size] = 0
+        logs = self.logs[order - 1][start:end].take(positions).astype(np.float64)
+        logs[children.take(positions) != keys] = -np.inf
         return logs
 
     def seen(self, rows: np.ndarray, ids: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which of `rows` (h,) of level order - 1 were seen followed by which of the distinct tokens `ids` (k,).
 
         Returns three arrays (hits,), in any order: for every n-gram that is in the table the index into `rows`, the index
-        into `ids` and its own row. What `Cooccurrence.extend(rows[:, None], ids)` would find, but most rows have few
-        children, and looking at all of them is far cheaper than k binary searches.
+        into `ids` and its own row. The same as `Cooccurrence.extend(rows[:, None], ids)`, but most rows have few children,
+        and scanning all of them is far cheaper than k binary searches.
         """
         fast = loader.sampler()
         return self._scan(rows, ids, order) if fast is None else self._compiled(fast, rows, ids, order)
@@ -115,8 +115,8 @@ class Lookup:
         offsets, tokens = self.offsets(order), self.tokens(order)
         rows, ids = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(ids, np.int64)
         room = rows.size * ids.size + 1
-        found = np.empty(3 * room, np.int64)  # most of it is never touched
-        at = loader.address(found)
+        output = np.empty(3 * room, np.int64)  # most of it is never touched
+        at = loader.address(output)
         hits = fast.dynamo_lm_seen(
             loader.address(offsets),
             offsets.size - 1,
@@ -130,10 +130,10 @@ class Lookup:
             at + 8 * room,
             at + 16 * room,
         )
-        return found[:hits], found[room : room + hits], found[2 * room : 2 * room + hits]
+        return output[:hits], output[room : room + hits], output[2 * room : 2 * room + hits]
 
     def _scan(self, rows: np.ndarray, ids: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`seen` by looking at every child, or by `_search` where there are too many."""
+        """`seen` by a scan of every child, or by `_search` where there are too many."""
         offsets = self.offsets(order)
         start = offsets.take(rows, mode="clip")  # a token the table does not know has no children
         size = offsets.take(rows + 1, mode="clip") - start
@@ -141,8 +141,8 @@ class Lookup:
         if children > SCAN_LIMIT * rows.size * ids.size:
             return self._search(rows, ids, order)
         rank_of = np.full(self.vocab_size, -1, np.int32)
-        known = np.flatnonzero(ids < self.vocab_size)
-        rank_of[ids[known]] = known
+        valid = np.flatnonzero(ids < self.vocab_size)
+        rank_of[ids[valid]] = valid
         ends = np.cumsum(size)
         row = np.repeat(start - ends + size, size)  # (children,) of the first row, then of the second, ..
         row += np.arange(children)
@@ -153,8 +153,8 @@ class Lookup:
     def _search(self, rows: np.ndarray, ids: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`seen` by one binary search per pair."""
         keys = self.keys[order - 1]
-        wanted = rows[:, None] * self.vocab_size + ids
-        found = np.minimum(keys.searchsorted(wanted), max(keys.size - 1, 0))
-        hit = (keys.take(found) == wanted) & (ids < self.vocab_size)
+        children = rows[:, None] * self.vocab_size + ids
+        positions = np.minimum(keys.searchsorted(children), max(keys.size - 1, 0))
+        hit = (keys.take(positions) == children) & (ids < self.vocab_size)
         parent, rank = hit.nonzero()
-        return parent, rank, found[parent, rank]
+        return parent, rank, positions[parent, rank]

@@ -14,15 +14,21 @@ from dynamo_lm.errors import InputError
 from dynamo_lm.files import write_bytes
 
 MAX_ORDER = 4
-
-
 MAX_VOCAB = 2**20  # leaves 2^43 rows per level before `parent * vocab_size + token` outgrows 63 bits
-
-
 FORMAT = "dynamo-lm co-occurrence table"
-
-
 VERSION = 1
+
+
+def pack_levels(vocab_size: int, keys: tuple[Tensor, ...], counts: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
+    """Per level the counts and, from 2 on, the last tokens and how many children each row of the level below has."""
+    arrays: dict[str, np.ndarray] = {}
+    for m, (key, count) in enumerate(zip(keys, counts, strict=True), start=1):
+        arrays |= _pack(f"{m}.counts", count.numpy())
+        if m > 1:
+            parents, tokens = np.divmod(key.cpu().numpy(), vocab_size)
+            arrays[f"{m}.tokens"] = tokens.astype(np.uint16 if vocab_size <= 2**16 else np.int32)
+            arrays |= _pack(f"{m}.children", np.bincount(parents, minlength=counts[m - 2].numel()))
+    return arrays
 
 
 def _pack(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -36,7 +42,7 @@ def _pack(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
 def _integers(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
     array = arrays.pop(name)
     if array.dtype.kind not in "iu" or array.ndim != 1:
-        raise ValueError(f"{name} is no list of integers")
+        raise ValueError(f"{name} is not a list of integers")
     return array
 
 
@@ -49,10 +55,10 @@ def _unpack(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
     return values
 
 
-def _unpack_levels(
+def unpack_levels(
     arrays: dict[str, np.ndarray], vocab_size: Any, order: Any, totals: tuple[Any, ...], min_counts: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Keys and counts of every level; raises ValueError at the first thing that `save` cannot have written."""
+    """Keys and counts of every level; raises ValueError for anything that `pack_levels` cannot have made."""
     if not all(isinstance(n, int) and 0 <= n < 2**62 for n in (vocab_size, order, *totals, *min_counts)):
         raise ValueError("the numbers in its header are not counts")
     if not (1 <= vocab_size <= MAX_VOCAB and 1 <= order <= MAX_ORDER and len(totals) == len(min_counts) == order):
@@ -86,7 +92,12 @@ def _checksum(arrays: dict[str, np.ndarray], facts: str) -> str:
     return f"{crc:08x}"
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray], facts: str) -> None:
+def write(path: Path, arrays: dict[str, np.ndarray], facts: str) -> None:
+    """Writes arrays and a description, whole or not at all.
+
+    Raises:
+        InputError: the place cannot be written to.
+    """
     header = {"format": FORMAT, "facts": facts, "crc32": _checksum(arrays, facts)}
     try:
         write_bytes(path, save(arrays, header))
@@ -94,16 +105,21 @@ def _write(path: Path, arrays: dict[str, np.ndarray], facts: str) -> None:
         raise InputError(f"The table cannot be written to {path} ({error}); choose another place.") from error
 
 
-def _read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
+def read(path: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """The description and the arrays that `write` wrote.
+
+    Raises:
+        InputError: the file is something else, or damaged.
+    """
     try:
         with safe_open(path, framework="np") as file:
             header = file.metadata() or {}
-            mine = header.get("format") == FORMAT  # anything else may be large: do not read its tensors
-            arrays = {name: file.get_tensor(name) for name in file.keys()} if mine else {}  # noqa: SIM118
+            is_table = header.get("format") == FORMAT  # anything else may be large: do not read its tensors
+            arrays = {name: file.get_tensor(name) for name in file.keys()} if is_table else {}  # noqa: SIM118
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a co-occurrence table ({error}); check the path.") from error
-    if not mine:
-        raise InputError(f"{path} is a safetensors file but no co-occurrence table; check the path.")
+    if not is_table:
+        raise InputError(f"{path} is a safetensors file but not a co-occurrence table; check the path.")
     facts = header.get("facts", "")
     if header.get("crc32") != _checksum(arrays, facts):
         raise InputError(f"The table {path} is damaged (its checksum does not match); count or download it again.")

@@ -1,7 +1,7 @@
 """Co-occurrence tables: how often token pairs, triples and quadruples follow each other (method.md section 3).
 
 In: sorted n-gram counts, made by `counting.count`. Out: row ids, log frequencies and log co-occurrence weights of any
-candidate tuples, as tensors on any device. It knows token ids and nothing else: no model, no tokenizer, no text.
+candidate tuples, as tensors on any device. Knows token ids, and no model, tokenizer or text.
 
 A table is a trie of sorted levels. The rows of level 1 are the token ids. A row of level m is a pair (parent row of
 level m-1, token), stored as the integer `parent * vocab_size + token`, so that one binary search extends any (m-1)-gram
@@ -17,12 +17,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dynamo_lm.cooccurrence import storage
 from dynamo_lm.cooccurrence.lookup import Lookup
-from dynamo_lm.cooccurrence.storage import VERSION, _pack, _read, _unpack_levels, _write
 from dynamo_lm.errors import InputError
 
 
@@ -46,7 +45,7 @@ class Cooccurrence:
 
     @cached_property
     def lookup(self) -> Lookup:
-        """The table as arrays on the CPU, for the sampler; made when it is first asked for."""
+        """The table as arrays on the CPU, for the sampler; made when it is first read."""
         levels = [[level.cpu().numpy() for level in stored] for stored in (self.keys, self.log_frequencies)]
         return Lookup(self.vocab_size, *levels)
 
@@ -78,12 +77,12 @@ class Cooccurrence:
         if order < 2:
             raise InputError(f"A shorter n-gram is extended to order 2 or more, not {order}; rows of 1 are token ids.")
         keys = self.keys[self._level(order)]
-        wanted = rows.long() * self.vocab_size + tokens
+        children = rows.long() * self.vocab_size + tokens
         if keys.numel() == 0:
-            return torch.full_like(wanted, -1)
-        found = torch.searchsorted(keys, wanted).clamp_(max=keys.numel() - 1)
-        hit = (keys[found] == wanted) & (rows >= 0) & (tokens >= 0) & (tokens < self.vocab_size)
-        return found.where(hit, -1)
+            return torch.full_like(children, -1)
+        positions = torch.searchsorted(keys, children).clamp_(max=keys.numel() - 1)
+        hit = (keys[positions] == children) & (rows >= 0) & (tokens >= 0) & (tokens < self.vocab_size)
+        return positions.where(hit, -1)
 
     def log_p(self, rows: Tensor, order: int) -> Tensor:
         """Natural log of the frequency p^ (count / total of that order) of `rows`, float32 of the same shape.
@@ -93,8 +92,8 @@ class Cooccurrence:
         logs = self.log_frequencies[self._level(order)]
         if logs.numel() == 0:
             return torch.full(rows.shape, -torch.inf, device=rows.device)
-        known = (rows >= 0) & (rows < logs.numel())
-        return logs[rows.clamp(0, logs.numel() - 1)].where(known, -torch.inf)
+        exists = (rows >= 0) & (rows < logs.numel())
+        return logs[rows.clamp(0, logs.numel() - 1)].where(exists, -torch.inf)
 
     def log_weight(self, tuples: Tensor) -> Tensor:
         """Log of the mask of method.md section 3, p^(x_1..x_m) / (p^(x_1) .. p^(x_m)), before the power alpha_c.
@@ -118,16 +117,16 @@ class Cooccurrence:
 
         `min_counts` as in `counting.count`; what an earlier pruning dropped does not come back. Always on the CPU.
         """
-        wanted = check_min_counts(min_counts, self.order)
+        minimum = check_min_counts(min_counts, self.order)
         new_row = torch.arange(self.vocab_size)  # (rows of the level below,) its row ids after pruning
         keys, counts = [new_row], [self.counts[0]]
         for m in range(2, self.order + 1):
-            keep = self.counts[m - 1] >= wanted[m - 1]
+            keep = self.counts[m - 1] >= minimum[m - 1]
             kept = self.keys[m - 1].cpu()[keep]
             keys.append(new_row[kept // self.vocab_size] * self.vocab_size + kept % self.vocab_size)
             counts.append(self.counts[m - 1][keep])
             new_row = keep.cumsum(0) - 1
-        merged = tuple(map(max, self.min_counts, wanted))
+        merged = tuple(map(max, self.min_counts, minimum))
         return replace(self, keys=tuple(keys), counts=tuple(counts), min_counts=merged)
 
     @staticmethod
@@ -138,9 +137,9 @@ class Cooccurrence:
         """
         if len({(table.vocab_size, table.order) for table in tables}) != 1:
             raise InputError("Tables can be merged only if there is one at least and vocabulary size and order agree.")
-        known = {table.tokenizer for table in tables} - {""}
-        if len(known) > 1:
-            raise InputError(f"The tables come from different tokenizers ({', '.join(sorted(known))}); recount one.")
+        tokenizers = {table.tokenizer for table in tables} - {""}
+        if len(tokenizers) > 1:
+            raise InputError(f"The tables come from different tokenizers ({', '.join(sorted(tokenizers))}); recount one.")
         vocab_size, order = tables[0].vocab_size, tables[0].order
         new_rows = [torch.arange(vocab_size)] * len(tables)  # per table: merged row ids of the level below
         keys, counts = [new_rows[0]], [torch.stack([table.counts[0] for table in tables]).sum(0)]
@@ -156,26 +155,15 @@ class Cooccurrence:
             vocab_size, tuple(keys), tuple(counts),
             totals=tuple(map(sum, zip(*(table.totals for table in tables), strict=True))),
             min_counts=tuple(map(max, zip(*(table.min_counts for table in tables), strict=True))),
-            tokenizer=next(iter(known), ""),
+            tokenizer=next(iter(tokenizers), ""),
             description=" + ".join(dict.fromkeys(table.description for table in tables if table.description)),
         )  # fmt: skip
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table to `path`, whole or not at all. Raises InputError if the place cannot be written."""
-        arrays: dict[str, np.ndarray] = {}
-        token_type = np.uint16 if self.vocab_size <= 2**16 else np.int32
-        for m in range(1, self.order + 1):
-            arrays |= _pack(f"{m}.counts", self.counts[m - 1].numpy())
-            if m > 1:
-                parents, tokens = np.divmod(self.keys[m - 1].cpu().numpy(), self.vocab_size)
-                arrays[f"{m}.tokens"] = tokens.astype(token_type)
-                arrays |= _pack(f"{m}.children", np.bincount(parents, minlength=self.num_rows(m - 1)))
-        facts = {
-            "version": VERSION, "vocab_size": self.vocab_size, "order": self.order, "totals": self.totals,
-            "min_counts": self.min_counts, "pruned_mass": self.pruned_mass, "tokenizer": self.tokenizer,
-            "description": self.description,
-        }  # fmt: skip
-        _write(Path(path), arrays, json.dumps(facts))
+        names = ("vocab_size", "order", "totals", "min_counts", "pruned_mass", "tokenizer", "description")
+        facts = {"version": storage.VERSION, **{name: getattr(self, name) for name in names}}
+        storage.write(Path(path), storage.pack_levels(self.vocab_size, self.keys, self.counts), json.dumps(facts))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], expect_tokenizer: str | None = None) -> "Cooccurrence":
@@ -183,17 +171,17 @@ class Cooccurrence:
 
         If both `expect_tokenizer` and the table's own fingerprint are known they must agree.
         """
-        text, arrays = _read(Path(path))
+        text, arrays = storage.read(Path(path))
         try:
             facts = json.loads(text)
             version, tokenizer, description = facts["version"], facts["tokenizer"], facts["description"]
-            if version == VERSION:
+            if version == storage.VERSION:
                 vocab_size, totals, min_counts = facts["vocab_size"], tuple(facts["totals"]), tuple(facts["min_counts"])
-                keys, counts = _unpack_levels(arrays, vocab_size, facts["order"], totals, min_counts)
+                keys, counts = storage.unpack_levels(arrays, vocab_size, facts["order"], totals, min_counts)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise InputError(f"The table {path} contradicts itself ({error}); count or download it again.") from error
-        if version != VERSION:
-            raise InputError(f"The table {path} has format version {version}, this release reads {VERSION}; recount.")
+        if version != storage.VERSION:
+            raise InputError(f"The table {path} has format version {version}, not {storage.VERSION}; count again.")
         if expect_tokenizer and tokenizer and tokenizer != expect_tokenizer:
             raise InputError(
                 f"The table {path} counts tokens of tokenizer {tokenizer}, not {expect_tokenizer}; "
@@ -205,9 +193,9 @@ class Cooccurrence:
         """Same counts of the same thing; the description and the device do not matter."""
         if not isinstance(other, Cooccurrence):
             return NotImplemented
-        mine, theirs = ((t.vocab_size, t.totals, t.min_counts, t.tokenizer) for t in (self, other))
+        facts, other_facts = ((t.vocab_size, t.totals, t.min_counts, t.tokenizer) for t in (self, other))
         pairs = zip((*self.keys, *self.counts), (*other.keys, *other.counts), strict=False)
-        return mine == theirs and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
+        return facts == other_facts and all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
 
     __hash__ = None  # type: ignore[assignment]  # equality compares tensors
 

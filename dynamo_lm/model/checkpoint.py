@@ -161,13 +161,13 @@ def read_config(name: str) -> DynaMoConfig:
     """
     path = _find(name, "config.json")
     if path is None:
-        raise InputError(f'"{name}" is no model: it has no config.json.')
+        raise InputError(f'"{name}" is not a model folder: it has no config.json.')
     try:
         content = json.loads(Path(path).read_text())
     except ValueError as error:
         raise InputError(f'"{name}/config.json" is not valid JSON: {error}') from error
     if not isinstance(content, dict):
-        raise InputError(f'"{name}/config.json" is no configuration; it should hold a JSON object.')
+        raise InputError(f'"{name}/config.json" is not a configuration; it should hold a JSON object.')
     if content.get("model_type") != DynaMoConfig.model_type:
         raise InputError(
             f'"{name}" holds a model of type "{content.get("model_type")}" without heads; add some with `dynamo-lm train`.'
@@ -214,10 +214,10 @@ def _load_heads(cls: type[PreTrainedModel], name: str, config: DynaMoConfig, bas
     model: Any = cls(config, base)
     file = _find(name, HEADS_FILE)
     if file is None:
-        raise InputError(f'"{name}" has no {HEADS_FILE}, so it holds no heads.')
+        raise InputError(f'"{name}" has no {HEADS_FILE}; copy the folder again.')
     weights = load_file(file)
-    wanted = head_weights(model)
-    if weights.keys() != wanted.keys() or any(weights[key].shape != wanted[key].shape for key in weights):
+    expected = head_weights(model)
+    if weights.keys() != expected.keys() or any(weights[key].shape != expected[key].shape for key in weights):
         raise InputError(f'"{name}/{HEADS_FILE}" does not hold the heads that its config.json describes.')
     coupling = {name.removeprefix(COUPLING): weights.pop(name) for name in list(weights) if name.startswith(COUPLING)}
     model.heads.load_state_dict(weights, strict=False)

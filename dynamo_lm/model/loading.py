@@ -44,15 +44,13 @@ def open_config(name: str) -> PreTrainedConfig:
     if path.is_file():
         raise InputError(f'"{name}" is a file; give the folder of a model.')
     if path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f'"{name}" is no model: it has no config.json.')
+        raise InputError(f'"{name}" is not a model folder: it has no config.json.')
     try:
         return AutoConfig.from_pretrained(name)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = (
-            "has a config.json that cannot be read" if path.is_dir() else "is no folder here and not to be had from the hub"
-        )
+        what = "has a config.json that cannot be read" if path.is_dir() else "is neither a folder nor available from the hub"
         raise InputError(f'"{name}" {what}: {_reason(error)}') from error
 
 
@@ -147,10 +145,10 @@ def check_table(table: Any, tokenizer: Any, vocab_size: int, name: str) -> None:
     """Refuses a co-occurrence table that counts other tokens than `tokenizer`'s, or for another vocabulary size."""
     if table is None:
         return
-    mine = tokenizer_fingerprint(tokenizer)
-    if table.tokenizer and table.tokenizer != mine:
+    expected = tokenizer_fingerprint(tokenizer)
+    if table.tokenizer and table.tokenizer != expected:
         raise InputError(
-            f'The table in "{name}" was counted with another tokenizer ({table.tokenizer}, not {mine}); '
+            f'The table in "{name}" was counted with another tokenizer ({table.tokenizer}, not {expected}); '
             "count again with `dynamo-lm count` and this model."
         )
     if table.vocab_size != vocab_size:
@@ -163,10 +161,10 @@ def check_table(table: Any, tokenizer: Any, vocab_size: int, name: str) -> None:
 def table_file(path: str) -> Path:
     """A table's own file, or the one in a model folder."""
     inside = Path(path) / TABLE_FILE
-    found = inside if Path(path).is_dir() else Path(path)
-    if not found.is_file():
-        raise InputError(f'"{path}" is no table and no folder with one; make one with `dynamo-lm count`.')
-    return found
+    file = inside if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise InputError(f'"{path}" is neither a table nor a folder with one; make one with `dynamo-lm count`.')
+    return file
 
 
 def choose_device(device: str) -> torch.device:
@@ -191,7 +189,7 @@ def skeleton(config: PreTrainedConfig) -> Any:
     """The model of a configuration with shapes and no weights (on the "meta" device).
 
     Raises:
-        InputError: it is no causal language model.
+        InputError: it is not a causal language model.
     """
     try:
         with torch.device("meta"):
@@ -199,7 +197,7 @@ def skeleton(config: PreTrainedConfig) -> Any:
     except InputError:
         raise
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f'A model of type "{config.model_type}" is no causal language model: {_reason(error)}') from error
+        raise InputError(f'"{config.model_type}" is not a causal language model: {_reason(error)}') from error
 
 
 def print_json(value: Any) -> None:

@@ -1,6 +1,6 @@
 """Training checkpoints: weights that train, the optimizer's state and the random state, as safetensors.
 
-A checkpoint is a folder `checkpoints/step-N`, written under a temporary name and renamed, so that one that exists is whole.
+A checkpoint is a folder `checkpoints/step-N`, written under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ FREE_TO_CHANGE = {"keep", "checkpoint_every", "validate_every"}  # options that 
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint under `folder`, or None."""
-    found = sorted((folder / "checkpoints").glob("step-*"))
-    return found[-1] if found else None
+    """The newest complete checkpoint under `folder`, or None."""
+    return max((folder / "checkpoints").glob("step-*"), default=None)
 
 
 def save_checkpoint(

@@ -1,6 +1,6 @@
 """Where a trained model comes from: `training.json`, a plain record beside its weights.
 
-Knows no tensors. It repeats paths only as the user gave them.
+Knows no tensors. Paths are recorded as the user gave them.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ IDENTITY = {  # in what a resumed run must agree with the one it resumes; the tr
     ),
     "data": ("fingerprint", "tokenizer", "training_tokens", "validation_tokens", "block_size"),
 }
-BEFORE = {"residual_block": False, "coupling_rank": 0}  # what a record from before there were these says by its silence
+BEFORE = {"residual_block": False, "coupling_rank": 0}  # values for records that are older than these keys
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that decide a run's numbers."""
-    found = {"python": platform.python_version()}
+    """The versions of Python and of the packages that decide a run's numbers."""
+    result = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:  # run from a checkout
-            found[package] = "unknown"
-    return found
+            result[package] = "unknown"
+    return result
 
 
 def begin(command: Sequence[str], **facts: Any) -> dict[str, Any]:
