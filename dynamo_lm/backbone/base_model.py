@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from dynamo_lm.errors import InputError
+from dynamo_lm.errors import InputError, first_line
 
 
 class PassThrough(nn.Module):
@@ -80,8 +80,7 @@ def load_base(name: str, **kwargs: Any) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f'"{name}" could not be opened as a causal language model: {reason}') from error
+        raise InputError(f'"{name}" could not be opened as a causal language model: {first_line(error)}') from error
 
 
 def fingerprint(base: PreTrainedModel) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from dynamo_lm.errors import InputError
+from dynamo_lm.errors import InputError, first_line
 
 Message = Mapping[str, str]
 
@@ -62,8 +62,7 @@ def render(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: b
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except (jinja2.TemplateError, TypeError, KeyError, ValueError, IndexError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"The chat template cannot be applied to these messages: {reason}") from error
+        raise InputError(f"The chat template cannot be applied to these messages: {first_line(error)}") from error
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:

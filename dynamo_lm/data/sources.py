@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from dynamo_lm.errors import InputError
+from dynamo_lm.errors import InputError, first_line
 from dynamo_lm.files import decode, read_bytes
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -267,7 +267,3 @@ def _extra(module: str) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise InputError(f"This source needs the package {package}: pip install 'dynamo-lm[train]'.") from error
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

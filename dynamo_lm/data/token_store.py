@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from filelock import FileLock  # comes with torch
 
-from dynamo_lm.data.sources import documents, first_line
+from dynamo_lm.data.sources import documents
 from dynamo_lm.data.sources import files as files_of
-from dynamo_lm.errors import InputError
+from dynamo_lm.errors import InputError, first_line
 from dynamo_lm.files import write_text
 
 FORMAT = 1  # of a store's folder; another number is rebuilt

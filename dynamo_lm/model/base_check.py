@@ -25,7 +25,7 @@ from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
 from dynamo_lm.backbone.tiny_base import tiny_base
 from dynamo_lm.decoding.kv_cache import RaggedKVCache, StaticKVCache
 from dynamo_lm.decoding.protocol import MultiHeadLM
-from dynamo_lm.errors import InputError
+from dynamo_lm.errors import InputError, first_line
 from dynamo_lm.files import write_text
 from dynamo_lm.model.configuration import DynaMoConfig
 
@@ -116,7 +116,7 @@ def first_fault(model: MultiHeadLM) -> str:
                     if not error <= limit:
                         return reason
             except Exception as error:  # whatever the base's own code raises
-                text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                text = first_line(error)
                 return f"{reason} ({type(error).__name__}: {text})"
     return ""
 

@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 
 from dynamo_lm.backbone.base_model import fingerprint
 from dynamo_lm.cooccurrence.table import Cooccurrence
-from dynamo_lm.errors import InputError
+from dynamo_lm.errors import InputError, first_line
 from dynamo_lm.files import atomic_files, is_disk_full
 from dynamo_lm.model.base_check import check_contract
 from dynamo_lm.model.base_location import describe_base, open_base
@@ -139,8 +139,7 @@ def load(cls: type[PreTrainedModel], name: str, *args: Any, **kwargs: Any) -> An
             kwargs.pop("use_safetensors")
             model = _load_heads(cls, name, config, open_base(name, config, base, allow_mismatch=allow_mismatch, **kwargs))
     except (SafetensorError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f'The weights in "{name}" are missing, truncated or altered: {reason}') from error
+        raise InputError(f'The weights in "{name}" are missing, truncated or altered: {first_line(error)}') from error
     check_contract(model.base, cls)
     table = _find(name, TABLE_FILE)
     if table is not None:
@@ -163,7 +162,7 @@ def read_config(name: str) -> DynaMoConfig:
     if path is None:
         raise InputError(f'"{name}" is not a model folder: it has no config.json.')
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_bytes())
     except ValueError as error:
         raise InputError(f'"{name}/config.json" is not valid JSON: {error}') from error
     if not isinstance(content, dict):
@@ -189,7 +188,7 @@ def _verify(name: str) -> None:
     if not listed.is_file():
         return
     try:
-        written = dict(json.loads(listed.read_text()))
+        written = dict(json.loads(listed.read_bytes()))
     except (ValueError, TypeError) as error:
         raise InputError(f'"{listed}" is not valid JSON: {error}') from error
     for file, checksum in written.items():

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from dynamo_lm.assets import bundled
 from dynamo_lm.data.token_store import tokenizer_fingerprint
-from dynamo_lm.errors import InputError
+from dynamo_lm.errors import InputError, first_line
 from dynamo_lm.model.checkpoint import TABLE_FILE
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.modeling import DynaMoForCausalLM
@@ -51,7 +51,7 @@ def open_config(name: str) -> PreTrainedConfig:
         raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = "has a config.json that cannot be read" if path.is_dir() else "is neither a folder nor available from the hub"
-        raise InputError(f'"{name}" {what}: {_reason(error)}') from error
+        raise InputError(f'"{name}" {what}: {first_line(error)}') from error
 
 
 def open_tokenizer(name: str, *, vocab_size: int | None = None, trust_remote_code: bool = False) -> Any:
@@ -67,7 +67,7 @@ def open_tokenizer(name: str, *, vocab_size: int | None = None, trust_remote_cod
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         largest = max(tokenizer.get_vocab().values())
     except Exception as error:  # whatever a tokenizer's own code makes of broken files
-        raise InputError(f'The tokenizer of "{name}" could not be opened: {_reason(error)}') from error
+        raise InputError(f'The tokenizer of "{name}" could not be opened: {first_line(error)}') from error
     if vocab_size is not None and largest >= vocab_size:
         raise InputError(
             f'The tokenizer of "{name}" has token ids up to {largest}, but the model\'s vocabulary ends at '
@@ -174,7 +174,7 @@ def choose_device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f'--device "{device}" cannot be used: {_reason(error)}') from error
+        raise InputError(f'--device "{device}" cannot be used: {first_line(error)}') from error
 
 
 def set_threads(threads: int | None) -> None:
@@ -197,16 +197,12 @@ def skeleton(config: PreTrainedConfig) -> Any:
     except InputError:
         raise
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f'"{config.model_type}" is not a causal language model: {_reason(error)}') from error
+        raise InputError(f'"{config.model_type}" is not a causal language model: {first_line(error)}') from error
 
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     print(json.dumps(value, indent=1, ensure_ascii=False), flush=True)
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _offline_if_unreachable() -> None:

@@ -238,7 +238,7 @@ def _canvas(size: tuple[float, float]) -> Iterator[tuple[Any, Callable[[], str]]
         stream = io.BytesIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         text = re.sub(r"'DejaVu Sans'(?:, [^;\"]*)?", FONTS, stream.getvalue().decode("utf-8"))
-        drawn.append("\n".join(line.rstrip() for line in text.splitlines()) + "\n")
+        drawn.append("\n".join(line.rstrip() for line in text.rstrip().split("\n")) + "\n")
 
 
 FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"

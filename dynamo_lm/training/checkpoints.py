@@ -67,7 +67,7 @@ def load_checkpoint(path: Path, model: DynaMoForCausalLM, optimizer: torch.optim
         InputError: the checkpoint is damaged, or of a run with other options or another model.
     """
     try:
-        saved = json.loads((path / "state.json").read_text())
+        saved = json.loads((path / "state.json").read_bytes())
         step, then = saved["step"], dict(saved["options"])
         weights, state = load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors")
         random = state["rng"]

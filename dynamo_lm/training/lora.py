@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from dynamo_lm.errors import InputError
+from dynamo_lm.errors import InputError, first_line
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 
@@ -38,7 +38,7 @@ class TrunkLora:
         try:
             self._lora: Any = LoraModel(model.base, config, "trunk")
         except ValueError as error:
-            raise InputError(f"peft cannot change this base: {str(error).splitlines()[0]}") from error
+            raise InputError(f"peft cannot change this base: {first_line(error)}") from error
 
     def merge(self) -> None:
         """Adds the changes to the base's weights and takes everything else away."""

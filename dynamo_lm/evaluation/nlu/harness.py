@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 
 from dynamo_lm.backbone.base_model import fingerprint, load_base
 from dynamo_lm.decoding.statistics import Statistics
-from dynamo_lm.errors import InputError
+from dynamo_lm.errors import InputError, first_line
 from dynamo_lm.evaluation.nlu.tasks import FOLDER, bench_folder
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.loading import open_config, open_for_evaluation, resolve
@@ -270,7 +270,7 @@ def _load(manager: TaskManager, identity: str, name: str) -> TaskDict:
     except InputError:
         raise
     except Exception as error:  # templates fail at missing fields, and download libraries without a network, in many ways
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if identity.startswith(PREFIX):
             raise InputError(f'The file of "{name}" does not have the fields that the task reads: {reason}.') from error
         raise InputError(f'The task "{name}" could not be loaded from the hub: {reason}') from error
