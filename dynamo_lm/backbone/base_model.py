@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import socket
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -76,11 +80,23 @@ def load_base(name: str, **kwargs: Any) -> PreTrainedModel:
     Raises:
         InputError: nothing loadable there.
     """
+    if not os.path.exists(name):
+        offline_if_unreachable()
     kwargs.setdefault("use_safetensors", None if "gguf_file" in kwargs else True)
     try:
         return AutoModelForCausalLM.from_pretrained(name, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f'"{name}" could not be opened as a causal language model: {first_line(error)}') from error
+
+
+def offline_if_unreachable() -> None:
+    """Without a name server the hub's client would retry for most of a minute; the local cache is still read."""
+    if constants.HF_HUB_OFFLINE or any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def fingerprint(base: PreTrainedModel) -> str:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
-from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from dynamo_lm.assets import bundled
+from dynamo_lm.backbone.base_model import offline_if_unreachable
 from dynamo_lm.data.token_store import tokenizer_fingerprint
 from dynamo_lm.errors import InputError, first_line
 from dynamo_lm.model.checkpoint import TABLE_FILE
@@ -30,7 +27,7 @@ def resolve(name: str) -> str:
     if not name:
         raise InputError("The name of the model is empty; give a folder or a hub id such as EleutherAI/pythia-70m.")
     if not Path(name).exists():
-        _offline_if_unreachable()
+        offline_if_unreachable()
     return name
 
 
@@ -203,13 +200,3 @@ def skeleton(config: PreTrainedConfig) -> Any:
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     print(json.dumps(value, indent=1, ensure_ascii=False), flush=True)
-
-
-def _offline_if_unreachable() -> None:
-    """Without a name server the hub's client would retry for most of a minute; the local cache is still read."""
-    if constants.HF_HUB_OFFLINE or any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
-        return
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
