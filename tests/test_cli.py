@@ -572,7 +572,7 @@ def test_options_that_make_no_sense_are_refused(run, model, arguments, sentence)
         (("--data", "TEXT", "--out", "OUT", "--feed", "sideways"), "feed"),
         (("--data", "TEXT", "--out", "OUT", "--freeze", "--heads", "1"), "nothing to train"),
         (("--data", "TEXT", "--out", "TEXT"), "cannot be written"),
-        (("--data", "TEXT", "--out", "OUT", "--tables", "nowhere"), "no table"),
+        (("--data", "TEXT", "--out", "OUT", "--tables", "nowhere"), "neither a table"),
     ],
 )
 def test_training_options_that_make_no_sense_are_refused(run, made, tmp_path, arguments, sentence):
@@ -602,7 +602,7 @@ def test_threads_are_those_given(run, made, tmp_path, command):
         (("BASE", "--data", "TEXT", "--min-count", "often", "--out", "t.safetensors"), "--min-count"),
         (("BASE", "--data", "TEXT", "--order", "9", "--out", "t.safetensors"), "order"),
         (("--merge", "BASE", "--out", "t.safetensors"), "two or more"),
-        (("--merge", "BASE", "TEXT", "--out", "t.safetensors"), "no table"),
+        (("--merge", "BASE", "TEXT", "--out", "t.safetensors"), "neither a table"),
     ],
 )
 def test_counting_options_that_make_no_sense_are_refused(run, made, arguments, sentence):

@@ -244,7 +244,7 @@ def rewrite(path: Path, change: Callable[[Arrays, dict], object]) -> None:
     with safe_open(path, framework="np") as file:
         facts = json.loads(file.metadata()["facts"])
     change(arrays, facts)
-    storage._write(path, arrays, json.dumps(facts))
+    storage.write(path, arrays, json.dumps(facts))
 
 
 @pytest.mark.parametrize(
@@ -252,8 +252,8 @@ def rewrite(path: Path, change: Callable[[Arrays, dict], object]) -> None:
     [
         (lambda a, f: a.update({"2.tokens": a["2.tokens"] + np.uint16(4)}), "outside the vocabulary"),
         (lambda a, f: a.update({"2.tokens": a["2.tokens"][:-1]}), "offsets of order 2"),
-        (lambda a, f: a.update({"2.tokens": a["2.tokens"].reshape(1, -1)}), "no list of integers"),
-        (lambda a, f: a.update({"2.tokens": a["2.tokens"].astype(np.float32)}), "no list of integers"),
+        (lambda a, f: a.update({"2.tokens": a["2.tokens"].reshape(1, -1)}), "not a list of integers"),
+        (lambda a, f: a.update({"2.tokens": a["2.tokens"].astype(np.float32)}), "not a list of integers"),
         (lambda a, f: a.update({"3.children": np.array([3, 0], np.uint8)}), "offsets of order 3"),
         (lambda a, f: a.update({"2.children": np.array([3, 0, 0, 0], np.uint8)}), "not sorted"),
         (lambda a, f: a.update({"2.counts": np.array([255, 1, 1], np.uint8)}), "overflow"),

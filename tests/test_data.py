@@ -166,7 +166,7 @@ def test_a_data_set_that_cannot_be_loaded_is_an_input_error(monkeypatch):
 
     fake = SimpleNamespace(load_dataset=load_dataset, exceptions=SimpleNamespace(DatasetsError=RuntimeError))
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    with pytest.raises(InputError, match=r"data/misspelled is no file .* Couldn't reach the Hub\.$"):
+    with pytest.raises(InputError, match=r"data/misspelled is neither a file .* Couldn't reach the Hub\.$"):
         list(documents("data/misspelled"))
 
 
