@@ -253,8 +253,9 @@ def _choose(
             )
         else:
             name = answers.distill_model or run.name
-            requests = {"temperature": answers.distill_temperature, "requests": answers.distill_batch}
-            answerer = EndpointAnswerer(answers.distill_endpoint, name, **requests)
+            answerer = EndpointAnswerer(
+                answers.distill_endpoint, name, temperature=answers.distill_temperature, requests=answers.distill_batch
+            )
         sources = distilled(
             sources,
             answerer,

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from dynamo_lm.cli.options import Device, Dtype, Threads, Tokenizer
+from dynamo_lm.cli.dataclass_options import dataclass_options
+from dynamo_lm.cli.options import OpeningOptions
 from dynamo_lm.errors import InputError
 
 CLOSER = "What needs the model"
 
 
+@dataclass_options
 def report(
     ctx: typer.Context,
     folder: Annotated[
@@ -42,10 +44,8 @@ def report(
             rich_help_panel=CLOSER,
         ),
     ] = None,
-    tokenizer: Tokenizer = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    threads: Threads = None,
+    *,
+    opening: OpeningOptions,
 ) -> None:
     """Make one page of everything that was measured of a model.
 
@@ -67,9 +67,7 @@ def report(
         raise InputError("--prompt is empty; give a few words.")
     page = assemble(folder, title=title)
     if model is not None:
-        from dynamo_lm.model.loading import open_for_evaluation
-
-        network, tokens = open_for_evaluation(model, tokenizer=tokenizer, dtype=dtype, device=device, threads=threads)
+        network, tokens = opening.open(model)
         look_closer(folder, network, tokens, model, command=ctx.find_root().obj, prompt=prompt)
         page = assemble(folder, title=title)
     written = render.write(page, html_file=targets["--html"], markdown_file=targets["--markdown"])
