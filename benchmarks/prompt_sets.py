@@ -24,7 +24,7 @@ def read_spec_bench(file: Path, tokenizer: Any, *, limit: int | None = None) -> 
         InputError: no such file, or lines without `category` and `turns`.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f'The prompts "{file}" cannot be read; name Spec-Bench\'s question file.') from error
     groups: dict[str, list[Prompt]] = {}
