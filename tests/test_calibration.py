@@ -29,7 +29,7 @@ def point(eps_b: float, tokens_per_step: float, passes: bool) -> Point:
 # --- the choice -----------------------------------------------------------------
 
 
-def test_the_fastest_dial_that_passes_is_chosen_and_of_equal_ones_the_most_careful() -> None:
+def test_the_fastest_point_that_passes_is_chosen_and_of_equal_ones_the_largest_eps_b() -> None:
     curve = [point(0.0, 3.0, False), point(0.2, 2.5, True), point(0.3, 2.5, True), point(1.0, 1.0, True)]
     assert choose(curve) == curve[2]
     assert outcome("ppl", 1.1, curve)["chosen"] == {"eps_b": 0.3, "tokens_per_step": 2.5, "passes": True}

@@ -135,7 +135,7 @@ class TestHead1:
         assert statistics.new_tokens <= 8
         assert text.startswith(lm.tok_decode([expected]))
 
-    def test_the_dial_reaches_the_decoding(self, lm):
+    def test_verify_and_eps_b_reach_the_decoding(self, lm):
         one = lm.complete("the fox", {"max_gen_toks": 12}, verify="off", eps_b=1.0, alpha_c=0.0)[1]
         all_heads = lm.complete("the fox", {"max_gen_toks": 12}, verify="off", eps_b=0.0, alpha_c=0.0)[1]
         assert (one.tokens_per_step, all_heads.tokens_per_step) == (1.0, 3.0)

@@ -234,13 +234,13 @@ def test_a_step_is_as_long_as_the_generator_makes_it(seed, n, eps_b, penalty, ot
 def test_the_walk_goes_through_a_text_as_drawing_at_every_stop_would(masked: bool) -> None:
     model, ids = dynamo_of("gpt_neox", 3), random_tokens(40)
     model.cooccurrence = table_of([*random_tokens(60, 20, seed=5).tolist(), ids.tolist()], vocab_size=97)
-    dials = (0.0, 0.15, 0.3, 0.5, 1.0)
+    values = (0.0, 0.15, 0.3, 0.5, 1.0)
     algorithm = Algorithm1(top_k=8, temperature=0.2)
-    options = Options.of(model, window=16, stride=8, eps_b=dials, masked=masked, algorithm=algorithm)
+    options = Options.of(model, window=16, stride=8, eps_b=values, masked=masked, algorithm=algorithm)
     measured = measure(model, text_of(ids), options)
     table = model.cooccurrence if masked else None
     inside = {p: w for w in windows([40], 16, 8) for p in range(w.fresh, w.end)}
-    for number, eps_b in enumerate(dials):
+    for number, eps_b in enumerate(values):
         at, nats, sizes = 0, 0.0, []
         while at < 39:
             window = inside[at]
@@ -256,10 +256,10 @@ def test_the_walk_goes_through_a_text_as_drawing_at_every_stop_would(masked: boo
         assert measured.dynamic[number].tokens.sum() == 39
     assert any(
         1 < measured.tokens_per_step(number) < 2.9 for number in range(1, 4)
-    )  # a dial in between, else this test shows little
+    )  # a value in between, else this test shows little
 
 
-def test_the_ends_of_the_dial_are_ppl_1_and_the_joint() -> None:
+def test_eps_b_1_is_ppl_1_and_eps_b_0_the_joint() -> None:
     model, document = markov_dynamo(NEXT, AFTER), [0, 1, 2, 0, 3, 1]
     measured = measure(model, text_of(document), toy(eps_b=(0.0, 1.0)))
     first, last = measured.dynamic
@@ -377,7 +377,7 @@ def test_the_command_prints_keeps_and_repeats_its_numbers(run, folder, tmp_path)
     assert str(folder) not in json.dumps({key: kept[key] for key in own})
 
 
-def test_without_mask_and_dials_those_columns_are_not_there(run, folder) -> None:
+def test_without_mask_and_eps_b_those_columns_are_not_there(run, folder) -> None:
     data = ("--data", folder / "text.jsonl", "--no-mask", "--eps-b", "none", "--heads", 2, "--json")
     found = json.loads(run("eval", "perplexity", folder / "model", *data))
     assert found["dynamic"] == []

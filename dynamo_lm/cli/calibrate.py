@@ -215,7 +215,6 @@ def _by_regret(
     if not all(prompts):
         raise InputError(f"{options.prompts} has a prompt without any tokens; give a few words a line.")
     lengths = {"samples": options.samples, "max_new_tokens": options.max_new_tokens}
-    ends = {"eos_token_id": end_tokens(network.generation_config, tokenizer) or None}
     total = len(prompts) * options.samples * (1 + sum(value != 1 for value in values))
     with counting() as report:
         points = by_regret(
@@ -225,8 +224,8 @@ def _by_regret(
             limit,
             seed=seed,
             progress=lambda done: report("sampling texts", done, total),
+            eos_token_id=end_tokens(network.generation_config, tokenizer) or None,
             **lengths,
-            **ends,
         )
     return points, {"eps_b": list(values), "prompts": len(prompts), **lengths}, {}
 
