@@ -20,8 +20,9 @@ from commandline import byte_tokenizer, neox
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.data.chat_template import chat_template
 from dynamo_lm.serving import server
-from dynamo_lm.serving.app import Settings, create_app
-from dynamo_lm.serving.requests import GenerationSettings, Limits
+from dynamo_lm.serving.app import create_app
+from dynamo_lm.serving.limits import Limits
+from dynamo_lm.serving.settings import GenerationSettings, ServerSettings
 
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))  # tests print no log
 
@@ -97,12 +98,14 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(limits: Limits | None = None, dials: GenerationSettings | None = None, **settings: Any) -> Iterator[Served]:
+def serving(limits: Limits | None = None, generation: GenerationSettings | None = None, **settings: Any) -> Iterator[Served]:
     """A server of the small model, for as long as the context lasts."""
     limits = limits or Limits()
-    app = create_app(*small(), Settings("small", dials or GenerationSettings(3), limits, **settings))
+    app = create_app(
+        *small(), ServerSettings(name="small", generation=generation or GenerationSettings(), limits=limits, **settings)
+    )
     bound = server.bind("127.0.0.1", 0)
-    running = server.Server(app.state.gate, limits.seconds)
+    running = server.Server(app.state.middleware, limits.max_seconds)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     while not running.started:

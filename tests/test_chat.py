@@ -26,7 +26,8 @@ from dynamo_lm.cli.chat import Session, Terminal, read_message
 from dynamo_lm.cli.demo_view import COLOURS
 from dynamo_lm.data.chat_template import encode_chat
 from dynamo_lm.errors import InputError
-from dynamo_lm.serving.conversation import Conversation, GenerationSettings
+from dynamo_lm.serving.conversation import Conversation
+from dynamo_lm.serving.settings import ChatSettings
 
 PROMPT = ">\x1b[0m "
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -66,14 +67,14 @@ def said(monkeypatch, text: str | bytes) -> None:
 # --- the conversation -----------------------------------------------------------
 
 
-def talk_with(model: DynaMoForCausalLM, system: str | None = None, **dials) -> Conversation:
-    return Conversation(model, byte_tokenizer(model.config.vocab_size), GenerationSettings(**dials), system=system)
+def talk_with(model: DynaMoForCausalLM, system: str | None = None, **settings) -> Conversation:
+    return Conversation(model, byte_tokenizer(model.config.vocab_size), ChatSettings(**settings), system=system)
 
 
 def answer_to(talk: Conversation, messages: list[dict[str, str]]) -> str:
     """What the model writes behind these messages, offline."""
     ids = torch.tensor([encode_chat(talk.tokenizer, messages)])
-    out = talk.model.generate(ids, max_new_tokens=talk.dials.max_new_tokens, eos_token_id=talk.ends)
+    out = talk.model.generate(ids, max_new_tokens=talk.settings.max_new_tokens, eos_token_id=talk.ends)
     return talk.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
@@ -139,7 +140,7 @@ def test_an_answer_of_nothing_leaves_no_trace():
 
 
 @pytest.mark.parametrize(
-    ("dials", "sentence"),
+    ("settings", "sentence"),
     [
         ({"verify": "maybe"}, 'give "strict"'),
         ({"verify": -0.1}, "nats per token"),
@@ -148,15 +149,15 @@ def test_an_answer_of_nothing_leaves_no_trace():
         ({"max_new_tokens": 0}, "1 or more"),
     ],
 )
-def test_dials_out_of_range_are_refused(dials, sentence):
+def test_settings_out_of_range_are_refused(settings, sentence):
     with pytest.raises(InputError, match=sentence):
-        GenerationSettings(**dials)
+        ChatSettings(**settings)
 
 
 def test_a_seed_repeats_a_conversation_and_its_answers_differ():
     model = DynaMoForCausalLM.from_base(neox(), num_heads=2).eval()
-    dials = {"temperature": 1.5, "max_new_tokens": 20, "seed": 5}
-    first, second = talk_with(model, **dials), talk_with(model, **dials)
+    settings = {"temperature": 1.5, "max_new_tokens": 20, "seed": 5}
+    first, second = talk_with(model, **settings), talk_with(model, **settings)
     texts = [[talk.answer("again").text for _ in range(2)] for talk in (first, second)]
     assert texts[0] == texts[1]
     first.messages.clear()
@@ -208,7 +209,7 @@ def test_through_a_pipe_every_line_is_a_turn_and_stdout_has_the_answers_alone(ru
     assert "2 answers: 8 tokens in 6 forward passes: 1.33 per pass" in run.err and "\x1b" not in run.err
 
 
-def test_commands_turn_the_dials(run, folder, monkeypatch, tmp_path):
+def test_commands_change_the_settings(run, folder, monkeypatch, tmp_path):
     file = tmp_path / "talk.jsonl"
     lines = ["/verify", "/eps 0.25", "/eps", "hello", "/verify 0.1", "/verify strict", "hello", f"/save {file}", "/reset"]
     said(monkeypatch, "\n".join([*lines, "/help", "/quit", "never"]))
@@ -243,7 +244,7 @@ def test_saving_again_replaces_what_this_conversation_wrote_and_nothing_else(run
         ("/fly", "no command '/fly'"),
         ("/stats now", "no command"),
         ("/eps 2", "0 to 1"),
-        ("/eps much", "is no number"),
+        ("/eps much", "is not a number"),
         ("/verify sometimes", 'give "strict"'),
         ("/save", "needs the name"),
         ("/save talk", "nothing to save"),
@@ -377,7 +378,7 @@ def test_at_the_prompt_ctrl_c_asks_and_a_second_one_in_a_row_leaves():
             self.noted.append(text.strip())
 
     typist = Typist()
-    conversation = Conversation(alphabet(), byte_tokenizer(), GenerationSettings())
+    conversation = Conversation(alphabet(), byte_tokenizer(), ChatSettings())
     with pytest.raises(KeyboardInterrupt):
         Session(conversation, typist).run()
     assert typist.noted.count("Ctrl-C again or Ctrl-D leaves.") == 2

@@ -19,9 +19,9 @@ from commandline import byte_tokenizer
 
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.decoding.joint_heatmap import heatmap
-from dynamo_lm.serving.app import Settings, create_app
+from dynamo_lm.serving.app import create_app
 from dynamo_lm.serving.playground import policy, render
-from dynamo_lm.serving.requests import GenerationSettings, Limits
+from dynamo_lm.serving.settings import ServerSettings
 
 KEY = "secret"
 LETTERS = "abcdefghijklmnop"
@@ -43,10 +43,10 @@ def teller(context: int = 256):
 @contextlib.contextmanager
 def served(model, tokenizer, key: str | None = None):
     """The address of a server of this model."""
-    app = create_app(model, tokenizer, Settings("teller", GenerationSettings(model.num_heads), Limits(), key=key))
+    app = create_app(model, tokenizer, ServerSettings(name="teller", key=key))
     bound = socket.socket()
     bound.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app.state.gate, log_config=None, ws="none", lifespan="on"))
+    server = uvicorn.Server(uvicorn.Config(app.state.middleware, log_config=None, ws="none", lifespan="on"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])), daemon=True)
     thread.start()
     while not server.started:

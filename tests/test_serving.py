@@ -24,7 +24,8 @@ from served import CONTEXT, PROMPTS, Served, offline, openai_client, serving, sm
 
 from dynamo_lm.errors import InputError
 from dynamo_lm.serving import server
-from dynamo_lm.serving.requests import GenerationSettings, Limits
+from dynamo_lm.serving.limits import Limits
+from dynamo_lm.serving.settings import GenerationSettings
 
 GREEDY = {"model": "small", "temperature": 0}
 
@@ -298,7 +299,7 @@ def test_the_openai_package_knows_the_errors(served):
 
 
 def test_a_strict_server_refuses_lossy_decoding():
-    with serving(dials=GenerationSettings(3, strict_only=True)) as served:
+    with serving(strict_only=True) as served:
         for verify in ("off", 0.1):
             with pytest.raises(openai.BadRequestError, match="strict-only"):
                 served.client().completions.create(prompt="a", extra_body={"verify": verify}, **GREEDY)
@@ -306,8 +307,8 @@ def test_a_strict_server_refuses_lossy_decoding():
             served.client().completions.create(prompt="a", max_tokens=2, extra_body={"verify": verify}, **GREEDY)
 
 
-def test_a_servers_own_dials_hold_where_a_request_says_nothing():
-    with serving(dials=GenerationSettings(2, verify="off", eps_b=0.0)) as served:
+def test_a_servers_own_settings_hold_where_a_request_leaves_them_open():
+    with serving(generation=GenerationSettings(num_heads=2, verify="off", eps_b=0.0)) as served:
         answer = served.client().completions.create(model="small", prompt="a", max_tokens=8, extra_body={"top_k": 10})
         assert answer.dynamo["verify"] == "off" and answer.dynamo["step_sizes"] == [2, 2, 2, 2]
 
@@ -335,7 +336,7 @@ def test_requests_for_other_hosts_are_refused_at_a_local_address():
 
 
 def test_bodies_have_a_limit_stated_or_not():
-    with serving(Limits(body=2000)) as served:
+    with serving(Limits(max_body=2000)) as served:
         body = json.dumps({**GREEDY, "prompt": "a", "user": "u" * 3000}).encode()
         stated = served.post("/v1/completions", content=body, headers={"content-type": "application/json"})
         parts = (body[i : i + 100] for i in range(0, len(body), 100))
@@ -345,7 +346,7 @@ def test_bodies_have_a_limit_stated_or_not():
 
 
 def test_prompts_and_texts_have_limits_that_the_refusal_names():
-    with serving(Limits(prompt_tokens=6, new_tokens=10)) as served:
+    with serving(Limits(max_prompt_tokens=6, max_tokens=10)) as served:
         for changed, says in (({"prompt": [7] * 7}, "--max-prompt-tokens"), ({"max_tokens": 11}, "--max-tokens")):
             with pytest.raises(openai.BadRequestError, match=says):
                 served.client().completions.create(**{**GREEDY, "prompt": [7, 8], "max_tokens": 10} | changed)
@@ -356,7 +357,7 @@ def test_prompts_and_texts_have_limits_that_the_refusal_names():
 
 
 def test_a_full_queue_is_said_at_once_and_passes():
-    with serving(Limits(batch=1, queue=1)) as served:
+    with serving(Limits(max_batch=1, max_queue=1)) as served:
         client, long = served.client(), {"prompt": "a", "max_tokens": 2000, **GREEDY}
         streams = [client.completions.create(stream=True, **long)]
         waiting = threading.Thread(target=lambda: streams.append(client.completions.create(stream=True, **long)))
@@ -374,7 +375,7 @@ def test_a_full_queue_is_said_at_once_and_passes():
 
 
 def test_time_has_a_limit_and_what_was_written_is_given():
-    with serving(Limits(seconds=0.5)) as served:
+    with serving(Limits(max_seconds=0.5)) as served:
         answer = served.client().completions.create(prompt=PROMPTS[0], max_tokens=4000, **GREEDY)
         assert answer.choices[0].finish_reason == "length" and answer.dynamo["timed_out"]
         tokens = answer.usage.completion_tokens
@@ -539,7 +540,7 @@ def test_lm_eval_finds_the_offline_likelihoods_and_texts(served, folder):
 @pytest.fixture(scope="module")
 def brief():
     """A server that writes little, for those who ask a lot."""
-    with serving(Limits(new_tokens=12, seconds=10)) as running:
+    with serving(Limits(max_tokens=12, max_seconds=10)) as running:
         yield running
 
 

@@ -12,10 +12,11 @@ from served import PROMPTS, offline, small
 from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.errors import InputError
 from dynamo_lm.sampling.options import Algorithm1
-from dynamo_lm.serving.engine import ABSORBED, Engine, Observer
+from dynamo_lm.serving.engine import MAX_PREFILL, Engine, Observer
+from dynamo_lm.serving.limits import Limits
 from dynamo_lm.serving.metrics import Metrics
 from dynamo_lm.serving.protocol import APIError
-from dynamo_lm.serving.requests import GenerationRequest, Limits
+from dynamo_lm.serving.requests import GenerationRequest
 
 
 def ask(prompt: str = PROMPTS[0], tokens: int = 24, seed: int = 0, **options) -> GenerationRequest:
@@ -26,11 +27,11 @@ def ask(prompt: str = PROMPTS[0], tokens: int = 24, seed: int = 0, **options) ->
     )
 
 
-async def tokens_of(ticket) -> list[list[int]]:
-    """The tokens of each text of a ticket."""
-    found: list[list[int]] = [[] for _ in ticket.seats]
-    while (event := await ticket.next()) is not None:
-        found[ticket.seats.index(event.seat)] += event.tokens
+async def tokens_of(handle) -> list[list[int]]:
+    """The tokens of each text of a handle."""
+    found: list[list[int]] = [[] for _ in handle.sequences]
+    while (event := await handle.next()) is not None:
+        found[handle.sequences.index(event.sequence)] += event.tokens
     return found
 
 
@@ -44,7 +45,7 @@ def with_engine(scenario, limits: Limits = Limits(), observer: Observer | None =
             return await asyncio.wait_for(scenario(engine), 20)
         finally:
             await asyncio.wait_for(engine.stop(), 20)
-            assert not engine._seated and not engine._waiting and engine._held == 0
+            assert not engine._running and not engine._waiting and engine._unfinished == 0
 
     return asyncio.run(run())
 
@@ -58,7 +59,7 @@ def test_rows_that_come_while_others_run_are_what_they_are_alone():
             await asyncio.sleep(0.005)
         return await asyncio.gather(*tasks)
 
-    found = with_engine(scenario, Limits(batch=4))
+    found = with_engine(scenario, Limits(max_batch=4))
     for number in (0, 4, 8, 3, 7, 11):
         assert found[number][0] == offline(PROMPTS[number % 6], 24), number
 
@@ -137,7 +138,7 @@ def test_a_cancelled_text_leaves_within_a_step_and_its_place_is_taken():
         assert await long.next() is None and await gone.next() is None
         return found, time.monotonic() - began
 
-    found, seconds = with_engine(scenario, Limits(batch=1))
+    found, seconds = with_engine(scenario, Limits(max_batch=1))
     assert found[0] == offline(PROMPTS[0], 8)
     assert seconds < 1  # 4,000 tokens take several
 
@@ -147,14 +148,14 @@ def test_no_more_is_accepted_than_batch_and_queue_hold():
         with pytest.raises(APIError, match="holds 3") as refusal:
             engine.accept([ask()] * 4)
         assert refusal.value.status == 400
-        tickets = [engine.accept([ask()]) for _ in range(3)]
+        handles = [engine.accept([ask()]) for _ in range(3)]
         with pytest.raises(APIError, match="queue is full") as refusal:
             engine.accept([ask()])
         assert refusal.value.status == 429 and refusal.value.retry_after >= 1
-        await asyncio.gather(*(tokens_of(ticket) for ticket in tickets))
+        await asyncio.gather(*(tokens_of(handle) for handle in handles))
         return await tokens_of(engine.accept([ask()]))  # and there is room again
 
-    assert with_engine(scenario, Limits(batch=1, queue=2))[0] == offline(PROMPTS[0], 24)
+    assert with_engine(scenario, Limits(max_batch=1, max_queue=2))[0] == offline(PROMPTS[0], 24)
 
 
 def test_time_is_limited_with_the_text_so_far_and_without_any_refused():
@@ -163,13 +164,13 @@ def test_time_is_limited_with_the_text_so_far_and_without_any_refused():
         running, *waiting = [engine.accept([one]) for one in asked]  # within microseconds
         while (event := await running.next()) is not None:
             events.append(event)
-        # Their time ends a moment after that of the first, so one of them may still be seated for a step.
-        ends = await asyncio.gather(*(tokens_of(ticket) for ticket in waiting), return_exceptions=True)
+        # Their time ends a moment after that of the first, so one of them may still be running for a step.
+        ends = await asyncio.gather(*(tokens_of(handle) for handle in waiting), return_exceptions=True)
         refused = [end for end in ends if isinstance(end, APIError)]
         assert refused and all(refusal.status == 503 and "max-seconds" in refusal.message for refusal in refused)
         return events
 
-    events = with_engine(scenario, Limits(batch=1, seconds=0.3))
+    events = with_engine(scenario, Limits(max_batch=1, max_seconds=0.3))
     assert events[-1].finished == "length" and events[-1].timed_out and events[-1].statistics.new_tokens > 3
     written = [token for event in events for token in event.tokens]
     assert written == offline(PROMPTS[0], len(written))
@@ -196,18 +197,18 @@ def test_borrowed_functions_run_between_steps_in_the_engines_thread():
 def test_long_prompts_join_over_several_steps_and_in_order():
     prompt = "the fox ran to a red house " * 100
     length = len(small()[1](prompt)["input_ids"])
-    assert ABSORBED // 4 < length < ABSORBED // 2
+    assert MAX_PREFILL // 4 < length < MAX_PREFILL // 2
 
     async def scenario(engine):
-        tickets = [engine.accept([ask(prompt, tokens=4)]) for _ in range(5)]
+        handles = [engine.accept([ask(prompt, tokens=4)]) for _ in range(5)]
         order = []
 
-        async def watch(number, ticket):
-            await ticket.next()
+        async def watch(number, handle):
+            await handle.next()
             order.append(number)
-            return await tokens_of(ticket)
+            return await tokens_of(handle)
 
-        await asyncio.gather(*(watch(number, ticket) for number, ticket in enumerate(tickets)))
+        await asyncio.gather(*(watch(number, handle) for number, handle in enumerate(handles)))
         return order
 
     assert with_engine(scenario) == [0, 1, 2, 3, 4]
@@ -215,8 +216,8 @@ def test_long_prompts_join_over_several_steps_and_in_order():
 
 def test_what_was_accepted_is_finished_before_the_engine_stops():
     async def scenario(engine):
-        tickets = [engine.accept([ask(prompt)]) for prompt in PROMPTS]
+        handles = [engine.accept([ask(prompt)]) for prompt in PROMPTS]
         await engine.stop()
-        return [(await tokens_of(ticket))[0] for ticket in tickets]
+        return [(await tokens_of(handle))[0] for handle in handles]
 
-    assert with_engine(scenario, Limits(batch=2)) == [offline(prompt, 24) for prompt in PROMPTS]
+    assert with_engine(scenario, Limits(max_batch=2)) == [offline(prompt, 24) for prompt in PROMPTS]

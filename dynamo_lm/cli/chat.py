@@ -8,20 +8,22 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from dynamo_lm.cli.options import Device, Dtype, Model, Tokenizer, verification
+from dynamo_lm.cli.dataclass_options import dataclass_options
+from dynamo_lm.cli.options import Model, ModelOptions, verification
 from dynamo_lm.errors import InputError
 from dynamo_lm.files import decode
 
 if TYPE_CHECKING:
     from dynamo_lm.serving.conversation import Conversation
+    from dynamo_lm.serving.settings import ChatSettings
 
 HELP = """\
 /verify strict|off|NATS  exactly what the model would write one token at a time; the paper's dynamic sampling; a budget
@@ -33,14 +35,15 @@ HELP = """\
 A message of several lines: end all but the last with \\, or put \"\"\" before and after it. // begins one with a slash.
 Ctrl-C stops an answer. Each colour is one forward pass."""
 BLOCK = '"""'
-SPEED = "How answers are written"
 
 
-def chat(
-    model: Model,
-    system: Annotated[
-        str | None, typer.Option(help="What the model is told before the conversation begins.", rich_help_panel=SPEED)
-    ] = None,
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """How answers are written."""
+
+    PANEL: ClassVar[str] = "How answers are written"
+
+    system: Annotated[str | None, "What the model is told before the conversation begins."] = None
     verify: Annotated[
         str | None,
         typer.Option(
@@ -48,38 +51,40 @@ def chat(
             help="strict: exactly what the model would write one token at a time. off: the paper's dynamic sampling. "
             "A number: less likely than the model's own choices by at most that many nats a token. "
             "Default: strict, or off if --eps-b is given.",
-            rich_help_panel=SPEED,
         ),
-    ] = None,
+    ] = None
     eps_b: Annotated[
         float | None,
-        typer.Option(
-            "--eps-b",
-            help="Quality dial of --verify off, 0 (fastest) to 1 (one token a step). Default: the model's own, else 0.5.",
-            rich_help_panel=SPEED,
-        ),
-    ] = None,
+        "Quality threshold of --verify off, 0 (fastest) to 1 (one token a step). Default: the model's own, else 0.5.",
+    ] = None
     temperature: Annotated[
         float | None,
-        typer.Option(
-            help="Above 0, tokens are drawn at random, more adventurously above 1. Default: 0.7 with off, else 0.",
-            rich_help_panel=SPEED,
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="The longest answer, in tokens.", rich_help_panel=SPEED)
-    ] = 512,
+        "Above 0, tokens are drawn at random, more adventurously above 1. Default: 0.7 with off, else 0.",
+    ] = None
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="The longest answer, in tokens.")] = 512
     seed: Annotated[
         int | None,
-        typer.Option(
-            help="Of the random numbers: the same seed and messages give the same answers. Default: another each time.",
-            rich_help_panel=SPEED,
-        ),
-    ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    tokenizer: Tokenizer = None,
-) -> None:
+        "Of the random numbers: the same seed and messages give the same answers. Default: another each time.",
+    ] = None
+
+    def settings(self) -> ChatSettings:
+        """The options as settings. Raises InputError for those that do not go together or are out of range."""
+        from dynamo_lm.serving.settings import ChatSettings
+
+        verify = verification(self.verify or ("strict" if self.eps_b is None else "off"))
+        if self.eps_b is not None and verify != "off":
+            raise InputError("--eps-b belongs to --verify off; verified decoding has no use for it.")
+        return ChatSettings(
+            verify=verify,
+            eps_b=self.eps_b,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            seed=random.SystemRandom().randrange(2**31) if self.seed is None else self.seed,
+        )
+
+
+@dataclass_options
+def chat(model: Model, answers: AnswerOptions, opening: ModelOptions) -> None:
     """Talk with a model and see how many tokens each step gives.
 
     Uses the chat template of the model's tokenizer, or a plain one. When the conversation outgrows the model's context,
@@ -87,27 +92,24 @@ def chat(
 
     `printf 'Tell a story.\\nAnother!\\n' | dynamo-lm chat story`
     """
-    from dynamo_lm.model.loading import open_for_evaluation
-    from dynamo_lm.serving.conversation import Conversation, GenerationSettings
+    from dynamo_lm.backbone.token_limits import stated_context
+    from dynamo_lm.serving.conversation import Conversation
 
-    dial = verification(verify) if verify is not None else "off" if eps_b is not None else "strict"
-    if eps_b is not None and dial != "off":
-        raise InputError("--eps-b belongs to --verify off; verified decoding has no use for it.")
-    seed = random.SystemRandom().randrange(2**31) if seed is None else seed
-    dials = GenerationSettings(dial, eps_b, temperature, max_new_tokens, seed)
-    network, tokens = open_for_evaluation(model, tokenizer=tokenizer, dtype=dtype, device=device)
-    conversation = Conversation(network, tokens, dials, system=system)
+    settings = answers.settings()
+    network, tokenizer = opening.open(model)
+    conversation = Conversation(network, tokenizer, settings, system=answers.system)
     if sys.stdin.isatty() and sys.stdout.isatty():
         with suppress(ImportError):
             import readline  # noqa: F401  (history, editing, and several pasted lines as one message)
-        context = f"context {network.config.max_context}, " if network.config.max_context else ""
-        Session(conversation, Terminal(), f"{model}: {network.num_heads} heads, {context}{_dials(conversation)}").run()
+        limit = stated_context(network.config)
+        context = f"context {limit}, " if limit else ""
+        Session(conversation, Terminal(), f"{model}: {network.num_heads} heads, {context}{describe(conversation)}").run()
     else:
         Session(conversation, Pipe()).run()
 
 
 class Terminal:
-    """A person at a screen."""
+    """A person at a terminal."""
 
     def __init__(self) -> None:
         self.console = Console(highlight=False)
@@ -118,7 +120,7 @@ class Terminal:
             line = input("\001\033[2m\002..\001\033[0m\002 " if more else "\001\033[1m\002>\001\033[0m\002 ")
             line.encode()  # where the locale is no UTF-8, strange bytes arrive as halves of characters
         except UnicodeError as error:
-            raise InputError("That is no UTF-8 text.") from error
+            raise InputError("The line is not valid UTF-8.") from error
         return line
 
     def write(self, text: str, step: int) -> None:
@@ -159,14 +161,14 @@ class Pipe:
 class Session:
     """One conversation at a `Terminal` or through a `Pipe`."""
 
-    def __init__(self, conversation: Conversation, ends: Terminal | Pipe, greeting: str = "") -> None:
-        self.conversation, self.ends, self.greeting = conversation, ends, greeting
+    def __init__(self, conversation: Conversation, interface: Terminal | Pipe, greeting: str = "") -> None:
+        self.conversation, self.interface, self.greeting = conversation, interface, greeting
         self.saved: Path | None = None  # the one file that may be written again
 
     def run(self) -> None:
         """Turn by turn until the person leaves."""
         if self.greeting:
-            self.ends.note(f"{self.greeting}. /help lists commands, Ctrl-D leaves.")
+            self.interface.note(f"{self.greeting}. /help lists commands, Ctrl-D leaves.")
         interrupted = False
         while True:
             try:
@@ -174,24 +176,24 @@ class Session:
                     return
                 interrupted = False
             except KeyboardInterrupt:
-                if interrupted or isinstance(self.ends, Pipe):
+                if interrupted or isinstance(self.interface, Pipe):
                     raise
                 interrupted = True
-                self.ends.note("\nCtrl-C again or Ctrl-D leaves.")
+                self.interface.note("\nCtrl-C again or Ctrl-D leaves.")
 
     def once(self) -> bool:
         """One message and what it asks for; False once the person leaves."""
         try:
-            message = read_message(self.ends.ask)
+            message = read_message(self.interface.ask)
             if message.startswith("/") and not message.startswith("//"):
                 return self.command(message)
             if message.strip():
                 self.turn(message.removeprefix("/"))
         except InputError as error:
-            self.ends.refuse(error)
+            self.interface.refuse(error)
         except EOFError:
-            if isinstance(self.ends, Terminal):
-                self.ends.note("")
+            if isinstance(self.interface, Terminal):
+                self.interface.note("")
             return False
         return True
 
@@ -202,40 +204,40 @@ class Session:
         def show(text: str) -> None:
             nonlocal step
             step += 1
-            self.ends.write(text, step)
+            self.interface.write(text, step)
 
-        with _interruptible(isinstance(self.ends, Terminal)) as stopped:
+        with _interruptible(isinstance(self.interface, Terminal)) as stopped:
             answer = self.conversation.answer(message, on_text=show, stopped=stopped)
-        self.ends.write("\n", step)
+        self.interface.write("\n", step)
         if answer.left_out:
             turns = "turn does" if answer.left_out == 1 else f"{answer.left_out} turns do"
-            self.ends.note(f"The oldest {turns} not fit into the context any more; this answer was written without.")
-        if isinstance(self.ends, Terminal):
+            self.interface.note(f"The oldest {turns} not fit into the context any more; this answer was written without.")
+        if isinstance(self.interface, Terminal):
             statistics = answer.statistics
             rate = statistics.new_tokens / statistics.seconds if statistics.seconds else 0.0
-            said = f"{statistics.tokens_per_step:.2f} tokens per step of at most {statistics.ceiling}, {rate:.0f} tokens/s"
-            self.ends.note(f"stopped; {said}" if stopped() else said)
+            cost = f"{statistics.tokens_per_step:.2f} tokens per step of at most {statistics.ceiling}, {rate:.0f} tokens/s"
+            self.interface.note(f"stopped; {cost}" if stopped() else cost)
         if not answer.text:
-            self.ends.note("There was no answer; the message is forgotten.")
+            self.interface.note("There was no answer; the message is forgotten.")
 
     def command(self, line: str) -> bool:
         """Carries out one command; False: to leave. Raises InputError."""
         name, _, rest = line.partition(" ")
-        rest, talk = rest.strip(), self.conversation
+        rest, conversation = rest.strip(), self.conversation
         if name == "/quit" and not rest:
             return False
         if name == "/verify":
             if rest:
-                talk.dials = replace(talk.dials, verify=verification(rest))
-            self.ends.note(_dials(talk))
+                conversation.settings = replace(conversation.settings, verify=verification(rest))
+            self.interface.note(describe(conversation))
         elif name == "/eps":
             if rest:
-                talk.dials = replace(talk.dials, eps_b=_number(rest), verify="off")
-            self.ends.note(_dials(talk))
+                conversation.settings = replace(conversation.settings, eps_b=_number(rest), verify="off")
+            self.interface.note(describe(conversation))
         elif name == "/save":
             self.save(rest)
         elif name in ("/stats", "/reset", "/help") and not rest:
-            {"/stats": self.stats, "/reset": self.reset, "/help": lambda: self.ends.note(HELP)}[name]()
+            {"/stats": self.stats, "/reset": self.reset, "/help": lambda: self.interface.note(HELP)}[name]()
         else:
             raise InputError(f"There is no command {line!r}; /help lists what there is.")
         return True
@@ -243,19 +245,20 @@ class Session:
     def stats(self) -> None:
         from dynamo_lm.cli.generate import sentence
 
-        every = self.conversation.statistics
-        if not every:
+        answers = self.conversation.statistics
+        if not answers:
             raise InputError("There is no answer yet.")
-        self.ends.note(f"last answer: {sentence(every[-1])}")
-        tokens, forwards = sum(one.new_tokens for one in every), sum(one.forwards for one in every)
-        seconds = sum(one.seconds for one in every)
+        self.interface.note(f"last answer: {sentence(answers[-1])}")
+        tokens, forwards = sum(answer.new_tokens for answer in answers), sum(answer.forwards for answer in answers)
+        seconds = sum(answer.seconds for answer in answers)
         rate = f"{tokens / seconds:.0f} tokens/s" if seconds else "no time"
-        count = f"{len(every)} answer{'s' * (len(every) > 1)}"
-        self.ends.note(f"{count}: {tokens} tokens in {forwards} forward passes: {tokens / forwards:.2f} per pass; {rate}")
+        count = f"{len(answers)} answer{'s' * (len(answers) > 1)}"
+        cost = f"{tokens} tokens in {forwards} forward passes: {tokens / forwards:.2f} per pass; {rate}"
+        self.interface.note(f"{count}: {cost}")
 
     def reset(self) -> None:
         self.conversation.reset()
-        self.ends.note("The conversation is forgotten.")
+        self.interface.note("The conversation is forgotten.")
 
     def save(self, name: str) -> None:
         """Never over a file that was there before."""
@@ -266,7 +269,7 @@ class Session:
             raise InputError(f'"{name}" is there already; give another name.')
         self.conversation.save(file)
         self.saved = file
-        self.ends.note(f"{name}: {len(self.conversation.messages)} messages")
+        self.interface.note(f"{name}: {len(self.conversation.messages)} messages")
 
 
 def read_message(ask: Callable[[bool], str]) -> str:
@@ -311,14 +314,14 @@ def _interruptible(catch: bool) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _dials(conversation: Conversation) -> str:
-    """The dials in a few words."""
-    verify, own = conversation.dials.verify, getattr(conversation.model.generation_config, "eps_b", None)
+def describe(conversation: Conversation) -> str:
+    """How the next answer will be written, in a few words."""
+    verify, own = conversation.settings.verify, getattr(conversation.model.generation_config, "eps_b", None)
     if verify == "strict":
         return "verify strict: exactly what one token a step would give"
     if verify != "off":
         return f"verify {verify}: at most {verify} nats a token less likely than strict"
-    eps_b = conversation.dials.eps_b if conversation.dials.eps_b is not None else own if own is not None else "0.5"
+    eps_b = conversation.settings.eps_b if conversation.settings.eps_b is not None else own if own is not None else "0.5"
     return f"verify off, eps_b {eps_b}: dynamic sampling"
 
 
@@ -326,4 +329,4 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise InputError(f'"{text}" is no number; eps_b is a probability, from 0 to 1.') from None
+        raise InputError(f'"{text}" is not a number; eps_b is a probability, from 0 to 1.') from None

@@ -5,35 +5,28 @@ from __future__ import annotations
 import json as json_format
 import random
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from dynamo_lm.cli.dataclass_options import dataclass_options
+from dynamo_lm.cli.options import MACHINE, Model, ModelOptions, verification
 from dynamo_lm.errors import InputError
 from dynamo_lm.files import decode, read_bytes, split_lines
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dynamo_lm.decoding.statistics import Statistics
     from dynamo_lm.model.modeling import DynaMoForCausalLM
 
-SPEED, CHOICE, OUTPUT = "How many tokens per step", "How tokens are chosen", "Input, output and machine"
 
+@dataclass(frozen=True, kw_only=True)
+class SpeedOptions:
+    """How many tokens a step gives; the fields are arguments of `model.generate`."""
 
-def generate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help='DynaMo model: a folder, a hub id, or "story" for the bundled one.')
-    ],
-    prompt: Annotated[
-        str | None,
-        typer.Argument(metavar="[PROMPT]", help='The text to continue. Without it, or for "-", stdin is read.'),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option("--prompts", help="File with one prompt a line, all continued together.", rich_help_panel=OUTPUT),
-    ] = None,
+    PANEL: ClassVar[str] = "How many tokens per step"
+
     verify: Annotated[
         str,
         typer.Option(
@@ -41,145 +34,105 @@ def generate(
             help="strict: exactly what the model would write one token at a time. "
             "off: the paper's dynamic sampling, faster, and as good as --eps-b lets it be. "
             "A number: as strict, but the text may be less likely than the model's own choices by that many nats a token.",
-            rich_help_panel=SPEED,
         ),
-    ] = "strict",
+    ] = "strict"
     eps_b: Annotated[
         float | None,
-        typer.Option(
-            "--eps-b",
-            help="Quality dial of --verify off: 0 always gives as many tokens as there are heads, 1 always one. "
-            "Default: the model's own, else 0.5.",
-            rich_help_panel=SPEED,
-        ),
-    ] = None,
+        "Quality threshold of --verify off: 0 always gives as many tokens as there are heads, 1 always one. "
+        "Default: the model's own, else 0.5.",
+    ] = None
     alpha_c: Annotated[
-        float | None,
-        typer.Option(
-            "--alpha-c",
-            help="Weight of the counted tables: 1 trusts them fully (default), 0 does without.",
-            rich_help_panel=SPEED,
-        ),
-    ] = None,
-    heads: Annotated[
+        float | None, "Weight of the counted tables: 1 trusts them fully (default with off), 0 does without."
+    ] = None
+    num_heads: Annotated[
         int | None,
-        typer.Option(
-            "--heads",
-            help="The most tokens a step may give; 1 is the plain model. Default: all heads.",
-            rich_help_panel=SPEED,
-        ),
-    ] = None,
-    compiled: Annotated[
-        bool,
-        typer.Option(
-            "--compile",
-            help="Compile the steps first: a minute or two, then a small model is much faster. For one long text.",
-            rich_help_panel=SPEED,
-        ),
-    ] = False,
+        typer.Option("--heads", help="The most tokens a step may give; 1 is the plain model. Default: all heads."),
+    ] = None
+    compile: Annotated[
+        bool, "Compile the steps first: a minute or two, then a small model is much faster. For one long text."
+    ] = False
     tree: Annotated[
         int | None,
         typer.Option(
-            "--tree",
             metavar="N",
             help="With strict, greedy: how many drafts a step verifies as a tree, 0 for a chain. "
-            "Default: what is fastest here.",
-            rich_help_panel=SPEED,
+            "Default: what is fastest on this machine.",
         ),
-    ] = None,
+    ] = None
     otsu: Annotated[
         bool | None,
         typer.Option(
             "--otsu/--no-otsu",
             help="With --verify off: drop unlikely combinations by Otsu's threshold. Default: on.",
-            rich_help_panel=SPEED,
         ),
-    ] = None,
+    ] = None
     blur: Annotated[
         bool | None,
         typer.Option(
-            "--blur/--no-blur",
-            help="With --verify off: blur the combinations before that threshold. Default: on.",
-            rich_help_panel=SPEED,
+            "--blur/--no-blur", help="With --verify off: blur the combinations before that threshold. Default: on."
         ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="Write at most this many tokens.", rich_help_panel=CHOICE)
-    ] = 128,
-    sample: Annotated[
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceOptions:
+    """How tokens are chosen; the fields are arguments of `model.generate`."""
+
+    PANEL: ClassVar[str] = "How tokens are chosen"
+
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Write at most this many tokens.")] = 128
+    do_sample: Annotated[
         bool | None,
         typer.Option(
             "--sample/--greedy",
             help="Draw tokens at random, or take the most likely. Default: greedy with strict, sample with off.",
-            rich_help_panel=CHOICE,
         ),
-    ] = None,
+    ] = None
     temperature: Annotated[
         float | None,
-        typer.Option(
-            help="With --sample: below 1 is more cautious, above 1 more adventurous. Default: 0.7 with off, the "
-            "model's with strict.",
-            rich_help_panel=CHOICE,
-        ),
-    ] = None,
+        "With --sample: below 1 is more cautious, above 1 more adventurous. Default: 0.7 with off, the model's with strict.",
+    ] = None
     top_k: Annotated[
-        int | None,
-        typer.Option(
-            "--top-k",
-            help="Choose among this many most likely tokens. Default: 50 with off, the model's with strict.",
-            rich_help_panel=CHOICE,
-        ),
-    ] = None,
+        int | None, "Choose among this many most likely tokens. Default: 50 with off, the model's with strict."
+    ] = None
     top_p: Annotated[
-        float | None,
-        typer.Option(
-            "--top-p",
-            help="With strict and --sample: choose among the tokens that together have this probability.",
-            rich_help_panel=CHOICE,
-        ),
-    ] = None,
+        float | None, "With strict and --sample: choose among the tokens that together have this probability."
+    ] = None
     repetition_penalty: Annotated[
-        float | None,
-        typer.Option(
-            "--repetition-penalty",
-            help="Above 1 avoids tokens that are already there. Default: 1.1 with off, the model's with strict.",
-            rich_help_panel=CHOICE,
-        ),
-    ] = None,
+        float | None, "Above 1 avoids tokens that are already there. Default: 1.1 with off, the model's with strict."
+    ] = None
     seed: Annotated[
-        int | None,
-        typer.Option(
-            help="Makes --sample repeatable: the same seed gives the same text. Default: another each time.",
-            rich_help_panel=CHOICE,
-        ),
-    ] = None,
-    stop: Annotated[
+        int | None, "Makes --sample repeatable: the same seed gives the same text. Default: another each time."
+    ] = None
+    stop_strings: Annotated[
         list[str] | None,
-        typer.Option(
-            help="End the text after this string; may be given several times.", metavar="STRING", rich_help_panel=CHOICE
-        ),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Precision to compute in: float32, bfloat16, float16, or auto (as saved).", rich_help_panel=OUTPUT
-        ),
-    ] = "auto",
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1, .. or auto (a GPU if there is one).", rich_help_panel=OUTPUT)
-    ] = "auto",
-    tokenizer: Annotated[
+        typer.Option("--stop", help="End the text after this string; may be given several times.", metavar="STRING"),
+    ] = None
+
+
+@dataclass_options
+def generate(
+    model: Model,
+    prompt: Annotated[
         str | None,
-        typer.Option(help="Tokenizer folder or hub id, if MODEL does not bring its own.", rich_help_panel=OUTPUT),
+        typer.Argument(metavar="[PROMPT]", help='The text to continue. Without it, or for "-", stdin is read.'),
+    ] = None,
+    *,
+    speed: SpeedOptions,
+    choice: ChoiceOptions,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="File with one prompt a line, all continued together.", rich_help_panel=MACHINE),
     ] = None,
     stats: Annotated[
         bool,
-        typer.Option("--stats", help="Say on stderr what it cost: forward passes, tokens/s.", rich_help_panel=OUTPUT),
+        typer.Option("--stats", help="Say on stderr what it cost: forward passes, tokens/s.", rich_help_panel=MACHINE),
     ] = False,
     json: Annotated[
         bool,
-        typer.Option("--json", help="One JSON object a line and prompt: text, statistics.", rich_help_panel=OUTPUT),
+        typer.Option("--json", help="One JSON object a line and prompt: text, statistics.", rich_help_panel=MACHINE),
     ] = False,
+    opening: ModelOptions,
 ) -> None:
     """Continue a text, several tokens per forward pass.
 
@@ -187,109 +140,111 @@ def generate(
 
     `echo "Once upon a time" | dynamo-lm generate story`
     """
+    texts = _prompts(prompt, prompts)
+    arguments = _arguments(speed, choice)
+    network, tokenizer = opening.open(model)
+    encoded = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    if any(not ids for ids in encoded):
+        raise InputError("The prompt is empty; give a few words to begin with.")
+    streaming = len(texts) == 1 and not json
+    _write(network, tokenizer, texts, encoded, arguments, streaming=streaming, as_json=json, stats=stats)
+
+
+def _arguments(speed: SpeedOptions, choice: ChoiceOptions) -> dict[str, Any]:
+    """The arguments of `model.generate`, those that are left open left out; checked before the wait for the model.
+
+    Raises:
+        InputError: options that do not go together.
+    """
+    verify = verification(speed.verify)
+    off = verify == "off"
+    sample = off if choice.do_sample is None else choice.do_sample
+    random_choice = any(value is not None for value in (choice.temperature, choice.top_k, choice.top_p))
+    for wrong, message in (
+        (
+            not off and any(value is not None for value in (speed.eps_b, speed.otsu, speed.blur)),
+            "--eps-b, --otsu and --blur belong to --verify off; verified decoding has no use for them.",
+        ),
+        (
+            off and speed.tree is not None,
+            "--tree does not apply to --verify off, which verifies no drafts; leave it out, or verify.",
+        ),
+        (
+            off and choice.top_p is not None,
+            "--top-p does not apply to --verify off; use --top-k, or --verify strict.",
+        ),
+        ("" in (choice.stop_strings or []), "--stop is empty; give the string that ends the text, or leave it out."),
+        (
+            not sample and not off and random_choice,
+            "--temperature, --top-k and --top-p choose at random, so they need --sample.",
+        ),
+        (
+            sample and speed.tree is not None,
+            "--tree is for greedy decoding; leave out either --tree or --sample.",
+        ),
+    ):
+        if wrong:
+            raise InputError(message)
+    seed = random.SystemRandom().randrange(2**31) if choice.seed is None else choice.seed
+    arguments = asdict(speed) | asdict(choice) | {"verify": verify, "do_sample": sample, "seed": seed}
+    return {name: value for name, value in arguments.items() if value not in (None, [])}
+
+
+def _write(
+    network: DynaMoForCausalLM,
+    tokenizer: Any,
+    texts: list[str],
+    encoded: list[list[int]],
+    arguments: dict[str, Any],
+    *,
+    streaming: bool,
+    as_json: bool,
+    stats: bool,
+) -> None:
+    """Continues the texts, and prints them: with `streaming` the only one as it comes."""
     import torch
 
     from dynamo_lm.backbone.token_limits import end_tokens
-    from dynamo_lm.cli.options import verification
     from dynamo_lm.decoding.detokenizer import IncrementalDetokenizer
-    from dynamo_lm.model.configuration import DynaMoConfig
-    from dynamo_lm.model.loading import open_config, open_model, open_tokenizer, resolve
 
-    # 1. What to continue, before the wait for the model.
-    texts = _prompts(prompt, prompts)
-    dial = verification(verify)
-    if dial != "off" and any(value is not None for value in (eps_b, otsu, blur)):
-        raise InputError("--eps-b, --otsu and --blur belong to --verify off; verified decoding has no use for them.")
-    if dial == "off" and tree is not None:
-        raise InputError("--tree does not apply to --verify off, which verifies no drafts; leave it out, or verify.")
-    if verify == "off" and top_p is not None:
-        raise InputError("--top-p does not apply to --verify off; use --top-k, or --verify strict.")
-    if stop and "" in stop:
-        raise InputError("--stop is empty; give the string that ends the text, or leave it out.")
-    drawn = verify == "off" if sample is None else sample
-    if not drawn and dial != "off" and any(value is not None for value in (temperature, top_k, top_p)):
-        raise InputError("--temperature, --top-k and --top-p choose at random, so they need --sample.")
-    if drawn and tree is not None:
-        raise InputError("--tree is for greedy decoding; leave out either --tree or --sample.")
-
-    # 2. The model and its tokenizer.
-    name = resolve(model)
-    config = open_config(name)
-    if not isinstance(config, DynaMoConfig):
-        raise InputError(f'"{model}" has no DynaMo heads; add some with `dynamo-lm train {model} --data ...`.')
-    tokens = open_tokenizer(tokenizer or name, vocab_size=config.vocab_size)
-    network = open_model(name, dtype=dtype, device=device, tokenizer=tokens)
-    encoded = [tokens(text, verbose=False)["input_ids"] for text in texts]
-    if any(not ids for ids in encoded):
-        raise InputError("The prompt is empty; give a few words to begin with.")
-
-    # 3. Rows of one length, padded on the left, where the attention mask hides it.
+    # Prompts of one length, padded on the left, where the attention mask hides it.
     width = max(map(len, encoded))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in encoded], device=network.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=network.device)
-    seed = random.SystemRandom().randrange(2**31) if seed is None else seed
-    given = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "repetition_penalty": repetition_penalty,
-        "stop_strings": stop or None,
-        "eos_token_id": end_tokens(network.generation_config, tokens) or None,
-    }
-
-    # 4. Write, and print as it comes where there is one text.
-    writers = [IncrementalDetokenizer(tokens, row, stop or []) for row in encoded]
-    streaming = len(texts) == 1 and not json
+    detokenizers = [IncrementalDetokenizer(tokenizer, row, arguments.get("stop_strings", [])) for row in encoded]
     begun = False
 
-    def stepped(row: int, new: list[int]) -> None:
+    def on_step(number: int, tokens: list[int]) -> None:
         nonlocal begun
-        more = writers[row].add(new)
+        new_text = detokenizers[number].add(tokens)
         if streaming:
-            _say(more if begun else texts[0] + more)
+            _print(new_text if begun else texts[0] + new_text)
         begun = True
 
-    output = _generate(
-        network,
-        ids,
-        attention_mask=mask,
-        verify=dial,
-        num_heads=heads,
-        eps_b=eps_b,
-        alpha_c=alpha_c,
-        otsu=otsu,
-        blur=blur,
-        tree=tree,
-        compile=compiled,
-        do_sample=drawn,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        tokenizer=tokens,
-        on_step=stepped,
-        return_dict_in_generate=True,
-        **{key: value for key, value in given.items() if value is not None},
-    )
-    for number, (text, writer, statistics) in enumerate(zip(texts, writers, output.statistics, strict=True)):
-        rest = writer.end()
-        if json:
-            facts = {"prompt": text, "text": text + writer.text, "new_text": writer.text, "seed": seed + number}
-            print(json_format.dumps(facts | {"statistics": numbers(statistics)}, ensure_ascii=False), flush=True)
-        elif streaming:
-            _say(rest + "\n")
-        else:
-            _say(text + writer.text + "\n")
-        if stats:
-            print(sentence(statistics), file=sys.stderr)
-
-
-def _generate(network: DynaMoForCausalLM, ids: Tensor, **kwargs: Any) -> Any:
-    """`network.generate`, with what transformers says of impossible options as input errors."""
     try:
-        return network.generate(ids, **kwargs)
+        output = network.generate(
+            ids,
+            attention_mask=mask,
+            eos_token_id=end_tokens(network.generation_config, tokenizer) or None,
+            tokenizer=tokenizer,
+            on_step=on_step,
+            return_dict_in_generate=True,
+            **arguments,
+        )
     except InputError:
         raise
-    except ValueError as error:
+    except ValueError as error:  # what transformers says of impossible options
         raise InputError(str(error).strip().splitlines()[0]) from error
+    for number, (text, written, statistics) in enumerate(zip(texts, detokenizers, output.statistics, strict=True)):
+        rest = written.end()
+        if as_json:
+            line = {"prompt": text, "text": text + written.text, "new_text": written.text}
+            line |= {"seed": arguments["seed"] + number, "statistics": numbers(statistics)}
+            print(json_format.dumps(line, ensure_ascii=False), flush=True)
+        else:
+            _print((rest if streaming else text + written.text) + "\n")
+        if stats:
+            print(sentence(statistics), file=sys.stderr)
 
 
 def numbers(statistics: Statistics) -> dict[str, Any]:
@@ -311,18 +266,18 @@ def sentence(statistics: Statistics) -> str:
     """The statistics of one text in words."""
     steps = ", ".join(f"{count} of {size}" for size, count in enumerate(statistics.histogram, start=1) if count)
     rate = statistics.new_tokens / statistics.seconds if statistics.seconds else 0.0
-    said = (
+    text = (
         f"{statistics.new_tokens} tokens in {statistics.forwards} forward passes: {statistics.tokens_per_step:.2f} "
         f"per pass of at most {statistics.ceiling}; {rate:.0f} tokens/s; steps by size: {steps}; "
         f"log-likelihood {statistics.mean_log_likelihood:.3f} nats per token"
     )
     if statistics.unverified:
-        said += f"; regret {statistics.mean_regret:.3f} nats per token"
+        text += f"; regret {statistics.mean_regret:.3f} nats per token"
     accepted = ", ".join(f"head {head} {share:.0%}" for head, share in enumerate(statistics.acceptance, start=2))
-    return f"{said}; drafts accepted: {accepted}" if any(statistics.proposed) else said
+    return f"{text}; drafts accepted: {accepted}" if any(statistics.proposed) else text
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
 

@@ -10,8 +10,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -39,14 +38,15 @@ from dynamo_lm.serving.protocol import (
     Model,
     ModelList,
 )
-from dynamo_lm.serving.requests import GenerationRequest, GenerationSettings, Limits, RequestParser
+from dynamo_lm.serving.requests import GenerationRequest, RequestParser
 from dynamo_lm.serving.responses import Answer, ChatAnswer, CompletionAnswer
+from dynamo_lm.serving.settings import ServerSettings
 
 PROMPT = "it must be a text, a list of texts, a list of token ids, or a list of such lists"
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": what}
     for status, what in {
-        400: "The request cannot be carried out; the message says why",
+        400: "The request cannot be carried out; see the message",
         401: "No key, or a wrong one",
         404: "No such model",
         408: "The body came too slowly",
@@ -59,23 +59,12 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 EVENTS = {"text/event-stream": {"schema": {"description": "With stream: true, chunks as events; the last one is [DONE]."}}}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What one server is told."""
-
-    name: str  # of the model, as clients say it
-    dials: GenerationSettings
-    limits: Limits
-    key: str | None = None
-    hosts: tuple[str, ...] | None = None  # that requests may be addressed to; None: any
-    log_text: bool = False  # whether prompts and answers go into the log
-
-
-def create_app(model: DynaMoForCausalLM, tokenizer: Any, settings: Settings) -> FastAPI:
-    """The application of one server; `app.state.gate` and `app.state.engine` are its parts."""
-    metrics = Metrics(settings.dials.num_heads)
-    engine = Engine(model, settings.dials.num_heads, settings.limits, metrics)
-    choices = RequestParser(model, tokenizer, settings.dials, settings.limits)
+def create_app(model: DynaMoForCausalLM, tokenizer: Any, settings: ServerSettings) -> FastAPI:
+    """The application of one server; `app.state.middleware` and `app.state.engine` are its parts."""
+    num_heads = settings.generation.num_heads or model.num_heads
+    metrics = Metrics(num_heads)
+    engine = Engine(model, num_heads, settings.limits, metrics)
+    parser = RequestParser(model, tokenizer, settings)
     created = int(time.time())
 
     @contextlib.asynccontextmanager
@@ -85,46 +74,49 @@ def create_app(model: DynaMoForCausalLM, tokenizer: Any, settings: Settings) -> 
         await engine.stop()
 
     app = FastAPI(title="dynamo-lm", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
-    gate = LimitsMiddleware(
+    middleware = LimitsMiddleware(
         app,
         key=settings.key,
         hosts=settings.hosts,
-        most=settings.limits.body,
+        max_body=settings.limits.max_body,
         metrics=metrics,
-        known=("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/dynamo/joint"),
+        paths=("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/dynamo/joint"),
     )
 
     def check_model(name: str) -> None:
         if name != settings.name:
-            message = f'There is no model "{name}" here; this server has "{settings.name}".'
+            message = f'There is no model "{name}"; this server has "{settings.name}".'
             raise APIError(404, message, param="model", code="model_not_found")
 
-    async def answer(
-        request: Request, kind: type[Answer], asks: list[GenerationRequest], stream: bool, usage: bool
+    async def respond(
+        http: Request, kind: type[Answer], texts: list[GenerationRequest], body: CompletionRequest | ChatRequest
     ) -> Response:
-        """Has the texts written, and watches the client meanwhile."""
-        ticket = engine.accept(asks)
-        found = kind(settings.name, ticket, choices.vocabulary)
-        facts: dict[str, Any] = request.state.facts
+        """Has the texts written, and cancels them when the client hangs up."""
+        handle = engine.accept(texts)
+        answer = kind(settings.name, handle, parser.vocabulary)
+        facts: dict[str, Any] = http.state.facts
 
         def record() -> None:
-            ticket.cancel()
-            facts.update(found.facts)
-            if found.first_seconds is not None:
-                metrics.first.observe(found.first_seconds)
+            handle.cancel()
+            facts.update(answer.facts)
+            if answer.first_seconds is not None:
+                metrics.first.observe(answer.first_seconds)
             if settings.log_text:
-                facts["prompts"] = [tokenizer.decode(text.ask.prompt) for text in found.texts]
-                facts["answers"] = [text.said for text in found.texts]
+                facts["prompts"] = [tokenizer.decode(stream.request.prompt) for stream in answer.streams]
+                facts["answers"] = [stream.text for stream in answer.streams]
 
-        watch = asyncio.ensure_future(_gone(request, ticket))
+        watch = asyncio.ensure_future(_cancel_on_disconnect(http, handle))
         try:
-            if stream:
-                chunks = found.stream(usage=usage)
-                first = await anext(chunks, None)  # errors until here still have a status of their own
+            if body.stream:
+                usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+                chunks = answer.chunks(usage=usage)
+                first = await anext(chunks, None)  # an error up to this point still has a status of its own
                 return Events(first, chunks, record)
-            whole = await found.whole()
+            whole = await answer.whole()
             record()
-            return _json(whole) if whole is not None else Response(status_code=499)  # nobody reads it
+            if whole is None:
+                return Response(status_code=499)  # the client has gone
+            return Response(whole.model_dump_json(), media_type="application/json")
         except BaseException:
             record()
             raise
@@ -134,16 +126,14 @@ def create_app(model: DynaMoForCausalLM, tokenizer: Any, settings: Settings) -> 
     both: dict[int | str, dict[str, Any]] = {200: {"content": EVENTS}}
 
     @app.post("/v1/completions", response_model=Completion, responses=REFUSALS | both)
-    async def completions(request: Request, asked: CompletionRequest) -> Response:
-        check_model(asked.model)
-        asks = choices.of_completion(asked)
-        return await answer(request, CompletionAnswer, asks, bool(asked.stream), _wants_usage(asked))
+    async def completions(http: Request, body: CompletionRequest) -> Response:
+        check_model(body.model)
+        return await respond(http, CompletionAnswer, parser.completion(body), body)
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=REFUSALS | both)
-    async def chat(request: Request, asked: ChatRequest) -> Response:
-        check_model(asked.model)
-        asks = choices.of_chat(asked)
-        return await answer(request, ChatAnswer, asks, bool(asked.stream), _wants_usage(asked))
+    async def chat(http: Request, body: ChatRequest) -> Response:
+        check_model(body.model)
+        return await respond(http, ChatAnswer, parser.chat(body), body)
 
     @app.get("/v1/models", responses={401: REFUSALS[401]})
     async def models() -> ModelList:
@@ -156,45 +146,27 @@ def create_app(model: DynaMoForCausalLM, tokenizer: Any, settings: Settings) -> 
 
     @app.get("/health", responses={503: {"model": Health}})
     async def health(response: Response) -> Health:
-        if engine.alive and not gate.stopping:
+        if engine.alive and not middleware.stopping:
             return Health(status="ok")
         response.status_code = 503
-        return Health(status="stopping" if gate.stopping else "failed")
+        return Health(status="stopping" if middleware.stopping else "failed")
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, 401: REFUSALS[401]})
     async def numbers() -> Response:
         return Response(metrics.text, media_type="text/plain; version=0.0.4")
 
-    @app.exception_handler(APIError)
-    async def refused(request: Request, error: APIError) -> Response:
-        return _Refused(error)
-
-    @app.exception_handler(InputError)
-    async def unusable(request: Request, error: InputError) -> Response:
-        return _Refused(APIError(400, str(error)))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return _Refused(_explained(error))
-
-    @app.exception_handler(HTTPException)
-    async def unknown(request: Request, error: HTTPException) -> Response:
-        return _Refused(APIError(error.status_code, f"{error.detail}."), error.headers)
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        return _Refused(FAILED)
-
+    for kind, as_error in AS_API_ERROR.items():
+        app.add_exception_handler(kind, _error_handler(as_error))
     app.include_router(playground(model, tokenizer, engine))
-    app.state.gate, app.state.engine, app.state.metrics = gate, engine, metrics
+    app.state.middleware, app.state.engine, app.state.metrics = middleware, engine, metrics
     return app
 
 
-FAILED = APIError(500, "The server failed on this request; its log says more.", kind="server_error")
+FAILED = APIError(500, "The server failed on this request; see its log.", kind="server_error")
 
 
 class Events(StreamingResponse):
-    """Chunks as server-sent events; `done` is called in the end, however it comes."""
+    """Chunks as server-sent events; `done` is called at the end, also after an error."""
 
     def __init__(self, first: BaseModel | None, chunks: AsyncIterator[BaseModel], done: Any):
         super().__init__(self._lines(first, chunks), media_type="text/event-stream", headers={"cache-control": "no-cache"})
@@ -206,9 +178,9 @@ class Events(StreamingResponse):
                 yield _line(first.model_dump_json())
             async for chunk in chunks:
                 yield _line(chunk.model_dump_json())
-        except Exception as error:  # the status has been sent; the stream is all that is left to say it in
-            refusal = error if isinstance(error, APIError) else FAILED
-            yield _line(json.dumps(refusal.body))
+        except Exception as error:  # the status has been sent, so the error goes into the stream
+            failure = error if isinstance(error, APIError) else FAILED
+            yield _line(json.dumps(failure.body))
             return
         yield _line("[DONE]")
 
@@ -219,35 +191,15 @@ class Events(StreamingResponse):
             self.done()
 
 
-class _Refused(Response):
-    """A refusal as a response."""
+class ErrorResponse(Response):
+    """An error in OpenAI's form as a response."""
 
-    def __init__(self, refusal: APIError, headers: Any = None):
-        super().__init__(status_code=refusal.status, headers=headers)
-        self.refusal = refusal
+    def __init__(self, error: APIError):
+        super().__init__(status_code=error.status)
+        self.error = error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await refuse(self.refusal, send)
-
-
-def _json(value: BaseModel) -> Response:
-    return Response(value.model_dump_json(), media_type="application/json")
-
-
-def _line(text: str) -> bytes:
-    return f"data: {text}\n\n".encode()
-
-
-def _wants_usage(asked: CompletionRequest | ChatRequest) -> bool:
-    return asked.stream_options is not None and bool(asked.stream_options.include_usage)
-
-
-async def _gone(request: Request, ticket: RequestHandle) -> None:
-    """Cancels the ticket when the client hangs up."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    log.info("client_gone")
-    ticket.cancel()
+        await refuse(self.error, send)
 
 
 def _explained(error: RequestValidationError) -> APIError:
@@ -258,7 +210,34 @@ def _explained(error: RequestValidationError) -> APIError:
         return APIError(400, f"The body is not valid JSON: {first['ctx']['error']}.")
     if not place:
         return APIError(400, "The body must be a JSON object, sent with Content-Type: application/json.")
-    what = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ")
     if place[0] == "prompt" and first["type"] not in ("missing", "value_error"):
-        what = PROMPT  # in place of what is wrong with it as the first of its four forms
-    return APIError(400, f"{place[0]}: {what}.", param=place[0])
+        message = PROMPT  # in place of what is wrong with it as the first of its four forms
+    return APIError(400, f"{place[0]}: {message}.", param=place[0])
+
+
+AS_API_ERROR: dict[type[Exception], Callable[[Any], APIError]] = {
+    APIError: lambda error: error,
+    InputError: lambda error: APIError(400, str(error)),
+    RequestValidationError: _explained,
+    HTTPException: lambda error: APIError(error.status_code, f"{error.detail}."),
+    Exception: lambda error: FAILED,
+}
+
+
+def _error_handler(as_error: Callable[[Any], APIError]) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def handle(request: Request, error: Exception) -> Response:
+        return ErrorResponse(as_error(error))
+
+    return handle
+
+
+def _line(text: str) -> bytes:
+    return f"data: {text}\n\n".encode()
+
+
+async def _cancel_on_disconnect(request: Request, handle: RequestHandle) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    log.info("client_gone")
+    handle.cancel()

@@ -1,4 +1,4 @@
-"""What every request passes before the application sees it: host, key, a server that is stopping, size and time of the body.
+"""Checks on every request before the application gets it: host, key, a stopping server, size and time of the body.
 
 An ASGI middleware. Refuses in OpenAI's error form, counts and logs every request when its answer has ended, and knows how
 many are under way. Knows no model.
@@ -28,11 +28,11 @@ BODY_SECONDS = 30.0  # that a client may take to send a request
 class LimitsMiddleware:
     """
     Args:
-        key: that a client must send as "Authorization: Bearer KEY"; None: everybody may.
+        key: that a client must send as "Authorization: Bearer KEY"; None: no key.
         hosts: names that a request may be addressed to, so that no foreign page reaches a local server by a name of its own
             that it lets point here; None: any.
-        most: bytes of a body.
-        known: paths that metrics are kept by.
+        max_body: bytes of a body.
+        paths: that metrics are kept by; all others count as "other".
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class LimitsMiddleware:
         *,
         key: str | None,
         hosts: Iterable[str] | None,
-        most: int,
+        max_body: int,
         metrics: Metrics,
-        known: Iterable[str],
+        paths: Iterable[str],
     ):
-        self.app, self.most, self.metrics, self.known = app, most, metrics, frozenset(known)
+        self.app, self.max_body, self.metrics, self.paths = app, max_body, metrics, frozenset(paths)
         self.key = None if key is None else key.encode()
         self.hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
         self.stopping = False
@@ -77,7 +77,7 @@ class LimitsMiddleware:
                 await self.app(scope, _again(body, receive), sending)
         finally:
             self.under_way -= 1
-            path = scope["path"] if scope["path"] in self.known else "other"
+            path = scope["path"] if scope["path"] in self.paths else "other"
             seconds = time.monotonic() - began
             self.metrics.requests.labels(path, str(status or "gone")).inc()
             self.metrics.seconds.labels(path).observe(seconds)
@@ -85,7 +85,7 @@ class LimitsMiddleware:
             log.info("request", id=name, method=method, path=path, status=status, seconds=round(seconds, 4), **facts)
 
     def _check(self, scope: Scope) -> None:
-        """Raises Refusal for whom this server does not answer."""
+        """Raises APIError for requests that this server does not answer."""
         headers = Headers(scope=scope)
         if self.hosts is not None and _host(headers.get("host", "")) not in self.hosts:
             raise APIError(400, "The request is addressed to a host that this server does not answer for (--allow-host).")
@@ -100,11 +100,11 @@ class LimitsMiddleware:
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         """The body, if it is small enough and comes soon enough."""
         length = Headers(scope=scope).get("content-length", "0")
-        too_large = APIError(413, f"The request is larger than {self.most} bytes (--max-body).")
-        if length.isdecimal() and int(length[:20]) > self.most:
+        too_large = APIError(413, f"The request is larger than {self.max_body} bytes (--max-body).")
+        if length.isdecimal() and int(length[:20]) > self.max_body:
             raise too_large
         try:
-            return await asyncio.wait_for(_whole(receive, self.most, too_large), BODY_SECONDS)
+            return await asyncio.wait_for(_whole(receive, self.max_body, too_large), BODY_SECONDS)
         except asyncio.TimeoutError:
             raise APIError(408, f"The request did not come within {BODY_SECONDS:g} seconds.") from None
 

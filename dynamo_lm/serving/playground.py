@@ -16,7 +16,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, Field
 
+from dynamo_lm.backbone.token_limits import stated_context
 from dynamo_lm.decoding.joint_heatmap import HeatMap, heatmap
+from dynamo_lm.decoding.settings import Settings
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.sampling.options import Algorithm1
@@ -33,10 +35,10 @@ class JointRequest(BaseModel):
 def playground(model: DynaMoForCausalLM, tokenizer: Any, engine: Engine) -> APIRouter:
     """The page and the heat map behind it, whose route raises InputError for a prompt that cannot be used."""
     router = APIRouter()
-    own = getattr(model.generation_config, "eps_b", None)
-    context = model.config.max_context
+    eps_b = Settings(model.generation_config).get("eps_b", Algorithm1().eps_b)
+    context = stated_context(model.config)
     longest = max(map(len, tokenizer.get_vocab()))  # characters of a token
-    facts = {"heads": model.num_heads, "context": context, "eps_b": Algorithm1().eps_b if own is None else own}
+    facts = {"heads": model.num_heads, "context": context, "eps_b": eps_b}
     page = render(facts)
     headers = {
         "content-security-policy": policy(page),
@@ -50,15 +52,15 @@ def playground(model: DynaMoForCausalLM, tokenizer: Any, engine: Engine) -> APIR
         return Response(page, media_type="text/html; charset=utf-8", headers=headers)
 
     @router.post("/dynamo/joint")
-    async def joint(asked: JointRequest) -> HeatMap:
-        """What heads 1 and 2 expect behind a prompt: plain, masked, blurred and thresholded, over the likeliest tokens."""
+    async def joint(body: JointRequest) -> HeatMap:
+        """The joint of heads 1 and 2 after a prompt: plain, masked, blurred and thresholded, over the likeliest tokens."""
         if model.num_heads < 2:
             raise InputError("The model has one head, so there is no joint distribution.")
-        if context and len(asked.prompt) > context * longest:
+        if context and len(body.prompt) > context * longest:
             raise InputError(
-                f"The prompt has {len(asked.prompt)} characters, more than the context of {context} tokens holds."
+                f"The prompt has {len(body.prompt)} characters, more than the context of {context} tokens holds."
             )
-        return await engine.call(lambda model: heatmap(model, tokenizer, asked.prompt, eps_b=asked.eps_b))
+        return await engine.call(lambda model: heatmap(model, tokenizer, body.prompt, eps_b=body.eps_b))
 
     return router
 
@@ -74,8 +76,8 @@ def policy(page: str) -> str:
     their hashes, and requests to its own server."""
 
     def hashes(element: str) -> str:
-        found = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in found)
+        texts = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in texts)
 
     rules = {
         "default-src": "'none'",

@@ -1,8 +1,7 @@
-"""What goes over the wire: OpenAI's requests and answers for completions and chats, and this project's fields beside them.
+"""The JSON of requests and answers: OpenAI's fields for completions and chats, and this project's fields beside them.
 
-Knows no model and no network. Numbers that JSON cannot hold (NaN, infinities) are refused; fields that are not listed
-here are ignored, as clients expect. What a field may be is checked here, what the model makes of it in
-`dynamo_lm.serving.requests`.
+Knows no model and no network. Numbers that JSON cannot hold (NaN, infinities) are refused; unknown fields are ignored, as
+clients expect. The range of a field is checked here, whether the model can honour it in `dynamo_lm.serving.requests`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Text = Annotated[str, AfterValidator(_encodable)]
 
 
 class APIError(Exception):
-    """A request that is not carried out: one sentence, in OpenAI's error form."""
+    """An error in OpenAI's form: one sentence, and an HTTP status."""
 
     def __init__(
         self,
@@ -77,14 +76,14 @@ class Request(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    # Ours
+    # This project's own
     verify: Literal["strict", "off"] | Annotated[Finite, Field(ge=0)] | None = None
     eps_b: Annotated[Finite, Field(ge=0, le=1)] | None = None  # with verify "off"
     num_heads: Annotated[int, Field(ge=1)] | None = None  # the most tokens a step may give
     top_k: Annotated[int, Field(ge=1, le=1000)] | None = None
     repetition_penalty: Annotated[Finite, Field(ge=0.1, le=10)] | None = None
 
-    # What would change the text and is not done: refused unless it asks for nothing
+    # Not supported: refused if set to a value that would change the text
     presence_penalty: Finite | None = None
     frequency_penalty: Finite | None = None
     logit_bias: dict[str, float] | None = None
@@ -133,6 +132,15 @@ class ChatRequest(Request):
 # ------------------------------------------------------------------ answers
 
 
+class Head(BaseModel):
+    """The first fields of every answer and chunk."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
@@ -140,7 +148,7 @@ class Usage(BaseModel):
 
 
 class Figures(BaseModel):
-    """What the texts cost and what they are worth; log-likelihood and regret are the base's own, in nats per token."""
+    """Cost and quality of the texts; log-likelihood and regret are under the base model, in nats per token."""
 
     forwards: int  # of the model, the prompt's included
     new_tokens: int
@@ -152,8 +160,8 @@ class Figures(BaseModel):
     mean_log_likelihood: float
     mean_regret: float
     verify: str | float
-    eps_b: float | None  # null where it has no part, which is unless verify is "off"
-    seed: int | None  # that gives the same text again; null where several texts are summed up
+    eps_b: float | None  # null unless verify is "off"
+    seed: int | None  # that repeats the text; null where several texts are summed up
     seconds: float  # from the first forward to the last
     timed_out: bool  # whether the server's time limit cut a text short
 
@@ -179,13 +187,10 @@ class CompletionChoice(BaseModel):
     dynamo: Annotated[Figures | None, UNLESS_NONE] = None
 
 
-class Completion(BaseModel):
+class Completion(Head):
     """The answer to a completion, and each chunk of a streamed one."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[CompletionChoice]
     usage: Annotated[Usage | None, UNLESS_NONE] = None
     dynamo: Annotated[Figures | Steps | None, UNLESS_NONE] = None
@@ -220,11 +225,8 @@ class ChatChoice(BaseModel):
     dynamo: Annotated[Figures | None, UNLESS_NONE] = None
 
 
-class ChatCompletion(BaseModel):
-    id: str
+class ChatCompletion(Head):
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
     dynamo: Figures
@@ -243,11 +245,8 @@ class ChatChunkChoice(BaseModel):
     dynamo: Annotated[Figures | None, UNLESS_NONE] = None
 
 
-class ChatChunk(BaseModel):
-    id: str
+class ChatChunk(Head):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
     usage: Annotated[Usage | None, UNLESS_NONE] = None
     dynamo: Annotated[Figures | Steps | None, UNLESS_NONE] = None

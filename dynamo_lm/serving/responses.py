@@ -1,6 +1,6 @@
 """From the engine's events to OpenAI's objects: whole answers, and the chunks of streamed ones.
 
-In: a ticket of the engine. Out: models of `dynamo_lm.serving.protocol`. Every text has a `Text`, which turns tokens into
+In: a request handle of the engine. Out: models of `dynamo_lm.serving.protocol`. A `StreamState` per text turns tokens into
 characters and keeps log-probabilities beside the characters they belong to. Completions and chats differ only in how
 their objects are put together. Knows no network.
 """
@@ -42,8 +42,8 @@ from dynamo_lm.serving.token_text import Vocabulary
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A token with what the base says of it; None of the first token of all, which nothing precedes."""
+class ScoredToken:
+    """A token with its score under the base; None for the first token of all, which nothing precedes."""
 
     token: int
     score: TokenLogProb | None
@@ -51,94 +51,101 @@ class Scored:
 
 
 class StreamState:
-    """One text of an answer while it is written."""
+    """One text of an answer while it is written.
 
-    def __init__(self, ask: GenerationRequest, vocabulary: Vocabulary):
-        self.ask, self.vocabulary = ask, vocabulary
-        self.writer = IncrementalDetokenizer(vocabulary.tokenizer, ask.prompt, ask.stops, keep_stop=False)
-        self.said = ask.echo  # everything given out
+    Attributes:
+        text: every character that was released, the echoed prompt included.
+    """
+
+    def __init__(self, request: GenerationRequest, vocabulary: Vocabulary):
+        self.request, self.vocabulary = request, vocabulary
+        stop_strings = request.stop_strings
+        self.detokenizer = IncrementalDetokenizer(vocabulary.tokenizer, request.prompt, stop_strings, keep_stop=False)
+        self.text = request.echo
         self.finish: Finish | None = None
         self.timed_out = False
         self.statistics: Statistics | None = None
         self.begun = False
         self._unscored: list[int] = []  # tokens that came before their scores
-        self._held: list[Scored] = []  # whose characters were not given out yet
+        self._held: list[ScoredToken] = []  # whose characters are not released yet
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._length = 0  # characters of the tokens so far
 
-    def take(self, event: Event) -> tuple[str, list[Scored]]:
-        """The characters and scored tokens that this event makes certain; what the answer echoes comes with the first."""
-        more = ""
+    def take(self, event: Event) -> tuple[str, list[ScoredToken]]:
+        """The characters and scored tokens that this event completes; what the answer echoes comes with the first."""
+        echo = ""
         if not self.begun:
-            self.begun, more = True, self.ask.echo
-            for token, score in zip(self.ask.prompt, event.prompt_scores, strict=False):  # none, or all
-                self._held.append(self._place(token, score))
-            last = max(0, len(more) - 1)  # a token that begins every text is no part of what is echoed
-            self._held = [replace(each, offset=min(each.offset, last)) for each in self._held]
-            self._length = len(more)
-        if self.ask.options.logprobs is not None:
+            self.begun, echo = True, self.request.echo
+            for token, score in zip(self.request.prompt, event.prompt_scores, strict=False):  # none, or all
+                self._hold(token, score)
+            last = max(0, len(echo) - 1)  # a token that begins every text is no part of what is echoed
+            self._held = [replace(held, offset=min(held.offset, last)) for held in self._held]
+            self._length = len(echo)
+        if self.request.options.logprobs is not None:
             self._unscored += event.tokens
         for score in event.scores:
-            self._held.append(self._place(self._unscored.pop(0), score))
-        new = self.writer.add(event.tokens)
+            self._hold(self._unscored.pop(0), score)
+        new = self.detokenizer.add(event.tokens)
         if event.finished is not None:
-            new += self.writer.end()
-            self.finish = "stop" if event.finished == "stop" or self.writer.ended else "length"
+            new += self.detokenizer.end()
+            self.finish = "stop" if event.finished == "stop" or self.detokenizer.ended else "length"
             self.timed_out, self.statistics = event.timed_out, event.statistics
-        self.said += new
-        return more + new, self._release()
+        self.text += new
+        return echo + new, self._release()
 
-    def _place(self, token: int, score: TokenLogProb | None) -> Scored:
-        placed = Scored(token, score, self._length)
+    def _hold(self, token: int, score: TokenLogProb | None) -> None:
+        self._held.append(ScoredToken(token, score, self._length))
         self._length += len(self._decoder.decode(self.vocabulary.raw(token)))
-        return placed
 
-    def _release(self) -> list[Scored]:
-        """Scored tokens whose characters are out; those of a stop string never are, the end token is, once it is the end."""
-        everything = self.finish is not None and not self.writer.ended
-        count = sum(everything or each.offset < len(self.said) for each in self._held)
+    def _release(self) -> list[ScoredToken]:
+        """Scored tokens whose characters are released; never those of a stop string, the end token once the text ends."""
+        everything = self.finish is not None and not self.detokenizer.ended
+        count = sum(everything or held.offset < len(self.text) for held in self._held)
         released, self._held = self._held[:count], self._held[count:]
         return released
 
 
-def _figures(texts: Sequence[StreamState]) -> Figures:
+def _figures(streams: Sequence[StreamState]) -> Figures:
     """What the texts cost together."""
-    found = [text.statistics for text in texts if text.statistics is not None]
-    alone, options = len(found) == 1, texts[0].ask.options
-    forwards, tokens = sum(each.forwards for each in found), sum(each.new_tokens for each in found)
-    scored = sum(each.scored for each in found) or 1
-    histogram = [sum(sizes) for sizes in zip(*(each.histogram for each in found), strict=True)]
+    statistics = [stream.statistics for stream in streams if stream.statistics is not None]
+    alone, request = len(statistics) == 1, streams[0].request
+
+    def total(name: str) -> Any:
+        return sum(getattr(each, name) for each in statistics)
+
+    forwards, tokens, scored = total("forwards"), total("new_tokens"), total("scored") or 1
+    histogram = [sum(sizes) for sizes in zip(*(each.histogram for each in statistics), strict=True)]
     return Figures(
         forwards=forwards,
         new_tokens=tokens,
         tokens_per_step=round(tokens / forwards, 4) if forwards else 0.0,
-        ceiling=found[0].ceiling,
+        ceiling=statistics[0].ceiling,
         histogram=histogram,
         backed_off=sum(histogram[:-1]),
-        step_sizes=found[0].step_sizes if alone else None,
-        mean_log_likelihood=round(sum(each.log_likelihood for each in found) / scored, 5),
-        mean_regret=round(sum(each.regret for each in found) / scored, 5),
-        verify=options.verify,
-        eps_b=options.algorithm.eps_b if options.off else None,
-        seed=texts[0].ask.seed if alone else None,
-        seconds=round(max(each.seconds for each in found), 4),
-        timed_out=any(text.timed_out for text in texts),
+        step_sizes=statistics[0].step_sizes if alone else None,
+        mean_log_likelihood=round(total("log_likelihood") / scored, 5),
+        mean_regret=round(total("regret") / scored, 5),
+        verify=request.options.verify,
+        eps_b=request.options.algorithm.eps_b if request.options.off else None,
+        seed=request.seed if alone else None,
+        seconds=round(max(each.seconds for each in statistics), 4),
+        timed_out=any(stream.timed_out for stream in streams),
     )
 
 
 class Answer:
-    """One answer while it is written; `CompletionAnswer` and `ChatAnswer` say what its objects look like."""
+    """One answer while it is written; `CompletionAnswer` and `ChatAnswer` put its objects together."""
 
     prefix = ""
 
-    def __init__(self, model: str, ticket: RequestHandle, vocabulary: Vocabulary):
-        self.ticket, self.vocabulary = ticket, vocabulary
+    def __init__(self, model: str, handle: RequestHandle, vocabulary: Vocabulary):
+        self.handle, self.vocabulary = handle, vocabulary
         self.head: dict[str, Any] = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
         }
-        self.texts = [StreamState(seat.ask, vocabulary) for seat in ticket.seats]
+        self.streams = [StreamState(sequence.request, vocabulary) for sequence in handle.sequences]
         self.first_seconds: float | None = None  # from acceptance to the first token
         self._accepted = time.monotonic()
 
@@ -146,76 +153,84 @@ class Answer:
         """The answer in one piece; None if it was cancelled.
 
         Raises:
-            what `Ticket.next` raises.
+            what `RequestHandle.next` raises.
         """
-        scored: list[list[Scored]] = [[] for _ in self.texts]
-        async for event, text in self._events():
-            scored[text.ask.choice] += text.take(event)[1]
-        return self.complete(scored) if all(text.finish for text in self.texts) else None
+        scored: list[list[ScoredToken]] = [[] for _ in self.streams]
+        async for event, stream in self._events():
+            scored[stream.request.choice] += stream.take(event)[1]
+        return self.assemble(scored) if self._finished else None
 
-    async def stream(self, *, usage: bool) -> AsyncIterator[BaseModel]:
-        """The answer in chunks, one a step of each text; with `usage` the last counts tokens.
+    async def chunks(self, *, usage: bool) -> AsyncIterator[BaseModel]:
+        """The answer in chunks, one per step of each text; with `usage` the last one counts tokens.
 
         Raises:
-            what `Ticket.next` raises.
+            what `RequestHandle.next` raises.
         """
-        async for event, text in self._events():
-            begins = not text.begun
-            more, scored = text.take(event)
-            if begins and (opening := self.opening(text)) is not None:
+        async for event, stream in self._events():
+            begins = not stream.begun
+            text, scored = stream.take(event)
+            if begins and (opening := self.opening(stream)) is not None:
                 yield opening
-            if more or scored or event.tokens:
+            if text or scored or event.tokens:
                 step = Steps(step=[self.vocabulary.text(token) for token in event.tokens])
-                yield self.piece(text, more, scored, step)
-            if text.finish is not None:
-                yield self.closing(text)
-        if usage and all(text.finish for text in self.texts):
+                yield self.piece(stream, text, scored, step)
+            if stream.finish is not None:
+                yield self.closing(stream)
+        if usage and self._finished:
             yield self.counted()
 
     async def _events(self) -> AsyncIterator[tuple[Event, StreamState]]:
-        while (event := await self.ticket.next()) is not None:
+        while (event := await self.handle.next()) is not None:
             if self.first_seconds is None and event.tokens:
                 self.first_seconds = time.monotonic() - self._accepted
-            yield event, self.texts[event.seat.ask.choice]
+            yield event, self.streams[event.sequence.request.choice]
+
+    @property
+    def _finished(self) -> bool:
+        return all(stream.finish for stream in self.streams)
 
     @property
     def usage(self) -> Usage:
         """Tokens of prompts, each prompt once, and of texts."""
-        prompts = sum(len(text.ask.prompt) for text in self.texts if text.ask.opens)
-        tokens = sum(text.statistics.new_tokens for text in self.texts if text.statistics is not None)
+        prompts = sum(len(stream.request.prompt) for stream in self.streams if stream.request.first_of_prompt)
+        tokens = sum(stream.statistics.new_tokens for stream in self.streams if stream.statistics is not None)
         return Usage(prompt_tokens=prompts, completion_tokens=tokens, total_tokens=prompts + tokens)
 
     @property
     def facts(self) -> dict[str, Any]:
         """For the log: counts and times, no text."""
-        found = {"texts": len(self.texts), "first_token_seconds": self.first_seconds, **self.usage.model_dump()}
-        if all(text.statistics is not None for text in self.texts):
-            figures = _figures(self.texts)
-            found |= figures.model_dump(include={"forwards", "tokens_per_step", "verify", "eps_b", "timed_out"})
-        return found | {"finish": [text.finish for text in self.texts]}
+        facts = {"texts": len(self.streams), "first_token_seconds": self.first_seconds, **self.usage.model_dump()}
+        if all(stream.statistics is not None for stream in self.streams):
+            figures = _figures(self.streams)
+            facts |= figures.model_dump(include={"forwards", "tokens_per_step", "verify", "eps_b", "timed_out"})
+        return facts | {"finish": [stream.finish for stream in self.streams]}
 
-    def _each(self, text: StreamState) -> Figures | None:
+    def _each(self, stream: StreamState) -> Figures | None:
         """What one of several texts cost."""
-        return _figures([text]) if len(self.texts) > 1 else None
+        return _figures([stream]) if len(self.streams) > 1 else None
 
-    def complete(self, scored: list[list[Scored]]) -> BaseModel:
+    @property
+    def _totals(self) -> dict[str, Any]:
+        return {"usage": self.usage, "dynamo": _figures(self.streams)}
+
+    def assemble(self, scored: list[list[ScoredToken]]) -> BaseModel:
         """The whole answer; scored tokens by text."""
         raise NotImplementedError
 
-    def opening(self, text: StreamState) -> BaseModel | None:
-        """The chunk in front of a text, if there is one."""
+    def opening(self, stream: StreamState) -> BaseModel | None:
+        """The chunk before a text, if there is one."""
         return None
 
-    def piece(self, text: StreamState, more: str, scored: list[Scored], step: Steps) -> BaseModel:
+    def piece(self, stream: StreamState, text: str, scored: list[ScoredToken], step: Steps) -> BaseModel:
         """The chunk of one step."""
         raise NotImplementedError
 
-    def closing(self, text: StreamState) -> BaseModel:
-        """The chunk behind a text."""
+    def closing(self, stream: StreamState) -> BaseModel:
+        """The chunk after a text."""
         raise NotImplementedError
 
     def counted(self) -> BaseModel:
-        """The chunk behind all texts."""
+        """The chunk after all texts."""
         raise NotImplementedError
 
 
@@ -224,32 +239,32 @@ class CompletionAnswer(Answer):
 
     prefix = "cmpl"
 
-    def complete(self, scored: list[list[Scored]]) -> Completion:
+    def assemble(self, scored: list[list[ScoredToken]]) -> Completion:
         choices = [
             CompletionChoice(
-                index=text.ask.choice,
-                text=text.said,
-                logprobs=self._logprobs(text, each),
-                finish_reason=text.finish,
-                dynamo=self._each(text),
+                index=stream.request.choice,
+                text=stream.text,
+                logprobs=self._logprobs(stream, tokens),
+                finish_reason=stream.finish,
+                dynamo=self._each(stream),
             )
-            for text, each in zip(self.texts, scored, strict=True)
+            for stream, tokens in zip(self.streams, scored, strict=True)
         ]
-        return Completion(**self.head, choices=choices, usage=self.usage, dynamo=_figures(self.texts))
+        return Completion(**self.head, choices=choices, **self._totals)
 
-    def piece(self, text: StreamState, more: str, scored: list[Scored], step: Steps) -> Completion:
-        choice = CompletionChoice(index=text.ask.choice, text=more, logprobs=self._logprobs(text, scored))
+    def piece(self, stream: StreamState, text: str, scored: list[ScoredToken], step: Steps) -> Completion:
+        choice = CompletionChoice(index=stream.request.choice, text=text, logprobs=self._logprobs(stream, scored))
         return Completion(**self.head, choices=[choice], dynamo=step)
 
-    def closing(self, text: StreamState) -> Completion:
-        choice = CompletionChoice(index=text.ask.choice, text="", finish_reason=text.finish)
-        return Completion(**self.head, choices=[choice], dynamo=_figures([text]))
+    def closing(self, stream: StreamState) -> Completion:
+        choice = CompletionChoice(index=stream.request.choice, text="", finish_reason=stream.finish)
+        return Completion(**self.head, choices=[choice], dynamo=_figures([stream]))
 
     def counted(self) -> Completion:
-        return Completion(**self.head, choices=[], usage=self.usage, dynamo=_figures(self.texts))
+        return Completion(**self.head, choices=[], **self._totals)
 
-    def _logprobs(self, text: StreamState, scored: list[Scored]) -> CompletionLogprobs | None:
-        if text.ask.options.logprobs is None:
+    def _logprobs(self, stream: StreamState, scored: list[ScoredToken]) -> CompletionLogprobs | None:
+        if stream.request.options.logprobs is None:
             return None
         return CompletionLogprobs(
             tokens=[self.vocabulary.text(each.token) for each in scored],
@@ -258,7 +273,7 @@ class CompletionAnswer(Answer):
             text_offset=[each.offset for each in scored],
         )
 
-    def _top(self, scored: Scored) -> dict[str, float] | None:
+    def _top(self, scored: ScoredToken) -> dict[str, float] | None:
         """The likeliest tokens and the token itself; of tokens that read alike the likeliest."""
         if scored.score is None:
             return None
@@ -273,56 +288,47 @@ class ChatAnswer(Answer):
 
     prefix = "chatcmpl"
 
-    def complete(self, scored: list[list[Scored]]) -> ChatCompletion:
-        choices = []
-        for text, each in zip(self.texts, scored, strict=True):
-            assert text.finish is not None
-            choices.append(
-                ChatChoice(
-                    index=text.ask.choice,
-                    message=AssistantMessage(content=text.said),
-                    logprobs=self._logprobs(text, each),
-                    finish_reason=text.finish,
-                    dynamo=self._each(text),
-                )
+    def assemble(self, scored: list[list[ScoredToken]]) -> ChatCompletion:
+        choices = [
+            ChatChoice(
+                index=stream.request.choice,
+                message=AssistantMessage(content=stream.text),
+                logprobs=self._logprobs(stream, tokens),
+                finish_reason=stream.finish,
+                dynamo=self._each(stream),
             )
-        return ChatCompletion(**self.head, choices=choices, usage=self.usage, dynamo=_figures(self.texts))
+            for stream, tokens in zip(self.streams, scored, strict=True)
+            if stream.finish is not None  # each is
+        ]
+        return ChatCompletion(**self.head, choices=choices, **self._totals)
 
-    def opening(self, text: StreamState) -> ChatChunk:
-        return self._chunk(text, Delta(role="assistant", content=""))
+    def opening(self, stream: StreamState) -> ChatChunk:
+        return self._chunk(stream, Delta(role="assistant", content=""))
 
-    def piece(self, text: StreamState, more: str, scored: list[Scored], step: Steps) -> ChatChunk:
-        return self._chunk(text, Delta(content=more), dynamo=step, logprobs=self._logprobs(text, scored))
+    def piece(self, stream: StreamState, text: str, scored: list[ScoredToken], step: Steps) -> ChatChunk:
+        return self._chunk(stream, Delta(content=text), step, logprobs=self._logprobs(stream, scored))
 
-    def closing(self, text: StreamState) -> ChatChunk:
-        return self._chunk(text, Delta(), dynamo=_figures([text]), finish=text.finish)
+    def closing(self, stream: StreamState) -> ChatChunk:
+        return self._chunk(stream, Delta(), _figures([stream]), finish_reason=stream.finish)
 
     def counted(self) -> ChatChunk:
-        return ChatChunk(**self.head, choices=[], usage=self.usage, dynamo=_figures(self.texts))
+        return ChatChunk(**self.head, choices=[], **self._totals)
 
-    def _chunk(
-        self,
-        text: StreamState,
-        delta: Delta,
-        *,
-        dynamo: Steps | Figures | None = None,
-        logprobs: ChatLogprobs | None = None,
-        finish: Finish | None = None,
-    ) -> ChatChunk:
-        choice = ChatChunkChoice(index=text.ask.choice, delta=delta, logprobs=logprobs, finish_reason=finish)
+    def _chunk(self, stream: StreamState, delta: Delta, dynamo: Steps | Figures | None = None, **more: Any) -> ChatChunk:
+        choice = ChatChunkChoice(index=stream.request.choice, delta=delta, **more)
         return ChatChunk(**self.head, choices=[choice], dynamo=dynamo)
 
-    def _logprobs(self, text: StreamState, scored: list[Scored]) -> ChatLogprobs | None:
-        if text.ask.options.logprobs is None:
+    def _logprobs(self, stream: StreamState, scored: list[ScoredToken]) -> ChatLogprobs | None:
+        if stream.request.options.logprobs is None:
             return None
         content = []
         for each in scored:
             assert each.score is not None
-            top = [self._one(token, log_prob) for token, log_prob in each.score.top]
-            own = self._one(each.token, each.score.log_prob)
+            top = [self._logprob(token, log_prob) for token, log_prob in each.score.top]
+            own = self._logprob(each.token, each.score.log_prob)
             content.append(TokenLogprob(**own.model_dump(), top_logprobs=top))
         return ChatLogprobs(content=content)
 
-    def _one(self, token: int, log_prob: float) -> TopLogprob:
+    def _logprob(self, token: int, log_prob: float) -> TopLogprob:
         raw = self.vocabulary.raw(token)
         return TopLogprob(token=self.vocabulary.text(token), logprob=log_prob, bytes=list(raw))

@@ -61,15 +61,15 @@ def serve(app: FastAPI, bound: socket.socket, seconds: float) -> None:
     Args:
         seconds: the most that an accepted request may take.
     """
-    Server(app.state.gate, seconds).run(sockets=[bound])
+    Server(app.state.middleware, seconds).run(sockets=[bound])
 
 
 class Server(uvicorn.Server):
     """uvicorn, with a shutdown that goes on listening, to refuse, until what was accepted is finished."""
 
-    def __init__(self, gate: LimitsMiddleware, seconds: float):
+    def __init__(self, middleware: LimitsMiddleware, seconds: float):
         config = uvicorn.Config(
-            gate,
+            middleware,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -80,24 +80,24 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=int(GRACE),
         )
         super().__init__(config)
-        self.gate, self.seconds = gate, seconds
+        self.middleware, self.seconds = middleware, seconds
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.gate.stopping or not self.started:
+        if self.middleware.stopping or not self.started:
             self.force_exit = self.should_exit = True
             return
-        self.gate.stopping = True  # main_loop, which looks ten times a second, sees it
+        self.middleware.stopping = True  # main_loop, which looks ten times a second, sees it
 
     async def on_tick(self, counter: int) -> bool:
-        if self.gate.stopping and self._draining is None:
-            log.info("stopping", under_way=self.gate.under_way)
+        if self.middleware.stopping and self._draining is None:
+            log.info("stopping", under_way=self.middleware.under_way)
             self._draining = asyncio.ensure_future(self._drain())
         return await super().on_tick(counter)
 
     async def _drain(self) -> None:
         end = asyncio.get_running_loop().time() + self.seconds + GRACE
-        while self.gate.under_way and asyncio.get_running_loop().time() < end:
+        while self.middleware.under_way and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(0.02)
         self.should_exit = True
 
