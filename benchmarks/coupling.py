@@ -131,7 +131,9 @@ def held_out(model: DynaMoForCausalLM, store: TokenStore, texts: int) -> dict[st
         base = logits[0].double().softmax(-1)
         for at in range(4, len(tokens) - model.num_heads, EVERY):
             heads = HeadCandidates.top(logits[1:, at], TOP_K, 1.0)
-            link = pairwise_correction(learned.tokens, *learned.sides(hidden[1:, at], torch.from_numpy(heads.ids), weights))
+            pairwise = pairwise_correction(
+                learned.tokens, *learned.low_rank_factors(hidden[1:, at], torch.from_numpy(heads.ids), weights)
+            )
             true = tokens[at + 1 : at + 1 + model.num_heads].tolist()
             positions += 1
             for i in extra:
@@ -139,7 +141,7 @@ def held_out(model: DynaMoForCausalLM, store: TokenStore, texts: int) -> dict[st
                 found[i] += len(hit)
                 p = base[at + 1 + i, heads.ids[i]].numpy()
                 for draft, row in sums.items():
-                    coupling = link if draft.coupled else None
+                    coupling = pairwise if draft.coupled else None
                     q = conditional(heads, i, true[: i + 1], model.cooccurrence, draft.alpha_c, 1.0, coupling)
                     row["overlap"][i] += float(p.clip(max=q).sum())
                     if len(hit):

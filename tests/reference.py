@@ -30,12 +30,12 @@ def draw(
     options: Algorithm1,
     generator: torch.Generator | None,
     greedy: bool = False,
-    link: PairwiseCorrection | None = None,
+    pairwise: PairwiseCorrection | None = None,
 ) -> Draw:
     """Back off from m = n to 1; emit the first m that has survivors (method.md section 4)."""
     heads = [candidates(row, options.top_k, options.temperature) for row in logits.tolist()]
     for m in range(len(heads), 0, -1):
-        joint = joint_grid(heads[:m], table, options.alpha_c, link, options.temperature)
+        joint = joint_grid(heads[:m], table, options.alpha_c, pairwise, options.temperature)
         left = survivors(joint, heads, context.tolist(), options)
         if left:
             break
@@ -75,11 +75,11 @@ def candidates(logits: list[float], k: int, temperature: float) -> Head:
     return [(token, power / sum(powers)) for token, power in zip(tokens, powers, strict=True)]
 
 
-def coupled(head: Head, number: int, previous: int, link: PairwiseCorrection | None, temperature: float) -> Head:
+def coupled(head: Head, number: int, previous: int, pairwise: PairwiseCorrection | None, temperature: float) -> Head:
     """Head `number`'s candidates, as a learned coupling sees them behind the token `previous`."""
-    if link is None:
+    if pairwise is None:
         return head
-    bonus = link(number, np.array([previous]), np.array([token for token, _ in head]))[0]
+    bonus = pairwise(number, np.array([previous]), np.array([token for token, _ in head]))[0]
     powers = [probability * math.exp(more / temperature) for (_, probability), more in zip(head, bonus, strict=True)]
     return [(token, power / sum(powers)) for (token, _), power in zip(head, powers, strict=True)]
 
@@ -88,7 +88,7 @@ def joint_grid(
     heads: list[Head],
     table: Cooccurrence | None,
     alpha_c: float,
-    link: PairwiseCorrection | None = None,
+    pairwise: PairwiseCorrection | None = None,
     temperature: float = 1.0,
 ) -> Grid:
     """J: the heads' product times the co-occurrence weight, normalised over the grid; all 0 if nothing was seen."""
@@ -96,7 +96,7 @@ def joint_grid(
     for cell in product(*(range(len(head)) for head in heads)):
         chosen = [heads[0][cell[0]]]
         for number, (head, rank) in enumerate(zip(heads[1:], cell[1:], strict=True), start=2):
-            chosen.append(coupled(head, number, chosen[-1][0], link, temperature)[rank])
+            chosen.append(coupled(head, number, chosen[-1][0], pairwise, temperature)[rank])
         grid[cell] = math.prod(probability for _, probability in chosen)
         if table is not None and alpha_c > 0 and len(heads) > 1:
             tokens = [token for token, _ in chosen]
@@ -174,12 +174,12 @@ def draft(
     temperature: float,
     generator: torch.Generator | None,
     greedy: bool,
-    link: PairwiseCorrection | None = None,
+    pairwise: PairwiseCorrection | None = None,
 ) -> Draft:
     """Token by token from f_i(x) * (p^(h, x) / (p^(h) p^(x)))^alpha_c, with the longest history h that was seen."""
     tokens, ids, proposals = [first], [], []
     for number, row in enumerate(logits.tolist(), start=2):
-        head = coupled(candidates(row, top_k, temperature), number, tokens[-1], link, temperature)
+        head = coupled(candidates(row, top_k, temperature), number, tokens[-1], pairwise, temperature)
         history = tokens if table is None or alpha_c == 0 else tokens[max(0, len(tokens) - (table.order - 1)) :]
         q = conditional(head, history, table, alpha_c)
         while sum(q) == 0:

@@ -76,8 +76,8 @@ def test_shift_and_bonus_are_the_definition(sizes, p, k, head, seed):
         [[slow_bonus(coupling, head, hidden, x, c, weight) for c in candidates.tolist()] for x in previous.tolist()]
     )
     tolerance = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(coupling.bonus(head, hidden, previous, candidates, weight), expected, **tolerance)
-    shift = coupling.shift(head, hidden.expand(p, size), previous)  # (p, hidden)
+    torch.testing.assert_close(coupling.correction(head, hidden, previous, candidates, weight), expected, **tolerance)
+    shift = coupling.hidden_correction(head, hidden.expand(p, size), previous)  # (p, hidden)
     torch.testing.assert_close(shift @ weight[candidates].T, expected, **tolerance)
 
 
@@ -86,11 +86,11 @@ def test_bonus_takes_several_positions_at_once():
     weight = torch.randn(7, 5)
     coupling = shaken(Coupling(3, 4, weight))
     hidden, previous, candidates = torch.randn(2, 3, 5), torch.randint(7, (2, 3, 4)), torch.randint(7, (2, 3, 6))
-    found = coupling.bonus(3, hidden, previous, candidates, weight)
+    found = coupling.correction(3, hidden, previous, candidates, weight)
     assert found.shape == (2, 3, 4, 6)
     for i in range(2):
         for j in range(3):
-            one = coupling.bonus(3, hidden[i, j], previous[i, j], candidates[i, j], weight)
+            one = coupling.correction(3, hidden[i, j], previous[i, j], candidates[i, j], weight)
             torch.testing.assert_close(found[i, j], one)
 
 
@@ -110,7 +110,9 @@ def test_every_architecture_can_be_coupled(name, options):
     weight = model.output_weight(2)
     assert weight.shape == (VOCABULARY, states.shape[1])
     for position in (0, 5, 23):
-        row = model.coupling.bonus(2, states[position], before[position : position + 1], torch.arange(VOCABULARY), weight)
+        row = model.coupling.correction(
+            2, states[position], before[position : position + 1], torch.arange(VOCABULARY), weight
+        )
         torch.testing.assert_close(corrected[position] - logits[position], row[0], rtol=1e-3, atol=1e-3)
 
 
@@ -191,7 +193,7 @@ def naive_losses(model, rows) -> list[Tensor]:
             hidden, logits = model.hidden(torch.tensor([document]))[:, 0], model.logits(torch.tensor([document]))[:, 0]
         for i in range(2, model.num_heads + 1):
             for t in range(len(document) - i):
-                shift = model.coupling.shift(i, hidden[i - 1, t], torch.tensor(document[t + i - 1]))
+                shift = model.coupling.hidden_correction(i, hidden[i - 1, t], torch.tensor(document[t + i - 1]))
                 corrected = logits[i - 1, t] + model.output_weight(i).detach() @ shift
                 sums[i - 2] = sums[i - 2] - torch.log_softmax(corrected, -1)[document[t + i]]
     return sums

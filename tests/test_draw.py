@@ -137,11 +137,11 @@ def test_a_copied_table_points_to_its_own_arrays() -> None:
         {"table": None, "options": Algorithm1(top_k=2, eps_b=0), "limit": 7},  # 2^3 tuples
         {"table": None, "options": Algorithm1(top_k=2, eps_b=0.25), "limit": 7},  # the heads' least likely ones count
         {"options": Algorithm1(top_k=3)},  # which these heads do not have
-        {"links": (np.zeros((2, 2)),) * 2},
+        {"conditionals": (np.zeros((2, 2)),) * 2},
     ],
 )
 def test_what_the_kernels_do_not_draw_from(change) -> None:
-    heads = change.get("heads", HeadCandidates(np.array([[0, 1]] * 3), np.full((3, 2), 0.5), change.get("links", ())))
+    heads = change.get("heads", HeadCandidates(np.array([[0, 1]] * 3), np.full((3, 2), 0.5), change.get("conditionals", ())))
     table = change.get("table", count([np.array([0, 1, 0])], vocab_size=2, order=3))
     options = change.get("options", Algorithm1(top_k=heads.ids.shape[1]))
     with patch.object(algorithm1, "MAX_COMPILED", change.get("limit", algorithm1.MAX_COMPILED)):

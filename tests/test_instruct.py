@@ -425,7 +425,7 @@ def test_a_coupled_head_is_given_the_prompts_last_token_though_it_is_no_target()
     for t, before, target in ((0, 4, 5), (1, 5, 6), (3, 7, 8)):
         state = hidden[1, :, t]
         logits = model.readout(state[None], 2)[0].float()
-        shift = model.coupling.shift(2, state, torch.tensor([before]))
+        shift = model.coupling.hidden_correction(2, state, torch.tensor([before]))
         corrected = logits + torch.nn.functional.linear(shift, model.output_weight(2)).float()
         expected -= corrected.log_softmax(-1)[0, target].item()
     assert sums[3].item() == pytest.approx(expected, rel=1e-5)

@@ -242,21 +242,21 @@ def test_what_survives_and_what_is_drawn_is_the_references(case, greedy: bool, s
 
 
 def some_coupling(seed: int):
-    """A link that adds a number of its own to each (head, token before, token), up to 3 either way."""
+    """A pairwise that adds a number of its own to each (head, token before, token), up to 3 either way."""
 
-    def link(head: int, previous: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    def pairwise(head: int, previous: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         return 3 * np.sin(seed + 7.0 * head + 3.0 * previous[:, None] * (1 + candidates))
 
-    return link
+    return pairwise
 
 
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.booleans())
 def test_a_coupled_draw_is_the_references(case, greedy: bool) -> None:
     logits, context, table, options, seed = case
-    link = some_coupling(seed)
-    mine = draw(logits, torch.tensor(context), table, options, seeded(seed), greedy, link)
-    theirs = reference.draw(logits, torch.tensor(context), table, options, seeded(seed), greedy, link)
+    pairwise = some_coupling(seed)
+    mine = draw(logits, torch.tensor(context), table, options, seeded(seed), greedy, pairwise)
+    theirs = reference.draw(logits, torch.tensor(context), table, options, seeded(seed), greedy, pairwise)
     assert (mine.tokens, mine.backed_off) == (theirs.tokens, theirs.backed_off)
     assert mine.joint == pytest.approx(theirs.joint, rel=1e-9)
 
@@ -320,15 +320,17 @@ def test_a_draft_forgets_its_oldest_tokens_until_something_was_seen() -> None:
 @given(cases(), st.booleans(), st.integers(0, 2), st.booleans())
 def test_a_draft_is_the_references(case, greedy: bool, shorter: int, coupled: bool) -> None:
     logits, context, table, options, seed = case
-    link = some_coupling(seed) if coupled else None
+    pairwise = some_coupling(seed) if coupled else None
     settings_ = {"alpha_c": options.alpha_c, "top_k": options.top_k, "temperature": options.temperature}
     if table is not None and table.order - shorter >= 1:
         order = table.order - shorter
         table = Cooccurrence(
             table.vocab_size, table.keys[:order], table.counts[:order], table.totals[:order], table.min_counts[:order]
         )
-    mine = draft(logits, context[0], table, generator=seeded(seed), greedy=greedy, link=link, **settings_)
-    theirs = reference.draft(logits, context[0], table, generator=seeded(seed), greedy=greedy, link=link, **settings_)
+    mine = draft(logits, context[0], table, generator=seeded(seed), greedy=greedy, pairwise=pairwise, **settings_)
+    theirs = reference.draft(
+        logits, context[0], table, generator=seeded(seed), greedy=greedy, pairwise=pairwise, **settings_
+    )
     assert mine.tokens == theirs.tokens
     for (ids, q), (their_ids, their_q) in zip(mine.proposals, theirs.proposals, strict=True):
         assert torch.equal(ids, their_ids)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dynamo_lm.cooccurrence.counting import count
 from dynamo_lm.decoding.batch import decode
-from dynamo_lm.decoding.draft_length import PATIENCE, TRIALS, WINDOW, AdaptiveDraftLength
+from dynamo_lm.decoding.draft_length import TRIALS, WARM_UP_STEPS, WINDOW, AdaptiveDraftLength
 from dynamo_lm.decoding.draft_tree import ancestry, depths, grow
 from dynamo_lm.decoding.kv_cache import RaggedKVCache
 from dynamo_lm.decoding.options import DecodingOptions
@@ -34,7 +34,7 @@ def heads_and_table(seed: int, n: int, k: int):
 @given(st.integers(0, 999), st.integers(2, 4), st.integers(1, 5), st.integers(1, 12), st.sampled_from([0.0, 0.5, 1.0]))
 def test_a_tree_holds_the_likeliest_paths(seed, n, k, most, alpha_c):
     heads, table = heads_and_table(seed, n, k)
-    how = {"alpha_c": alpha_c, "temperature": 1.0, "link": None}
+    how = {"alpha_c": alpha_c, "temperature": 1.0, "pairwise": None}
     tree = grow(heads, 3, table, most=most, **how)
     paths = [[3]]
     for token, parent in zip(tree.tokens, tree.parents, strict=True):
@@ -76,7 +76,7 @@ def test_the_bases_choices_are_followed_down_the_tree():
         logits[place, best] = 1.0
     # behind the certain token 3 and 4, behind 4 (place 2) 1 and 5 (place 4): the base goes 4, 5, 2
     verdict = accept_tree(logits, [3, 4, 1, 5], [0, 0, 2, 2])
-    assert (verdict.kept, verdict.token, verdict.path) == (2, 2, [2, 4])
+    assert (verdict.accepted, verdict.token, verdict.path) == (2, 2, [2, 4])
     assert accept_tree(logits, [3, 1, 5], [0, 0, 1]).path == []
     spent = accept_tree(logits, [3, 1, 5], [0, 0, 1], regret_budgets=[1.0, 1.0])  # costs 1 nat; then 5 where 0 is best
     assert (spent.path, spent.costs, spent.token) == ([1], [1.0], 0)
@@ -116,7 +116,7 @@ def test_sizes_are_tried_and_then_the_fastest_is_taken():
 
 def test_where_hardly_any_draft_is_kept_none_is_tried_and_taken_if_faster():
     pace, promising, hopeless = AdaptiveDraftLength((4, 8)), [0.9] * 7, [0.05] * 7
-    for step in range(PATIENCE):
+    for step in range(WARM_UP_STEPS):
         assert pace.choose(hopeless) in (4, 8)
         pace.record(pace.choose(hopeless), 1.5, expected=0.3, kept=step % 4 == 0)
     for _ in range(TRIALS):

@@ -196,10 +196,10 @@ def assert_same_verdict(logits, drafts, proposals, regret_budgets, seed) -> int:
         mine = accept_sampled(logits, drafts, proposals, generator, regret_budgets)
     with patch.object(loader, "_sampler", None):
         theirs = accept_sampled(logits, drafts, proposals, twin, regret_budgets)
-    assert (mine.kept, mine.token, mine.path) == (theirs.kept, theirs.token, theirs.path)
+    assert (mine.accepted, mine.token, mine.path) == (theirs.accepted, theirs.token, theirs.path)
     assert mine.costs == pytest.approx(theirs.costs, rel=1e-9, abs=1e-6)
     assert torch.equal(generator.get_state(), twin.get_state())
-    return mine.kept
+    return mine.accepted
 
 
 @needs_kernel
@@ -345,6 +345,6 @@ def test_a_base_with_attention_keeps_its_distribution_too():
 
 def test_no_budget_keeps_what_the_base_cannot_say():
     logits = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 1.0, 2.0]])
-    assert accept_greedy(logits, [2], [1e308]).kept == 0
+    assert accept_greedy(logits, [2], [1e308]).accepted == 0
     certain = (torch.tensor([2]), torch.tensor([1.0], dtype=torch.float64))
-    assert accept_sampled(logits, [2], [certain], torch.Generator().manual_seed(0), [1e308]).kept == 0
+    assert accept_sampled(logits, [2], [certain], torch.Generator().manual_seed(0), [1e308]).accepted == 0

@@ -1,17 +1,18 @@
-"""The decoding loop: one forward of the trunk per step, several tokens per forward (method.md section 4).
+"""The decoding loop: one forward of the model per step, several tokens per forward (docs/method.md section 4).
 
-In: a model, prompts as token ids, and how to choose. Out: tokens and statistics, row by row. One loop serves every mode:
+In: a model, prompts as token ids, and how to choose tokens. Out: tokens and statistics of each sequence. One loop serves
+every mode:
 
-* `verify="off"`: Algorithm 1 draws m tokens from the joint of the heads, and they stand.
-* `verify="strict"`: the base's own next token, certain, and a draft of the following ones from the masked joint. The next
-  forward, which absorbs them, also yields the base's distribution behind each: drafts that pass the exact rejection rule
-  stay, the rest is forgotten by not counting it in the cache.
-* `verify=B`: the same, but a draft that fails stays while the log-likelihood lost so far is at most B nats per token.
+* `verify="off"`: Algorithm 1 draws m tokens from the joint of the heads, and they are emitted unverified.
+* `verify="strict"`: the base's own next token, verified, and a draft of the following ones from the masked joint. The next
+  forward, which takes them in, also yields the base's distribution after each: drafts that pass the exact rejection rule
+  are accepted, and the others are dropped by not counting them in the cache.
+* `verify=B`: the same, but a rejected draft is accepted while the log-likelihood lost so far is at most B nats per token.
   Under greedy decoding drafts may be a small tree (`dynamo_lm.decoding.draft_tree`) in place of a chain, where that pays.
 * one head (`num_heads=1`): the base model, one token a step, by the same code.
 
-Knows nothing about text. Rows have their own lengths and options and do not see each other; they may join and leave a
-running `Batch` between any two steps. `decode` is a batch whose rows all begin together.
+Knows nothing about text. Sequences have their own lengths and options and do not see each other; they may join and leave a
+running `Batch` between any two steps (continuous batching). `decode` is a batch whose sequences all begin together.
 """
 
 from __future__ import annotations
@@ -52,17 +53,17 @@ def decode(
     options: DecodingOptions,
     *,
     seeds: Sequence[int],
-    on_step: Callable[[int, list[int]], None] = lambda row, tokens: None,
+    on_step: Callable[[int, list[int]], None] = lambda sequence, tokens: None,
 ) -> list[SequenceState]:
-    """Continues every prompt; row by row the same as each alone, up to rounding in the forward.
+    """Continues every prompt, each as it would be continued alone, up to rounding in the forward.
 
     Args:
         prompts: token ids, at least one each.
-        seeds: of each row's random numbers.
-        on_step: called with the row's number and the tokens that a step emitted for it.
+        seeds: of each sequence's random numbers.
+        on_step: called with the sequence's number and the tokens that a step emitted for it.
 
     Returns:
-        The rows, in the order of the prompts.
+        The sequences, in the order of the prompts.
 
     Raises:
         InputError: an empty prompt, a prompt longer than the context, options that do not fit the model.
@@ -73,26 +74,26 @@ def decode(
         )
     batch = Batch(model, options.num_heads, compile=options.compile)
     numbered = enumerate(zip(prompts, seeds, strict=True))
-    rows = [batch.join(prompt, options, seed=seed, number=number) for number, (prompt, seed) in numbered]
+    sequences = [batch.join(prompt, options, seed=seed, number=number) for number, (prompt, seed) in numbered]
     while batch.running:
-        for row in batch.step():
-            if row.emitted:
-                on_step(row.number, row.emitted)
-    return rows
+        for sequence in batch.step():
+            if sequence.emitted:
+                on_step(sequence.number, sequence.emitted)
+    return sequences
 
 
 class Batch:
-    """Rows that are decoded together.
+    """Sequences that are decoded together.
 
     Attributes:
-        running: rows that are not finished, newcomers included.
+        running: sequences that are not finished, newcomers included.
     """
 
     def __init__(self, model: MultiHeadLM, num_heads: int, *, compile: bool = False):
         """Arranges the model for up to `num_heads` tokens a step.
 
         Args:
-            compile: steps of one fixed shape, compiled, for one row at a time.
+            compile: steps of one fixed shape, compiled, for one sequence at a time.
 
         Raises:
             InputError: heads that the model does not have; compiling is not possible.
@@ -101,36 +102,36 @@ class Batch:
         self.num_heads, self.compile = num_heads, compile
         self.runner = ModelRunner(model, num_heads, compile=compile)
         self.model = self.runner.model
-        coupling = self.model.coupling  # whose table of tokens the host reads in every step
+        coupling = self.model.coupling  # whose token factors the host reads in every step
         self._embedding = None if coupling is None else coupling.tokens.detach().cpu()
-        self._listed = draft_vocabulary_of(self.model)
+        self._draft_vocabulary = draft_vocabulary_of(self.model)
         self._newcomers: list[SequenceState] = []
-        self._rows: list[SequenceState] = []
-        self._batch_slots: list[int] = []  # of each of them: which of the cache's rows it is; the others are empty
+        self._sequences: list[SequenceState] = []
+        self._slots: list[int] = []  # of the cache, by sequence; the others are empty
         self._cache: RaggedKVCache | None = None
 
     @property
     def running(self) -> list[SequenceState]:
-        return self._rows + self._newcomers
+        return self._sequences + self._newcomers
 
     def join(self, prompt: Sequence[int], options: DecodingOptions, *, seed: int, number: int = 0) -> SequenceState:
-        """Adds a row; its first tokens come with the next step.
+        """Adds a sequence; its first tokens come with the next step.
 
         Args:
             prompt: token ids, at least one.
-            seed: of the row's random numbers.
-            number: what the row is called, and its warps are called with.
+            seed: of the sequence's random numbers.
+            number: identifies the sequence to the caller and to its logits processors.
 
         Raises:
-            InputError: the row cannot be decoded as asked; the batch is as it was.
+            InputError: the sequence cannot be decoded with these options; the batch is as it was.
         """
-        check_row(self.model, prompt, options)
+        check_sequence(self.model, prompt, options)
         n = options.num_heads
         if n > self.num_heads:
             raise InputError(f"num_heads is {n}, but this batch was made for {self.num_heads}; give that or less.")
         if self.compile and self.running:
-            raise InputError("A compiled batch holds one row at a time, and there is one already.")
-        row = SequenceState(
+            raise InputError("A compiled batch holds one sequence at a time, and there is one already.")
+        sequence = SequenceState(
             number,
             list(prompt),
             len(prompt),
@@ -138,34 +139,34 @@ class Batch:
             torch.Generator().manual_seed(seed),
             Statistics(n, proposed=[0] * (n - 1), accepted=[0] * (n - 1)),
             input_ids=list(prompt),
-            pace=_pace(self.model, options),
+            draft_length=_draft_length_of(self.model, options),
             present=_present(prompt, self.model.config.vocab_size) if options.off else None,
             ending="length" if options.max_new_tokens == 0 else None,
         )
-        self._newcomers.append(row)
-        return row
+        self._newcomers.append(sequence)
+        return sequence
 
-    def leave(self, row: SequenceState) -> None:
-        """Drops a row that is running, between steps."""
-        if row in self._newcomers:
-            self._newcomers.remove(row)
-        elif row in self._rows:
+    def leave(self, sequence: SequenceState) -> None:
+        """Drops a running sequence, between steps."""
+        if sequence in self._newcomers:
+            self._newcomers.remove(sequence)
+        elif sequence in self._sequences:
             with torch.inference_mode():
-                self._free({row})
+                self._free({sequence})
                 self._compact()
 
     def step(self) -> list[SequenceState]:
-        """One forward over what every row emitted last, one over the prompts of newcomers, and the tokens that follow.
+        """Decodes with one forward for the running sequences, prefills with another for newcomers, and emits tokens.
 
         Returns:
-            The rows that took part. Those that are finished have left the batch.
+            The sequences that took part. Those that are finished have left the batch.
         """
         stepped = self.running
         with torch.inference_mode():
-            if self._rows:
+            if self._sequences:
                 assert self._cache is not None
-                self._advance(self._rows, self._cache, self._batch_slots, first=False)
-                self._free({row for row in self._rows if row.finished})
+                self._advance(self._sequences, self._cache, self._slots, first=False)
+                self._free({sequence for sequence in self._sequences if sequence.finished})
             if self._newcomers:
                 newcomers, self._newcomers = self._newcomers, []
                 cache = self.runner.new_cache(newcomers)
@@ -174,203 +175,208 @@ class Batch:
             self._compact()
         return stepped
 
-    def _free(self, rows: set[SequenceState]) -> None:
-        """Takes rows out; their seats stay empty."""
-        if not rows:
+    def _free(self, sequences: set[SequenceState]) -> None:
+        """Takes sequences out; their slots stay empty."""
+        if not sequences:
             return
         assert self._cache is not None
-        self._cache.lengths[
-            [batch_slot for row, batch_slot in zip(self._rows, self._batch_slots, strict=True) if row in rows]
-        ] = 0
-        kept = [(row, batch_slot) for row, batch_slot in zip(self._rows, self._batch_slots, strict=True) if row not in rows]
-        self._rows, self._batch_slots = [row for row, _ in kept], [batch_slot for _, batch_slot in kept]
+        pairs = list(zip(self._sequences, self._slots, strict=True))
+        self._cache.lengths[[slot for sequence, slot in pairs if sequence in sequences]] = 0
+        pairs = [(sequence, slot) for sequence, slot in pairs if sequence not in sequences]
+        self._sequences, self._slots = [sequence for sequence, _ in pairs], [slot for _, slot in pairs]
 
     def _allocate(self, newcomers: list[SequenceState], cache: RaggedKVCache) -> None:
-        """Takes in those newcomers that are not finished already: in empty seats, or in new ones behind the others."""
-        if self._cache is None or not self._rows:
-            self._rows, self._batch_slots, self._cache = newcomers, list(range(len(newcomers))), cache
-            self._free({row for row in newcomers if row.finished})
+        """Gives the newcomers that are not finished already empty slots, or new ones after the others."""
+        if self._cache is None or not self._sequences:
+            self._sequences, self._slots, self._cache = newcomers, list(range(len(newcomers))), cache
+            self._free({sequence for sequence in newcomers if sequence.finished})
             return
-        going = [place for place, row in enumerate(newcomers) if not row.finished]
+        going = [place for place, sequence in enumerate(newcomers) if not sequence.finished]
         if not going:
             cache.release()
             return
         if len(going) < len(newcomers):
             cache.select(torch.tensor(going))
-        empty = sorted(set(range(self._cache.rows)) - set(self._batch_slots))
+        empty = sorted(set(range(self._cache.num_slots)) - set(self._slots))
         if len(empty) >= len(going):
-            batch_slots = empty[: len(going)]
-            self._cache.copy_from(cache, torch.arange(len(going)), torch.tensor(batch_slots))
+            slots = empty[: len(going)]
+            self._cache.copy_from(cache, torch.arange(len(going)), torch.tensor(slots))
         else:
-            batch_slots = list(range(self._cache.rows, self._cache.rows + len(going)))
+            slots = list(range(self._cache.num_slots, self._cache.num_slots + len(going)))
             self._cache.extend(cache)
         cache.release()
-        self._rows = self._rows + [newcomers[place] for place in going]
-        self._batch_slots = self._batch_slots + batch_slots
+        self._sequences = self._sequences + [newcomers[place] for place in going]
+        self._slots = self._slots + slots
 
     def _compact(self) -> None:
-        """Gives empty seats back, once they are a quarter of all: each costs a step what a row does."""
-        if not self._rows:
+        """Gives empty slots back, once they are a quarter of all: each costs a step what a sequence does."""
+        if not self._sequences:
             if self._cache is not None:
                 self.runner.release(self._cache)
-            self._cache, self._batch_slots = None, []
-        elif self._cache is not None and 4 * len(self._rows) <= 3 * self._cache.rows:
-            self._cache.select(torch.tensor(self._batch_slots))
-            self._batch_slots = list(range(len(self._rows)))
+            self._cache, self._slots = None, []
+        elif self._cache is not None and 4 * len(self._sequences) <= 3 * self._cache.num_slots:
+            self._cache.select(torch.tensor(self._slots))
+            self._slots = list(range(len(self._sequences)))
 
-    def _advance(self, rows: list[SequenceState], cache: RaggedKVCache, batch_slots: Sequence[int], *, first: bool) -> None:
-        """One step of rows that are all at their prompt (`first`) or all behind it; seats: theirs in the cache."""
+    def _advance(self, sequences: list[SequenceState], cache: RaggedKVCache, slots: Sequence[int], *, first: bool) -> None:
+        """One step of sequences that are all at their prompt (`first`) or all past it; slots: theirs in the cache."""
         began = time.perf_counter()
         if first:
-            for row in rows:
-                row.began = began
-        pace, size, promised = rows[0].pace, rows[0].size, rows[0].expected_accepted
+            for sequence in sequences:
+                sequence.began = began
+        draft_length, size, expected = sequences[0].draft_length, sequences[0].size, sequences[0].expected_accepted
 
-        # 1. Absorb: one forward over what every row emitted (or drafted) last.
-        read = Candidates(self.model, rows, self._forward(rows, cache, batch_slots, first), self._listed, self._embedding)
-        scores = LogProbs(read.logits)
+        # 1. Prefill or decode: one forward over the prompts, or over what every sequence emitted (or drafted) last.
+        candidates = Candidates(
+            self.model, sequences, self._forward(sequences, cache, slots, first), self._draft_vocabulary, self._embedding
+        )
+        scores = LogProbs(candidates.logits)
 
-        # 2. Judge: how many of the absorbed tokens stay, and the base's next token behind them.
-        verified = [self._verify(r, row, read.logits[r], scores, first) for r, row in enumerate(rows)]
-        if not first and any(row.branches for row in rows):
-            cache.gather(cache.by_batch_slot(batch_slots, [one.path for one in verified], []))
-        kept = [row.prompt_length if first else 1 + len(one.path) for row, one in zip(rows, verified, strict=True)]
-        cache.commit(torch.tensor(cache.by_batch_slot(batch_slots, kept, 0)))
+        # 2. Verify: how many of the input tokens are accepted, and the base's next token after them.
+        verified = [self._verify(r, sequence, candidates.logits[r], scores, first) for r, sequence in enumerate(sequences)]
+        if not first and any(sequence.branches for sequence in sequences):
+            cache.gather(cache.by_slot(slots, [result.path for result in verified], []))
+        kept = [
+            sequence.prompt_length if first else 1 + len(result.path)
+            for sequence, result in zip(sequences, verified, strict=True)
+        ]
+        cache.commit(torch.tensor(cache.by_slot(slots, kept, 0)))
 
-        # 3. Choose: from all heads behind the last token that stays, a draft of the tokens behind the certain one, or m
-        # tokens at once.
-        chosen = read.at([one.last for one in verified])
-        for r, (row, one) in enumerate(zip(rows, verified, strict=True)):
-            if row.ending:
+        # 3. Choose: from all heads at the last accepted token, a draft of the tokens after the verified one, or m tokens at
+        # once.
+        chosen = candidates.at([result.last for result in verified])
+        for r, (sequence, result) in enumerate(zip(sequences, verified, strict=True)):
+            if sequence.ending:
                 continue
-            if row.options.off:
-                drawn = self._draw(row, *chosen[r], int(cache.lengths[batch_slots[r]]))
-                scores.add(row, r, drawn[:1], behind=[one.last])
-                one.emitted.extend(drawn)
+            if sequence.options.off:
+                drawn = self._draw(sequence, *chosen[r], int(cache.lengths[slots[r]]))
+                scores.add(sequence, r, drawn[:1], after=[result.last])
+                result.emitted.extend(drawn)
             else:
-                self._draft(row, *chosen[r], one.emitted, alone=len(rows) == 1)
+                self._draft(sequence, *chosen[r], result.emitted, alone=len(sequences) == 1)
 
-        # 4. Emit, as far as no stop rule cuts it short.
-        for r, (row, one) in enumerate(zip(rows, verified, strict=True)):
-            row.statistics.forwards += 1
-            if row.ending:
-                row.emitted, row.finished = [], row.ending
+        # 4. Emit, up to the first stopping criterion.
+        for r, (sequence, result) in enumerate(zip(sequences, verified, strict=True)):
+            sequence.statistics.forwards += 1
+            if sequence.ending:
+                sequence.emitted, sequence.finished = [], sequence.ending
             else:
-                count = row.emit(one.emitted, self.runner.context)
-                if not row.options.off:
-                    scores.add(row, r, row.emitted, behind=[0, *one.path], costs=one.costs[:count])
-                if row.ending and row.options.off and row.options.logprobs is not None and count > 1:
-                    row.input_ids, row.parents = row.emitted, list(range(count - 1))  # one more forward scores them
+                count = sequence.emit(result.emitted, self.runner.context)
+                if not sequence.options.off:
+                    scores.add(sequence, r, sequence.emitted, after=[0, *result.path], costs=result.costs[:count])
+                if sequence.ending and sequence.options.off and sequence.options.logprobs is not None and count > 1:
+                    # One more forward scores them.
+                    sequence.input_ids, sequence.parents = sequence.emitted, list(range(count - 1))
                 else:
-                    row.finished = row.ending
-            row.statistics.seconds = time.perf_counter() - row.began
-        if len(rows) == 1 and pace is not None and size > 0:
-            pace.record(size, time.perf_counter() - began, promised, len(verified[0].emitted) - 1)
+                    sequence.finished = sequence.ending
+            sequence.statistics.seconds = time.perf_counter() - sequence.began
+        if len(sequences) == 1 and draft_length is not None and size > 0:
+            draft_length.record(size, time.perf_counter() - began, expected, len(verified[0].emitted) - 1)
 
-    def _forward(self, rows: list[SequenceState], cache: RaggedKVCache, batch_slots: Sequence[int], first: bool) -> Tensor:
-        """Final hidden states of the heads, (n, rows, width, hidden), of prompts those at their end alone."""
+    def _forward(self, sequences: list[SequenceState], cache: RaggedKVCache, slots: Sequence[int], first: bool) -> Tensor:
+        """Final hidden states of the heads, (n, sequences, width, hidden); of prompts those at their end alone."""
         if not first:
-            return self.runner.decode(rows, cache, batch_slots)
-        ends, whole = self.runner.prefill(rows, cache)
+            return self.runner.decode(sequences, cache, slots)
+        ends, whole = self.runner.prefill(sequences, cache)
         if whole is not None:
-            self._score_prompts(rows, whole)
+            self._score_prompts(sequences, whole)
         return ends
 
-    def _verify(self, r: int, row: SequenceState, logits: Tensor, scores: LogProbs, first: bool) -> _Verified:
-        """What stays of one row's pending tokens; logits: (width, vocabulary), the base's behind each of them."""
-        drafts = [] if first else row.input_ids[1:]
-        if row.options.off or row.ending:
-            scores.add(row, r, drafts)
+    def _verify(self, r: int, sequence: SequenceState, logits: Tensor, scores: LogProbs, first: bool) -> _Verified:
+        """Which of one sequence's input tokens are accepted; logits: (width, vocabulary), the base's after each of them."""
+        drafts = [] if first else sequence.input_ids[1:]
+        if sequence.options.off or sequence.ending:
+            scores.add(sequence, r, drafts)
             return _Verified([], [], list(range(1, len(drafts) + 1)), len(drafts))
-        options = row.options
-        processed = _process_logits(row, logits, first) if options.logits_processors else logits
+        options = sequence.options
+        processed = _process_logits(sequence, logits, first) if options.logits_processors else logits
         if options.sample:
-            verdict = accept_sampled(processed, drafts, row.proposals, row.generator, row.regret_budgets)
-        elif row.pace is None:
-            verdict = accept_greedy(processed, drafts, row.regret_budgets)
+            verification = accept_sampled(processed, drafts, sequence.proposals, sequence.generator, sequence.regret_budgets)
+        elif sequence.draft_length is None:
+            verification = accept_greedy(processed, drafts, sequence.regret_budgets)
         else:
-            verdict = accept_tree(processed, drafts, row.parents, row.regret_budgets)
-        kept, token, spent, path = verdict
-        for position in range(max(depths(row.parents)) if row.pace is not None else len(drafts)):
-            row.statistics.proposed[position] += position <= kept  # after a refusal nothing is looked at
-            row.statistics.accepted[position] += position < kept
-        return _Verified([*(row.input_ids[place] for place in path), token], [*spent, 0.0], path, path[-1] if path else 0)
+            verification = accept_tree(processed, drafts, sequence.parents, sequence.regret_budgets)
+        accepted, token, costs, path = verification
+        for position in range(max(depths(sequence.parents)) if sequence.draft_length is not None else len(drafts)):
+            sequence.statistics.proposed[position] += position <= accepted  # drafts after a rejected one are not verified
+            sequence.statistics.accepted[position] += position < accepted
+        return _Verified(
+            [*(sequence.input_ids[place] for place in path), token], [*costs, 0.0], path, path[-1] if path else 0
+        )
 
     def _draw(
-        self, row: SequenceState, heads: HeadCandidates | None, link: PairwiseCorrection | None, held: int
+        self, sequence: SequenceState, heads: HeadCandidates | None, pairwise: PairwiseCorrection | None, held: int
     ) -> list[int]:
-        """The tokens of one step of Algorithm 1, which are the next pending ones; a row near its end uses fewer heads."""
-        options, algorithm = row.options, row.options.algorithm
-        assert heads is not None and row.present is not None
-        room = max(1, min(options.num_heads, row.left, self.runner.context - held))
+        """The tokens of one step of Algorithm 1, the next input; a sequence near its end uses fewer heads."""
+        options, algorithm = sequence.options, sequence.options.algorithm
+        assert heads is not None and sequence.present is not None
+        room = max(1, min(options.num_heads, sequence.left, self.runner.context - held))
         heads = heads.of(0, room)
-        if link is not None and room > 1:
-            heads = heads.coupled(link, algorithm.temperature)
+        if pairwise is not None and room > 1:
+            heads = heads.coupled(pairwise, algorithm.temperature)
         table = self.model.cooccurrence
-        drawn = draw_from(heads, row.present, table, algorithm, row.generator, greedy=not options.sample)
-        row.input_ids, row.parents = list(drawn.tokens), list(range(len(drawn.tokens) - 1))
+        drawn = draw_from(heads, sequence.present, table, algorithm, sequence.generator, greedy=not options.sample)
+        sequence.input_ids, sequence.parents = list(drawn.tokens), list(range(len(drawn.tokens) - 1))
         return list(drawn.tokens)
 
     def _draft(
         self,
-        row: SequenceState,
+        sequence: SequenceState,
         heads: HeadCandidates | None,
-        link: PairwiseCorrection | None,
+        pairwise: PairwiseCorrection | None,
         emitted: list[int],
         *,
         alone: bool,
     ) -> None:
-        """Sets what the row's next forward absorbs: its last certain token and drafts of those behind it.
+        """Sets what the sequence's next forward takes in: its last verified token and drafts of those after it.
 
-        A tree whose size is measured is for a row alone: in a batch a forward is wide already.
+        A tree whose size is measured is for a single sequence: in a batch a forward is wide already.
         """
-        options, verified_token = row.options, emitted[-1]
-        row.input_ids, row.parents, row.proposals, row.size = [verified_token], [], [], 0
-        room = min(options.num_heads, min(self.runner.context - len(row.tokens), row.left) - len(emitted)) - 1
+        options, verified_token = sequence.options, emitted[-1]
+        sequence.input_ids, sequence.parents, sequence.proposals, sequence.size = [verified_token], [], [], 0
+        room = min(options.num_heads, min(self.runner.context - len(sequence.tokens), sequence.left) - len(emitted)) - 1
         if heads is None or room <= 0:
             return
         alpha_c, temperature, table = options.algorithm.alpha_c, options.draft_temperature, self.model.cooccurrence
         how = {"alpha_c": alpha_c, "temperature": temperature}
-        if row.pace is not None and (alone or options.tree is not None):
-            tree = grow(heads.of(0, room), verified_token, table, **how, link=link, most=row.pace.sizes[-1] - 1)
-            row.size = row.pace.choose(tree.probabilities)
-            tree = tree.first(row.size - 1)
-            row.input_ids, row.parents, row.expected_accepted = (
-                [verified_token, *tree.tokens],
-                tree.parents,
-                sum(tree.probabilities),
+        if sequence.draft_length is not None and (alone or options.tree is not None):
+            tree = grow(
+                heads.of(0, room), verified_token, table, **how, pairwise=pairwise, most=sequence.draft_length.sizes[-1] - 1
             )
+            sequence.size = sequence.draft_length.choose(tree.probabilities)
+            tree = tree.first(sequence.size - 1)
+            sequence.input_ids, sequence.parents = [verified_token, *tree.tokens], tree.parents
+            sequence.expected_accepted = sum(tree.probabilities)
             return
         greedy = not options.sample
         drafted = draft_from(
-            heads.of(0, room), verified_token, table, **how, generator=row.generator, greedy=greedy, link=link
+            heads.of(0, room), verified_token, table, **how, generator=sequence.generator, greedy=greedy, pairwise=pairwise
         )
-        row.input_ids, row.proposals = (
-            [verified_token, *drafted.tokens],
-            [] if greedy else drafted.proposals,
-        )  # nobody asks for those
-        row.parents = list(range(len(drafted.tokens)))
+        sequence.input_ids, sequence.parents = [verified_token, *drafted.tokens], list(range(len(drafted.tokens)))
+        sequence.proposals = [] if greedy else drafted.proposals  # greedy verification does not read them
 
-    def _score_prompts(self, rows: list[SequenceState], hidden: Tensor) -> None:
-        """Scores the prompts of the rows that ask for it; hidden: the base's final states, (rows, width, hidden)."""
-        for r, row in enumerate(rows):
-            if not row.options.prompt_logprobs:
+    def _score_prompts(self, sequences: list[SequenceState], hidden: Tensor) -> None:
+        """Scores the prompts of sequences with `prompt_logprobs`; hidden: the base's, (sequences, width, hidden)."""
+        for r, sequence in enumerate(sequences):
+            if not sequence.options.prompt_logprobs:
                 continue
-            row.prompt_scores = [None]
-            for start in range(0, row.prompt_length - 1, CHUNK):
-                end = min(start + CHUNK, row.prompt_length - 1)
+            sequence.prompt_scores = [None]
+            for start in range(0, sequence.prompt_length - 1, CHUNK):
+                end = min(start + CHUNK, sequence.prompt_length - 1)
                 logits = self.model.readout(hidden[r, start:end][None]).cpu().float()  # (1, chunk, vocabulary)
                 scores = LogProbs(logits)
-                row.prompt_scores += [scores.of(row, 0, row.tokens[at + 1], at - start) for at in range(start, end)]
+                sequence.prompt_scores += [
+                    scores.of(sequence, 0, sequence.tokens[at + 1], at - start) for at in range(start, end)
+                ]
 
 
 class _Verified(NamedTuple):
-    """What one step keeps of what a row absorbed."""
+    """What one step keeps of a sequence's input tokens."""
 
-    emitted: list[int]  # tokens that are certain now; none under "off", which draws them later
+    emitted: list[int]  # verified tokens; none under "off", which draws them later
     costs: list[float]  # of each, if it was verified
-    path: list[int]  # where the pending tokens that stay are, behind the first
-    last: int  # where the last of them is
+    path: list[int]  # places of the accepted input tokens after the first
+    last: int  # place of the last accepted one
 
 
 def check_heads(model: MultiHeadLM, num_heads: int) -> None:
@@ -379,8 +385,8 @@ def check_heads(model: MultiHeadLM, num_heads: int) -> None:
         raise InputError(f"num_heads is {num_heads}, but the model has {model.num_heads}; give 1 to {model.num_heads}.")
 
 
-def check_row(model: MultiHeadLM, prompt: Sequence[int], options: DecodingOptions) -> None:
-    """The preconditions of one row. Raises InputError."""
+def check_sequence(model: MultiHeadLM, prompt: Sequence[int], options: DecodingOptions) -> None:
+    """The preconditions of one sequence. Raises InputError."""
     check_heads(model, options.num_heads)
     context = context_limit(model.config)
     if len(prompt) == 0:
@@ -403,20 +409,20 @@ def check_row(model: MultiHeadLM, prompt: Sequence[int], options: DecodingOption
         check(options.algorithm, needed, model.config.vocab_size, model.cooccurrence)
 
 
-def _process_logits(row: SequenceState, logits: Tensor, first: bool) -> Tensor:
-    """What the base samples from behind each absorbed token; logits and result: (width, vocabulary)."""
-    behind = row.tokens if first else row.tokens + row.input_ids[1:]
+def _process_logits(sequence: SequenceState, logits: Tensor, first: bool) -> Tensor:
+    """What the base samples from after each input token; logits and result: (width, vocabulary)."""
+    tokens = sequence.tokens if first else sequence.tokens + sequence.input_ids[1:]
     result = []
-    for position, line in enumerate(logits[: len(behind) - len(row.tokens) + 1]):
-        so_far = torch.tensor(behind[: len(row.tokens) + position])
-        for processor in row.options.logits_processors:
-            line = processor(row.number, so_far, line)
+    for position, line in enumerate(logits[: len(tokens) - len(sequence.tokens) + 1]):
+        so_far = torch.tensor(tokens[: len(sequence.tokens) + position])
+        for processor in sequence.options.logits_processors:
+            line = processor(sequence.number, so_far, line)
         result.append(line)
     return torch.stack(result)
 
 
-def _pace(model: MultiHeadLM, options: DecodingOptions) -> AdaptiveDraftLength | None:
-    """How many drafts a step carries, if they are a tree: for greedy choices of unwarped logits."""
+def _draft_length_of(model: MultiHeadLM, options: DecodingOptions) -> AdaptiveDraftLength | None:
+    """How many drafts a step carries, if they are a tree: for greedy choices without logits processors."""
     n = options.num_heads
     if options.sample or options.off or options.logits_processors or n == 1 or options.tree == 0:
         return None

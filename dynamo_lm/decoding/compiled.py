@@ -199,7 +199,7 @@ def _named(cache: StaticKVCache, *, attention_mask: Any, **inputs: Any) -> dict[
     """The tensors among a step's inputs, by name."""
     masks = attention_mask if isinstance(attention_mask, dict) else {"": attention_mask}
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-    return tensors | {f"attention_mask {kind}": mask for kind, mask in masks.items()} | {"slots": cache.slots}  # type: ignore[dict-item]
+    return tensors | {f"attention_mask {kind}": mask for kind, mask in masks.items()} | {"slots": cache.write_positions}  # type: ignore[dict-item]
 
 
 def _marked(step: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -8,46 +8,43 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-TRIALS = 3  # steps of each size before the times are believed
-
-
+TRIALS = 3  # steps of each size before the times count
 WINDOW = 15  # latest steps of each size, whose median counts
-
-
-PATIENCE, RARELY = 24, 0.75  # after so many steps with fewer kept drafts each, steps without drafts are tried, too
+WARM_UP_STEPS = 24  # before steps without drafts are tried, too ..
+MIN_ACCEPTED = 0.75  # .. and only if fewer drafts a step were accepted
 
 
 @dataclass
 class AdaptiveDraftLength:
-    """How many drafts a step should carry: what steps of each size took, and how far draft probabilities can be trusted."""
+    """How many drafts a step should carry, by the time of steps of each size and the drafts that were accepted."""
 
-    sizes: tuple[int, ...]  # tokens in a forward, the certain one included, ascending
+    sizes: tuple[int, ...]  # tokens in a forward, the verified one included, ascending
     seconds: dict[int, deque[float]] = field(default_factory=dict)  # of the latest steps of each size
     steps: int = 0
-    expected: float = 0.0  # tokens that the probabilities promised
-    kept: int = 0  # and that were kept
+    expected: float = 0.0  # accepted drafts by the draft probabilities
+    accepted: int = 0  # accepted drafts
 
-    def record(self, size: int, seconds: float, expected: float, kept: int) -> None:
-        """A step with `size` tokens took so long; its drafts promised `expected` kept tokens, and `kept` were."""
+    def record(self, size: int, seconds: float, expected: float, accepted: int) -> None:
+        """Records a step of `size` tokens; `expected` of its drafts should have been accepted, and `accepted` were."""
         self.seconds.setdefault(size, deque(maxlen=WINDOW)).append(seconds)
         self.steps += 1
         self.expected += expected
-        self.kept += kept
+        self.accepted += accepted
 
     @property
-    def considered(self) -> tuple[int, ...]:
-        """The sizes, and no draft at all where so few were kept that this may be faster."""
-        rare = self.steps >= PATIENCE and self.kept < RARELY * self.steps
+    def candidates(self) -> tuple[int, ...]:
+        """The sizes, and no draft at all where so few were accepted that this may be faster."""
+        rare = self.steps >= WARM_UP_STEPS and self.accepted < MIN_ACCEPTED * self.steps
         return (1, *self.sizes) if rare and len(self.sizes) > 1 else self.sizes
 
     def choose(self, probabilities: Sequence[float]) -> int:
         """The size with the most tokens a second for drafts of these (falling) path probabilities."""
-        for size in self.considered:
+        for size in self.candidates:
             if len(self.seconds.get(size, ())) < TRIALS:
                 return size
-        trust = self.kept / self.expected if self.expected else 1.0
+        trust = self.accepted / self.expected if self.expected else 1.0
 
         def rate(size: int) -> float:
             return (1 + trust * sum(probabilities[: size - 1])) / float(np.median(self.seconds[size]))
 
-        return max(self.considered, key=rate)
+        return max(self.candidates, key=rate)

@@ -1,7 +1,7 @@
 """Drafts as a small tree: several continuations verified in one forward, where the machine does that nearly for free.
 
 A chain of drafts ends at its first mistake; a tree that holds the next best tokens too often goes on. In: candidates of
-heads 2..n and the certain token. Out: tokens with their parents, the likeliest paths first. How many of them are worth a
+heads 2..n and the verified token. Out: tokens with their parents, the likeliest paths first. How many of them are worth a
 forward depends on what a wider forward costs, which `AdaptiveDraftLength` learns from the steps themselves. Knows no model.
 """
 
@@ -17,7 +17,7 @@ from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.sampling.drafting import conditional
 from dynamo_lm.sampling.top_k import HeadCandidates, PairwiseCorrection
 
-BRANCHES = 8  # children looked at behind each token
+BRANCHES = 8  # children looked at after each token
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Tree:
     """Drafted tokens; every parent comes before its children."""
 
     tokens: list[int]
-    parents: list[int]  # index of the token before, counted with the certain token as 0
+    parents: list[int]  # index of the token before, counted with the verified token as 0
     probabilities: list[float]  # of the whole path, by the draft distribution; falling
 
     def first(self, count: int) -> Tree:
@@ -40,28 +40,28 @@ def grow(
     *,
     alpha_c: float,
     temperature: float,
-    link: PairwiseCorrection | None,
+    pairwise: PairwiseCorrection | None,
     most: int,
 ) -> Tree:
-    """The `most` likeliest paths behind the certain token `first`, by the distribution that drafts are drawn from.
+    """The `most` likeliest paths after the verified token `first`, by the distribution that drafts are drawn from.
 
     Args:
         heads: candidates of heads 2..n; paths have at most as many tokens.
-        table, alpha_c, temperature, link: as in `dynamo_lm.sampling.drafting.draft`.
+        table, alpha_c, temperature, pairwise: as in `dynamo_lm.sampling.drafting.draft`.
     """
     tree = Tree([], [], [])
     waiting: list[tuple[float, int, int, int]] = []  # (-probability of the path, tie-break, parent, token)
     paths: list[list[int]] = [[first]]
 
-    def look_behind(index: int, probability: float) -> None:
+    def look_after(index: int, probability: float) -> None:
         depth = len(paths[index]) - 1
         if depth < len(heads.ids):
-            q = conditional(heads, depth, paths[index], table, alpha_c, temperature, link)
+            q = conditional(heads, depth, paths[index], table, alpha_c, temperature, pairwise)
             for rank in np.argsort(-q, kind="stable")[:BRANCHES].tolist():
                 if q[rank] > 0:
                     heapq.heappush(waiting, (-probability * q[rank], len(waiting), index, int(heads.ids[depth, rank])))
 
-    look_behind(0, 1.0)
+    look_after(0, 1.0)
     while waiting and len(tree.tokens) < most:
         negative, _, parent, token = heapq.heappop(waiting)
         tree.tokens.append(token)
@@ -69,12 +69,12 @@ def grow(
         tree.probabilities.append(-negative)
         paths.append([*paths[parent], token])
         if len(tree.tokens) < most:
-            look_behind(len(paths) - 1, -negative)
+            look_after(len(paths) - 1, -negative)
     return tree
 
 
 def depths(parents: Sequence[int]) -> list[int]:
-    """Steps from the certain token, which comes first, (1 + tokens,)."""
+    """Steps from the verified token, which comes first, (1 + tokens,)."""
     found = [0]
     for parent in parents:
         found.append(found[parent] + 1)

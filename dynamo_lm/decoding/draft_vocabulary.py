@@ -1,8 +1,9 @@
 """The tokens that drafts are taken from, where the vocabulary is large: the commonest ones of the counted text.
 
-A draft has only to be good; what it may be, verification decides. Reading heads 2.. over a vocabulary of 50,000 or 250,000
-tokens costs a step as much as many layers, and nearly all of those tokens make up a hundredth of a text. In: a model with a
-table. Out: ids, and logits of heads over these ids alone, through a copy of their rows of the output embedding.
+A draft outside the list costs a missed token and no error, since verification decides what is emitted. Reading heads 2..
+over a vocabulary of 50,000 or 250,000 tokens costs a step as much as many layers, and nearly all of those tokens make up a
+hundredth of a text. In: a model with a table. Out: ids, and logits of heads over these ids alone, through a copy of their
+rows of the output embedding.
 """
 
 from __future__ import annotations

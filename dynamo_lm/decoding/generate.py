@@ -134,7 +134,9 @@ def generate(
             logits_processors=_logits_processors(
                 logits_processor, off, [input_ids.shape[1] - len(prompt) for prompt in prompts]
             ),
-            stops=tuple(_stop(c) for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))),
+            stopping_criteria=tuple(
+                _stop(c) for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))
+            ),
         )
 
         def stepped(row: int, tokens: list[int]) -> None:

@@ -35,8 +35,8 @@ class HeatMap:
 
     prompt: str
     top_k: int  # candidates of each head; probabilities sum to 1 over all k x k pairs
-    eps_b: float  # the dial at which `emits` was decided
-    emits: bool  # whether two tokens would be emitted at that dial, after penalty; else one
+    eps_b: float  # the threshold at which `emits` was decided
+    emits: bool  # whether two tokens would be emitted at that threshold, after penalty; else one
     masked_by_table: bool  # False: the model has no tables, `masked` equals `plain`
     rows: list[str]  # (shown,) candidates of head 1 as text
     columns: list[str]  # (shown,) of head 2
@@ -98,9 +98,9 @@ def heatmap(model: MultiHeadLM, tokenizer: Any, prompt: str, *, eps_b: float | N
     logits = torch.cat([model.readout(state, head)[0] for head, state in enumerate(states, start=1)])  # (2, V)
     eps_b = Settings({"eps_b": eps_b}, model.generation_config).get("eps_b", Algorithm1().eps_b)
     options = Algorithm1(eps_b=eps_b, top_k=min(Algorithm1().top_k, model.config.vocab_size))
-    heads, found, emits = grids(logits.float().cpu(), model.cooccurrence, options, ids)
+    heads, stages, emits = grids(logits.float().cpu(), model.cooccurrence, options, ids)
     shown = min(SHOWN, options.top_k)
-    best = np.unravel_index(int(found["masked"].argmax()), found["masked"].shape)
+    best = np.unravel_index(int(stages["masked"].argmax()), stages["masked"].shape)
 
     def text(head: int, rank: int) -> str:
         return tokenizer.decode([int(heads.ids[head, rank])])
@@ -113,13 +113,13 @@ def heatmap(model: MultiHeadLM, tokenizer: Any, prompt: str, *, eps_b: float | N
         masked_by_table=model.cooccurrence is not None,
         rows=[text(0, rank) for rank in range(shown)],
         columns=[text(1, rank) for rank in range(shown)],
-        survivors=int((found["thresholded"] > 0).sum()),
+        survivors=int((stages["thresholded"] > 0).sum()),
         chosen=[int(rank) for rank in best],
         chosen_text=[text(head, int(rank)) for head, rank in enumerate(best)],
-        shown_mass=_rounded(found["masked"][:shown, :shown].sum()),
+        shown_mass=_rounded(stages["masked"][:shown, :shown].sum()),
         **{
             name: [[_rounded(value) for value in row] for row in grid[:shown, :shown].tolist()]
-            for name, grid in found.items()
+            for name, grid in stages.items()
         },
     )
 

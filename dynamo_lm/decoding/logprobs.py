@@ -1,6 +1,6 @@
-"""What the base model says of emitted tokens: log-likelihood, regret, and scores of single tokens if asked for.
+"""The base model's view of emitted tokens: log-likelihood, regret, and scores of single tokens if requested.
 
-In: the base's logits behind every token that a forward absorbed. Out: numbers, added to rows. Whatever chose the tokens,
+In: the base's logits after every input token of a forward. Out: numbers, added to sequences. However the tokens were chosen,
 these are the base's own, at temperature 1 over the whole vocabulary.
 """
 
@@ -27,41 +27,40 @@ def normalisers(logits: Tensor) -> Tensor:
 
 
 class LogProbs:
-    """What the base says of tokens, from its logits behind each absorbed one."""
+    """The base's log-probabilities of tokens, from its logits after each input token."""
 
     def __init__(self, logits: Tensor):
-        """logits: (rows, width, vocabulary) float32 on the CPU."""
+        """logits: (sequences, width, vocabulary) float32 on the CPU."""
         self.logits, self.normaliser = logits.numpy(), normalisers(logits).numpy()
 
-    def of(self, row: SequenceState, r: int, token: int, place: int) -> TokenLogProb:
-        """The score of a token behind the r-th row's absorbed token `place`."""
+    def of(self, sequence: SequenceState, r: int, token: int, place: int) -> TokenLogProb:
+        """The score of a token after the r-th sequence's input token `place`."""
         line, normaliser = self.logits[r, place], float(self.normaliser[r, place])
-        best = torch.from_numpy(line).topk(min(row.options.logprobs or 0, len(line)))
+        best = torch.from_numpy(line).topk(min(sequence.options.logprobs or 0, len(line)))
         top = [(token, value - normaliser) for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
         return TokenLogProb(float(line[token]) - normaliser, top)
 
     def add(
         self,
-        row: SequenceState,
+        sequence: SequenceState,
         r: int,
         tokens: Sequence[int],
         *,
-        behind: Sequence[int] | None = None,
+        after: Sequence[int] | None = None,
         costs: Sequence[float] | None = None,
     ) -> None:
-        """Adds the log-likelihood and the regret of tokens[i] behind absorbed token behind[i] (or i) of the r-th row.
+        """Adds the log-likelihood and the regret of tokens[i] after input token after[i] (or i) of the r-th sequence.
 
-        `costs` are the regrets of tokens that were verified; without them nobody looked, and the regret is against the
-        base's first choice.
+        `costs` are the regrets of tokens that were verified; without them the regret is against the base's first choice.
         """
-        statistics = row.statistics
+        statistics = sequence.statistics
         for i, token in enumerate(tokens):
-            place = i if behind is None else behind[i]
+            place = i if after is None else after[i]
             line = self.logits[r, place]
             statistics.log_likelihood += float(line[token] - self.normaliser[r, place])
             statistics.scored += 1
             regret = float(line.max() - line[token]) if costs is None else costs[i]
             statistics.regret += regret
             statistics.unverified += costs is None or regret > 0
-            if row.options.logprobs is not None:
-                row.scores.append(self.of(row, r, token, place))
+            if sequence.options.logprobs is not None:
+                sequence.scores.append(self.of(sequence, r, token, place))

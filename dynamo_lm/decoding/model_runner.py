@@ -1,7 +1,7 @@
-"""Forwards over what rows absorb: their pending tokens in, final hidden states of all heads out (method.md section 4).
+"""Forwards of the decoding loop: token ids in, final hidden states of all heads out (docs/method.md section 4).
 
-Puts together what a base's body takes: padded tokens, positions, masks, and a cache with a place for every row. Tokens of a
-step may be chains or trees of drafts. Steps of one fixed shape may be compiled (`compiled.py`). Knows nothing of how
+Puts together what a base's body takes: padded tokens, positions, masks, and a cache with a slot for every sequence. Tokens
+of a step may be chains or trees of drafts. Steps of one fixed shape may be compiled (`compiled.py`). Knows nothing of how
 tokens are chosen.
 """
 
@@ -22,7 +22,7 @@ from dynamo_lm.devices import sent
 
 
 class ModelRunner:
-    """A model as rows that are decoded see it.
+    """A model as the decoding loop runs it.
 
     Attributes:
         model: arranged for decoding.
@@ -30,7 +30,7 @@ class ModelRunner:
     """
 
     def __init__(self, model: MultiHeadLM, num_heads: int, *, compile: bool):
-        """compile: steps of one fixed shape, compiled, for one row. Raises InputError where that is not possible."""
+        """compile: steps of one fixed shape, compiled, for one sequence. Raises InputError where that is not possible."""
         self.num_heads, self.compile = num_heads, compile
         self.forward: Callable[..., Tensor]
         if compile:
@@ -42,86 +42,90 @@ class ModelRunner:
         self.device = self.model.device  # here and below: what to ask the model anew in every step would be slow
         self._mask_form = AttentionMaskBuilder.of(self.model.base.config, self.model.dtype)
 
-    def new_cache(self, rows: Sequence[SequenceState]) -> RaggedKVCache:
-        """A cache for rows that begin."""
+    def new_cache(self, sequences: Sequence[SequenceState]) -> RaggedKVCache:
+        """A cache for sequences that begin."""
         if not self.compile:
-            return RaggedKVCache(self.model.cache_entries, len(rows))
-        slots = capacity(rows[0].prompt_length + rows[0].options.max_new_tokens + self._fixed(rows))
-        kept = self.model.runtime.compiled.pop((self.num_heads, self.device, slots), None)
+            return RaggedKVCache(self.model.cache_entries, len(sequences))
+        size = capacity(sequences[0].prompt_length + sequences[0].options.max_new_tokens + self._fixed(sequences))
+        kept = self.model.runtime.compiled.pop((self.num_heads, self.device, size), None)
         if kept is not None:
             return kept
-        cache = StaticKVCache(self.model.cache_entries, slots, self.device)
+        cache = StaticKVCache(self.model.cache_entries, size, self.device)
         if isinstance(self.forward, CompiledStep):
             cache.lay_out(self.forward.layout)
         return cache
 
     def release(self, cache: RaggedKVCache) -> None:
-        """Takes a cache that no row needs any more."""
+        """Takes back a cache that no sequence needs any more."""
         if isinstance(cache, StaticKVCache) and cache.device.type == "cuda":  # for whom its steps are recorded
             self.model.runtime.compiled[self.num_heads, cache.device, cache.capacity] = cache
         else:
             cache.release()
 
-    def _fixed(self, rows: Sequence[SequenceState]) -> int:
+    def _fixed(self, sequences: Sequence[SequenceState]) -> int:
         """Tokens of every forward behind the prompt's, if they are all to have one shape; else 0."""
         if not self.compile:
             return 0
-        return rows[0].pace.sizes[-1] if rows[0].pace is not None else rows[0].options.num_heads
+        return (
+            sequences[0].draft_length.sizes[-1] if sequences[0].draft_length is not None else sequences[0].options.num_heads
+        )
 
-    def prefill(self, rows: Sequence[SequenceState], cache: RaggedKVCache) -> tuple[Tensor, Tensor | None]:
-        """One forward over the prompts of rows that begin.
+    def prefill(self, sequences: Sequence[SequenceState], cache: RaggedKVCache) -> tuple[Tensor, Tensor | None]:
+        """One forward over the prompts of sequences that begin.
 
         Returns:
-            Final hidden states of the heads at the prompts' ends, (n, rows, 1, hidden), and the base's at all their tokens,
-            (rows, width, hidden), or None where no row asks for scores of its prompt and the forward was done in parts.
+            Final hidden states of the heads at the prompts' ends, (n, sequences, 1, hidden); and the base's at all prompt
+            tokens, (sequences, width, hidden), or None if no sequence has `prompt_logprobs` and the prefill was in parts.
         """
-        prompt, size = rows[0].input_ids, self._fixed(rows)
-        scored = any(row.options.prompt_logprobs for row in rows)
+        prompt, size = sequences[0].input_ids, self._fixed(sequences)
+        scored = any(sequence.options.prompt_logprobs for sequence in sequences)
         if isinstance(self.forward, CompiledStep) and self.forward.prefills_faster(len(prompt), size) and not scored:
             empty = cache.lengths
             for start in range(0, len(prompt), size):
                 part = prompt[start : start + size]
                 hidden = self._run(self.forward, [part], cache, [0], size)
                 cache.commit(torch.tensor([len(part)]))
-            cache.lengths = empty  # what stays is the caller's to say
+            cache.lengths = empty  # the caller commits what is kept
             return hidden[:, :, len(part) - 1, None], None
-        hidden = self._run(self.model.hidden, [row.input_ids for row in rows], cache, range(len(rows)), 0)
-        ends = sent(torch.tensor([row.prompt_length - 1 for row in rows]), hidden.device)
-        return hidden[:, torch.arange(len(rows), device=hidden.device), ends][:, :, None], hidden[0]
+        hidden = self._run(
+            self.model.hidden, [sequence.input_ids for sequence in sequences], cache, range(len(sequences)), 0
+        )
+        ends = sent(torch.tensor([sequence.prompt_length - 1 for sequence in sequences]), hidden.device)
+        return hidden[:, torch.arange(len(sequences), device=hidden.device), ends][:, :, None], hidden[0]
 
-    def decode(self, rows: Sequence[SequenceState], cache: RaggedKVCache, batch_slots: Sequence[int]) -> Tensor:
-        """One forward over what every row emitted (or drafted) last. seats: theirs in the cache.
+    def decode(self, sequences: Sequence[SequenceState], cache: RaggedKVCache, slots: Sequence[int]) -> Tensor:
+        """One forward over what every sequence emitted (or drafted) last; slots: theirs in the cache.
 
         Returns:
-            Final hidden states of the heads, (n, rows, width, hidden); shorter rows are padded behind their end.
+            Final hidden states of the heads, (n, sequences, width, hidden); shorter sequences are padded at their end.
         """
-        input_ids = [row.input_ids for row in rows]
-        trees = [row.parents for row in rows] if any(row.branches for row in rows) else None
-        return self._run(self.forward, input_ids, cache, batch_slots, self._fixed(rows), trees)
+        input_ids = [sequence.input_ids for sequence in sequences]
+        trees = [sequence.parents for sequence in sequences] if any(sequence.branches for sequence in sequences) else None
+        return self._run(self.forward, input_ids, cache, slots, self._fixed(sequences), trees)
 
     def _run(
         self,
         forward: Callable[..., Tensor],
         input_ids: Sequence[list[int]],
         cache: RaggedKVCache,
-        batch_slots: Sequence[int],
+        slots: Sequence[int],
         least: int,
         trees: Sequence[list[int]] | None = None,
     ) -> Tensor:
-        """A forward over `pending`, by row, padded to the longest or to `least` tokens; empty seats are all padding.
+        """A forward over `input_ids`, by sequence, padded to the longest or to `least` tokens; empty slots are all padding.
 
-        trees: by row, where the token before each but the first is; None: they are all chains.
+        trees: by sequence, where the token before each but the first is; None: they are all chains.
         """
         width = max(least, *map(len, input_ids))
-        positions = cache.reserve(width)  # (rows, width)
+        positions = cache.reserve(width)  # (sequences, width)
         padded = [tokens + [0] * (width - len(tokens)) for tokens in input_ids]
-        tokens = torch.tensor(cache.by_batch_slot(batch_slots, padded, [0] * width))
-        if cache.rows == 1 and trees is None:
+        tokens = torch.tensor(cache.by_slot(slots, padded, [0] * width))
+        if cache.num_slots == 1 and trees is None:
             mask = self._mask_form.next(int(positions[0, 0]), width, cache.end, device=self.device)
         else:
             keys, visible = torch.arange(cache.end)[None], None
             if trees is not None:
-                positions, keys, visible = cache.as_trees(positions, cache.by_batch_slot(batch_slots, trees, []))
+                positions, keys, visible = cache.as_trees(positions, cache.by_slot(slots, trees, []))
             mask = self._mask_form.mask(positions, keys, visible=visible, device=self.device)
         hidden = forward(
             sent(tokens, self.device),
@@ -130,6 +134,6 @@ class ModelRunner:
             position_ids=sent(positions.clamp(max=self.context - 1), self.device),
             past_key_values=cache,
         )
-        if list(batch_slots) != list(range(cache.rows)):
-            hidden = hidden.index_select(1, sent(torch.tensor(batch_slots), hidden.device))
+        if list(slots) != list(range(cache.num_slots)):
+            hidden = hidden.index_select(1, sent(torch.tensor(slots), hidden.device))
         return hidden

@@ -13,10 +13,10 @@ from dynamo_lm.sampling.options import Algorithm1
 
 LogitsProcessor = Callable[
     [int, Tensor, Tensor], Tensor
-]  # row, tokens so far (t,), logits (vocabulary,) -> logits to sample from
+]  # sequence's number, tokens so far (t,), logits (vocabulary,) -> logits to sample from
 
 
-StoppingCriterion = Callable[[Tensor], bool]  # tokens so far (t,), prompt included -> whether the row ends here
+StoppingCriterion = Callable[[Tensor], bool]  # tokens so far (t,), prompt included -> whether the sequence ends here
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,16 @@ class DecodingOptions:
     verify: str | float = "strict"  # or "off", or a budget in nats per token, of which 0 is "strict"
     sample: bool = False  # else the most likely: of the base under "strict", of the joint under "off"
     algorithm: Algorithm1 = field(default_factory=Algorithm1)  # under "off"; its alpha_c and top_k shape drafts, too
-    compile: bool = False  # steps of one fixed shape, compiled: one row, a C++ compiler on CPUs, a minute the first time
+    compile: bool = (
+        False  # steps of one fixed shape, compiled: one sequence, a C++ compiler on CPUs, a minute the first time
+    )
     tree: int | None = None  # greedy, verified: drafts a forward carries as a tree; 0: a chain; None: measured, if exact
     draft_temperature: float = 1.0  # under "strict" with sampling: near the temperature that the base samples at
     end_tokens: frozenset[int] = frozenset()
     logits_processors: tuple[
         LogitsProcessor, ...
     ] = ()  # under "strict": what turns the base's logits into those it samples from
-    stops: tuple[StoppingCriterion, ...] = ()
+    stopping_criteria: tuple[StoppingCriterion, ...] = ()
     logprobs: int | None = None  # score every new token, with so many alternatives beside it; None: no scores
     prompt_logprobs: bool = False  # with logprobs: score the prompt's tokens, too
 
@@ -53,7 +55,7 @@ class DecodingOptions:
 
     @property
     def off(self) -> bool:
-        """Whether Algorithm 1 decides, and nobody verifies."""
+        """Whether Algorithm 1 decides, without verification."""
         return self.verify == "off"
 
     @property
@@ -63,7 +65,7 @@ class DecodingOptions:
 
 
 def check_verify(verify: str | float) -> None:
-    """Refuses what is no place on the dial. Raises InputError."""
+    """Refuses other values of `verify`. Raises InputError."""
     if verify in ("strict", "off"):
         return
     if isinstance(verify, (str, bool)) or not 0 <= verify < math.inf:

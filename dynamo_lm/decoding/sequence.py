@@ -1,6 +1,6 @@
-"""What one sequence being decoded is: how its tokens are chosen, where it stands, and what it cost (method.md section 4).
+"""The state of one sequence being decoded: how its tokens are chosen, where it stands, and what it cost.
 
-In: options. Out: rows for `dynamo_lm.decoding.batch`, which moves them on. Knows no model.
+In: options. Out: sequences, which `dynamo_lm.decoding.batch` advances. Knows no model.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from dynamo_lm.decoding.verification import Proposal
 class SequenceState:
     """One sequence being decoded."""
 
-    number: int  # in the batch that was asked for
+    number: int  # given by the caller of `Batch.join`
     tokens: list[int]  # prompt and everything emitted
     prompt_length: int
     options: DecodingOptions
     generator: torch.Generator
     statistics: Statistics
-    input_ids: list[int]  # what the next forward absorbs: the prompt, then last step's tokens
-    parents: list[int] = field(default_factory=list)  # where in pending the token before each of pending[1:] is
-    pace: AdaptiveDraftLength | None = None  # how large its trees of drafts are; None: chains
-    size: int = 0  # tokens of the step, if a tree of drafts was to fill it
-    expected_accepted: float = 0.0  # how many of that tree's drafts should be kept
-    proposals: list[Proposal] = field(default_factory=list)  # the distributions pending[1:] were drafted from
+    input_ids: list[int]  # of the next forward: the prompt, then last step's tokens
+    parents: list[int] = field(default_factory=list)  # where in input_ids the token before each of input_ids[1:] is
+    draft_length: AdaptiveDraftLength | None = None  # how large its draft trees are; None: chains
+    size: int = 0  # tokens of the step, if it carries a draft tree
+    expected_accepted: float = 0.0  # how many of that tree's drafts should be accepted
+    proposals: list[Proposal] = field(default_factory=list)  # the distributions input_ids[1:] were drafted from
     present: np.ndarray | None = None  # under "off", (vocabulary,) bool: the tokens that are there already
     emitted: list[int] = field(default_factory=list)  # by the last step; empty where it only scored
-    scores: list[TokenLogProb] = field(default_factory=list)  # of the new tokens, if asked for
+    scores: list[TokenLogProb] = field(default_factory=list)  # of the new tokens, if requested
     prompt_scores: list[TokenLogProb | None] = field(default_factory=list)  # of the prompt's; nothing precedes the first
     began: float = 0.0  # the clock at its first forward
     ending: str | None = None  # "stop" or "length" once its last token is emitted ..
-    finished: str | None = None  # .. and the same once every score that was asked for is there
+    finished: str | None = None  # .. and the same once every requested score is there
 
     @property
     def new_tokens(self) -> list[int]:
@@ -46,7 +46,7 @@ class SequenceState:
 
     @property
     def branches(self) -> bool:
-        """Whether the pending tokens are a tree and no chain."""
+        """Whether the drafts are a tree, not a chain."""
         return self.parents != list(range(len(self.parents)))
 
     @property
@@ -64,7 +64,7 @@ class SequenceState:
         return [budget * (emitted + place) - spent for place in range(1, len(self.input_ids))]
 
     def emit(self, new: list[int], context: int) -> int:
-        """Appends tokens until one ends the row; returns how many. context: tokens that the model can hold."""
+        """Appends tokens until one ends the sequence; returns how many. context: tokens that the model can hold."""
         self.emitted = []
         for token in new:
             self.tokens.append(token)
@@ -72,7 +72,10 @@ class SequenceState:
             if self.present is not None:
                 self.present[token] = True
             stopped = token in self.options.end_tokens
-            if stopped or (self.options.stops and any(stop(torch.tensor(self.tokens)) for stop in self.options.stops)):
+            if stopped or (
+                self.options.stopping_criteria
+                and any(stop(torch.tensor(self.tokens)) for stop in self.options.stopping_criteria)
+            ):
                 self.ending = "stop"
             elif self.left <= 0 or len(self.tokens) >= context:
                 self.ending = "length"

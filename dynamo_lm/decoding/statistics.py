@@ -1,4 +1,4 @@
-"""What one sequence cost and what it is worth, as plain numbers."""
+"""Cost and quality of one sequence, as plain numbers."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import NamedTuple
 
 @dataclass
 class Statistics:
-    """What one row cost and what it is worth.
+    """Cost and quality of one sequence.
 
     Speed-ups follow from `tokens_per_step`, whose ceiling is `ceiling`, against one token per step (the same loop with one
     head). Log-likelihood and regret are the base's own, at temperature 1, in nats.
     """
 
     ceiling: int  # n, the most tokens a step can emit
-    forwards: int = 0  # of the trunk, the prompt's included
+    forwards: int = 0  # of the model, the prompt's included
     new_tokens: int = 0
     step_sizes: list[int] = field(default_factory=list)  # tokens emitted by each step, in order
     proposed: list[int] = field(default_factory=list)  # drafts of heads 2..n that were verified, by head
-    accepted: list[int] = field(default_factory=list)  # of those, kept
+    accepted: list[int] = field(default_factory=list)  # of those, accepted
     log_likelihood: float = 0.0  # of the emitted tokens that were scored
     scored: int = 0  # emitted tokens whose base distribution was seen; the last step's drafts never are
     regret: float = 0.0  # what unverified tokens cost: log p(the base's choice) - log p(the token), summed
     unverified: int = 0  # scored tokens that were emitted without verification, or in spite of it (on a budget)
-    seconds: float = 0.0  # from the first forward to this row's end; shared by the rows of a batch
+    seconds: float = 0.0  # from the first forward to this sequence's end; shared by the sequences of a batch
 
     @property
     def tokens_per_step(self) -> float:
@@ -37,8 +37,10 @@ class Statistics:
 
     @property
     def acceptance(self) -> list[float]:
-        """Share of the drafts of heads 2..n that were kept, where any was verified."""
-        return [kept / tried if tried else 0.0 for kept, tried in zip(self.accepted, self.proposed, strict=True)]
+        """Share of the drafts of heads 2..n that were accepted, where any was verified."""
+        return [
+            accepted / proposed if proposed else 0.0 for accepted, proposed in zip(self.accepted, self.proposed, strict=True)
+        ]
 
     @property
     def mean_log_likelihood(self) -> float:
@@ -52,7 +54,7 @@ class Statistics:
 
 
 class TokenLogProb(NamedTuple):
-    """What the base model says of one token, over its whole vocabulary at temperature 1, in nats."""
+    """The base model's score of one token, over its whole vocabulary at temperature 1, in nats."""
 
     log_prob: float
-    top: list[tuple[int, float]]  # the likeliest tokens and their log-probabilities, as many as were asked for
+    top: list[tuple[int, float]]  # the likeliest tokens and their log-probabilities, as many as requested

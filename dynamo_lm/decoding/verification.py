@@ -1,11 +1,11 @@
 """Verification of drafts: which of them the base model would have produced itself, or nearly.
 
-Pure functions of the base's logits behind each absorbed token; no model, no tokenizer. Under greedy decoding a draft stays
+Pure functions of the base's logits after each input token; no model, no tokenizer. Under greedy decoding a draft stays
 if it is the base's first choice; under sampling by the rejection rule of speculative sampling (Leviathan et al. 2023,
 Chen et al. 2023), after which the emitted tokens have the base's own distribution, whatever the draft was.
 
-With an allowance (architecture.md, the budget dial) a draft that fails stays all the same while the log-likelihood that
-the base loses by it, summed over the tokens so far, is within what is allowed at its place.
+With regret budgets a rejected draft is accepted while the log-likelihood that the base loses by it, summed over the tokens
+so far, is within the budget at its place.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Proposal = tuple[Tensor, Tensor]  # distinct candidate ids (k,) int64 and their 
 
 
 class Verification(NamedTuple):
-    """What one step keeps."""
+    """The accepted drafts of one step."""
 
-    kept: int  # drafts that stay, from the first
-    token: int  # the base's own, behind them
-    costs: list[float]  # of each kept draft: 0 if the exact rule kept it, else the regret in nats
-    path: list[int]  # where the kept drafts are, counted with the certain token as 0: 1, 2, .. unless they are a tree
+    accepted: int  # drafts, from the first
+    token: int  # the base's own, after them
+    costs: list[float]  # of each accepted draft: 0 by the exact rule, else the regret in nats
+    path: list[int]  # where the accepted drafts are, counted with the verified token as 0: 1, 2, .. unless they are a tree
 
 
 def accept_greedy(logits: Tensor, drafts: Sequence[int], regret_budgets: Sequence[float] = ()) -> Verification:
-    """How many drafts are the base's first choices, and its first choice behind them.
+    """How many drafts are the base's first choices, and its first choice after them.
 
     Args:
-        logits: the base's, behind the certain token and behind each draft, (at least drafts + 1, vocabulary).
+        logits: the base's, after the verified token and after each draft, (at least drafts + 1, vocabulary).
         drafts: the drafted tokens, in order.
-        allowance: by draft, how many nats all drafts up to it may cost together; empty: none, the exact rule alone.
+        regret_budgets: by draft, how many nats all drafts up to it may cost together; empty: none, the exact rule alone.
 
     Returns:
         Ties go to the lowest id, as `torch.argmax` does for the base. A draft that is not the first choice x costs
@@ -62,9 +62,9 @@ def accept_tree(
     """`accept_greedy` for drafts that are a tree: the base's first choices, as far down as the tree has them.
 
     Args:
-        logits: the base's, behind the certain token and behind each draft, (at least drafts + 1, vocabulary).
-        parents: of each draft, where the token before it is: 0 the certain one, i the i-th draft.
-        allowance: by depth. Where no draft is the first choice, the likeliest one may stay.
+        logits: the base's, after the verified token and after each draft, (at least drafts + 1, vocabulary).
+        parents: of each draft, where the token before it is: 0 the verified one, i the i-th draft.
+        regret_budgets: by depth. Where no draft is the first choice, the likeliest one may be accepted.
     """
     best = logits[: len(drafts) + 1].numpy().argmax(-1).tolist()
     children: dict[int, list[int]] = {}
@@ -75,17 +75,17 @@ def accept_tree(
     at = 0
     while at in children:
         cost, tokens = 0.0, {drafts[index - 1]: index for index in children[at]}
-        found = tokens.get(best[at])
-        if found is None:
+        chosen = tokens.get(best[at])
+        if chosen is None:
             line = logits[at].double()
             likely = max(tokens, key=line.__getitem__)
             cost = (line[best[at]] - line[likely]).item()
             if not _allowed(cost, costs, regret_budgets):
                 break
-            found = tokens[likely]
-        path.append(found)
+            chosen = tokens[likely]
+        path.append(chosen)
         costs.append(cost)
-        at = found
+        at = chosen
     return Verification(len(path), best[at], costs, path)
 
 
@@ -96,18 +96,18 @@ def accept_sampled(
     generator: torch.Generator,
     regret_budgets: Sequence[float] = (),
 ) -> Verification:
-    """The exact rejection rule: how many drafts stay, and the token behind them.
+    """The exact rejection rule: how many drafts are accepted, and the token after them.
 
     Args:
-        logits: what the base samples from behind the certain token and behind each draft, (at least drafts + 1, vocabulary).
+        logits: what the base samples from after the verified token and after each draft, (at least drafts + 1, vocabulary).
         drafts: the drafted tokens.
         proposals: the distribution that each was drawn from, given the ones before it.
-        generator: one uniform number a draft looked at, and one for the token behind or in place of a refused draft.
-        allowance: as in `accept_greedy`.
+        generator: one uniform number a draft looked at, and one for the token after or in place of a rejected draft.
+        regret_budgets: as in `accept_greedy`.
 
     Returns:
-        Without an allowance drafts[:kept] and token are distributed as the base's own samples. A draft that the rule refuses
-        in favour of a token x costs log p(x) - log p(draft), at least 0.
+        Without regret budgets drafts[:accepted] and token are distributed as the base's own samples. A draft that the rule
+        rejects in favour of a token x costs log p(x) - log p(draft), at least 0.
     """
     fast = loader.sampler_of(logits)
     costs: list[float] = []
@@ -123,7 +123,7 @@ def accept_sampled(
 
 
 class _Dense:
-    """What the base samples from behind one token, and the rejection rule: by torch, with p and q over all tokens."""
+    """What the base samples from after one token, and the rejection rule: by torch, with p and q over all tokens."""
 
     def __init__(self, line: Tensor):
         """line: logits, (vocabulary,)."""
@@ -138,7 +138,7 @@ class _Dense:
         return bool(uniform * self._q(proposal)[token] >= self.p[token])
 
     def sample_residual(self, token: int, proposal: Proposal, uniform: float) -> tuple[int, float]:
-        """The base's own token in place of a refused one, and how much likelier it is, in nats."""
+        """The base's own token in place of a rejected one, and how much likelier it is, in nats."""
         own = _pick((self.p - self._q(proposal)).clamp(min=0), uniform)
         return own, max(0.0, (self.p[own].log() - self.p[token].log()).item())
 
@@ -175,7 +175,7 @@ def _chain(costs: list[float]) -> list[int]:
 
 
 def _allowed(cost: float, costs: list[float], regret_budgets: Sequence[float]) -> bool:
-    """Whether a draft may stay at this cost; one that the base cannot say at all (an infinite cost) never may."""
+    """Whether a draft may be accepted at this cost; one that the base cannot say at all (an infinite cost) never may."""
     return bool(regret_budgets) and cost < math.inf and sum(costs) + cost <= regret_budgets[len(costs)]
 
 

@@ -1,8 +1,8 @@
-"""The learned coupling: what head i would say if it knew the token chosen one place before the one it predicts.
+"""The learned coupling of heads: a correction of head i's logits by the token one place before the one it predicts.
 
 Heads are independent; the co-occurrence mask (method.md section 3) corrects their product by counts, this by a low-rank
 function that also sees the context. In: final hidden states of head i >= 2, the tokens chosen one place before, and the
-head's output embedding. Out: what to add to the head's final logits. Additive on the *final* logits by definition, behind
+head's output embedding. Out: what to add to the head's final logits. Additive on the *final* logits by definition, after
 soft-caps and scales, so that it means the same for every architecture. Knows no sampling and no training.
 """
 
@@ -47,7 +47,7 @@ class Coupling(nn.Module):
     def rank(self) -> int:
         return self.tokens.shape[1]
 
-    def shift(self, head: int, hidden: Tensor, tokens: Tensor) -> Tensor:
+    def hidden_correction(self, head: int, hidden: Tensor, tokens: Tensor) -> Tensor:
         """u, what to add to head `head`'s final hidden state as its output embedding sees it.
 
         Args:
@@ -60,8 +60,8 @@ class Coupling(nn.Module):
         """
         return F.linear(self.tokens[tokens] * self._gate(head, hidden), self.ups[head - 2])
 
-    def bonus(self, head: int, hidden: Tensor, previous: Tensor, candidates: Tensor, output_weight: Tensor) -> Tensor:
-        """What to add to the logits of each candidate behind each previous token, at one position.
+    def correction(self, head: int, hidden: Tensor, previous: Tensor, candidates: Tensor, output_weight: Tensor) -> Tensor:
+        """What to add to the logits of each candidate after each previous token, at one position.
 
         Args:
             head: 2..n.
@@ -73,13 +73,13 @@ class Coupling(nn.Module):
         Returns:
             (..., p, k).
         """
-        rows, gates = self.sides(hidden[None], candidates[None], [output_weight], first=head)
+        rows, gates = self.low_rank_factors(hidden[None], candidates[None], [output_weight], first=head)
         return (self.tokens[previous] * gates[0][..., None, :]) @ rows[0].mT
 
-    def sides(
+    def low_rank_factors(
         self, hidden: Tensor, candidates: Tensor, output_weights: Sequence[Tensor], first: int = 2
     ) -> tuple[Tensor, Tensor]:
-        """What `bonus` makes of heads first, first + 1, .. before it knows the tokens one place before.
+        """The part of `correction` for heads first, first + 1, .. that does not depend on the tokens one place before.
 
         Args:
             hidden: their final hidden states, (heads, ..., hidden).
@@ -87,8 +87,8 @@ class Coupling(nn.Module):
             output_weights: by head, (vocabulary, hidden).
 
         Returns:
-            The two sides that meet in `rank` dimensions: the candidates', (heads, ..., k, rank), and the gates on the other
-            one's E, (heads, ..., rank).
+            Two factors over `rank` dimensions: the candidates', (heads, ..., k, rank), and the gates on the previous
+            tokens' E, (heads, ..., rank).
         """
         heads = range(first, first + len(hidden))
         rows = [weight[ids] @ self.ups[i - 2] for i, weight, ids in zip(heads, output_weights, candidates, strict=True)]

@@ -40,7 +40,7 @@ def draw(
     options: Algorithm1,
     generator: torch.Generator | None,
     greedy: bool = False,
-    link: PairwiseCorrection | None = None,
+    pairwise: PairwiseCorrection | None = None,
 ) -> Draw:
     """One step of Algorithm 1 (method.md sections 4 and 6): back off from n tokens to 1, then draw a tuple.
 
@@ -49,15 +49,15 @@ def draw(
     table      None: the heads' plain product, as alpha_c = 0.
     generator  None: torch's global one.
     greedy     take the largest entry after the penalty (equal ones: the lowest grid index) instead of drawing.
-    link       a learned coupling, whose f_i(x | the token before it) replaces the independent f_i(x).
+    pairwise       a learned coupling, whose f_i(x | the token before it) replaces the independent f_i(x).
 
     The options must have passed `check`. Raises InputError for too few tokens for top_k and for non-finite logits.
     """
     present = np.zeros(logits.shape[-1], bool)
     present[context.cpu().numpy()] = True
     heads = HeadCandidates.top(logits, options.top_k, options.temperature)
-    if link is not None:
-        heads = heads.coupled(link, options.temperature)
+    if pairwise is not None:
+        heads = heads.coupled(pairwise, options.temperature)
     return draw_from(heads, present, table, options, generator, greedy)
 
 
@@ -89,9 +89,9 @@ def draw_from(
 
 def _compilable(heads: HeadCandidates, table: Cooccurrence | None, options: Algorithm1) -> bool:
     """Whether the kernels draw from these: cells fit 64 bits, and the tuples are soon done with, as no other thread gets the
-    interpreter meanwhile. What a learned coupling links stays with NumPy."""
+    interpreter meanwhile. What a learned coupling conditionals stays with NumPy."""
     n, k = heads.ids.shape
-    if heads.links or k != options.top_k or k**n >= 2**63:
+    if heads.conditionals or k != options.top_k or k**n >= 2**63:
         return False
     if table is not None and options.alpha_c > 0:
         return table.order >= n or options.eps_b == 1

@@ -38,22 +38,22 @@ def draft(
     temperature: float,
     generator: torch.Generator | None,
     greedy: bool,
-    link: PairwiseCorrection | None = None,
+    pairwise: PairwiseCorrection | None = None,
 ) -> Draft:
-    """Draft the n - 1 tokens after the certain token `first`, with the distribution each was drawn from.
+    """Draft the n - 1 tokens after the verified token `first`, with the distribution each was drawn from.
 
-    logits (n - 1, V) are those of heads 2 .. n. Slot i is drawn from the masked joint's conditional, normalised over
+    logits (n - 1, V) are those of heads 2 .. n. Place i is drawn from the masked joint's conditional, normalised over
     head i's k candidates x, given the history h = first, x_2, .. x_{i-1}:
 
         q(x) ∝ f_i(x) * (p^(h, x) / (p^(h) p^(x)))^alpha_c
 
     If none of the candidates was seen after h, h loses its oldest token, down to none: the plain f_i. The table's order
-    bounds h from the start. With a `link` (a learned coupling) f_i(x) is f_i(x | the token before it). Greedy: the
+    bounds h from the start. With `pairwise` (a learned coupling) f_i(x) is f_i(x | the token before it). Greedy: the
     largest q. Raises InputError for values out of range and non-finite logits.
     """
     check_weighting(alpha_c, top_k, temperature)
     heads, how = HeadCandidates.top(logits, top_k, temperature), {"alpha_c": alpha_c, "temperature": temperature}
-    return draft_from(heads, first, table, **how, generator=generator, greedy=greedy, link=link)
+    return draft_from(heads, first, table, **how, generator=generator, greedy=greedy, pairwise=pairwise)
 
 
 def draft_from(
@@ -65,15 +65,15 @@ def draft_from(
     temperature: float,
     generator: torch.Generator | None,
     greedy: bool,
-    link: PairwiseCorrection | None = None,
+    pairwise: PairwiseCorrection | None = None,
 ) -> Draft:
     """`draft` from candidates of heads 2 .. n that were already found."""
     fast = loader.sampler()
-    if fast is not None and link is None and (generator is None or generator.device.type == "cpu"):
+    if fast is not None and pairwise is None and (generator is None or generator.device.type == "cpu"):
         return _compiled_chain(fast, heads, first, table, alpha_c, generator, greedy)
     history, proposals = [first], np.empty(heads.ids.shape)
     for i, ids in enumerate(heads.ids):
-        proposals[i] = conditional(heads, i, history, table, alpha_c, temperature, link)
+        proposals[i] = conditional(heads, i, history, table, alpha_c, temperature, pairwise)
         history.append(int(ids[_choose(proposals[i], generator, greedy)]))
     return Draft(history[1:], torch.from_numpy(heads.ids), torch.from_numpy(proposals))
 
@@ -116,12 +116,12 @@ def conditional(
     table: Cooccurrence | None,
     alpha_c: float,
     temperature: float,
-    link: PairwiseCorrection | None,
+    pairwise: PairwiseCorrection | None,
 ) -> np.ndarray:
-    """q of slot i (head i + 2) behind `history`, which ends with the token before it; (k,), as `draft` defines it."""
+    """q of place i (head i + 2) after `history`, which ends with the token before it; (k,), as `draft` defines it."""
     ids, q, scores = heads.ids[i], heads.probs[i], heads.log_probs[i]
-    if link is not None:
-        scores = scores + link(i + 2, np.array(history[-1:]), ids)[0] / temperature
+    if pairwise is not None:
+        scores = scores + pairwise(i + 2, np.array(history[-1:]), ids)[0] / temperature
         q = _normalised(scores)
     if table is None or alpha_c == 0:
         return q

@@ -2,7 +2,7 @@
 
 In: every head's top-k candidates, and a table. Out: J for tuples of every length, as lists of its non-zero entries.
 A cell of the k^m grid is its index in row-major order, so ascending cells are tuples in lexicographic order. With a
-learned coupling (`Heads.links`) a head's factor depends on the token before it.
+learned coupling (`Heads.conditionals`) a head's factor depends on the token before it.
 
 The grid is never built. With the mask, tuples grow token by token along the table's trie, and one pass serves all
 lengths; without it, partial products that are already below the least value wanted are dropped.
@@ -71,9 +71,9 @@ class Joints:
         """Append one token to every prefix."""
         m, k = len(self.prefixes), self.heads.ids.shape[1]  # head m (from 0) gives the new token
         cells, scores = self.prefixes[-1], self.scores[-1]
-        link = self.heads.links[m - 1] if self.heads.links else None
+        pairwise = self.heads.conditionals[m - 1] if self.heads.conditionals else None
         if self.lookup is None:
-            probs = np.exp(link[cells % k]) if link is not None else self.heads.probs[m]
+            probs = np.exp(pairwise[cells % k]) if pairwise is not None else self.heads.probs[m]
             values = (scores[:, None] * probs).ravel()
             grown = (cells[:, None] * k + np.arange(k)).ravel()
             if self.least > 0:  # the factors to come are at most 1
@@ -84,7 +84,7 @@ class Joints:
             parent, rank, rows = self.lookup.seen(self.rows[-1], self.heads.ids[m], m + 1)
             before = cells.take(parent)
             grown = before * k + rank
-            factor = self.heads.log_probs[m].take(rank) if link is None else link[before % k, rank]
+            factor = self.heads.log_probs[m].take(rank) if pairwise is None else pairwise[before % k, rank]
             self.rows.append(rows)
             self.scores.append(scores.take(parent) + factor + self.inverse[m].take(rank))
         self.prefixes.append(grown)

@@ -25,16 +25,16 @@ class HeadCandidates:
 
     ids: np.ndarray  # (n, k) int64 token ids
     probs: np.ndarray  # (n, k) float64, each row sums to 1
-    links: tuple[np.ndarray, ...] = ()  # per head from the second: (k, k) log f_i(x | the previous head's candidate)
+    conditionals: tuple[np.ndarray, ...] = ()  # per head from the second: (k, k) log f_i(x | the previous head's candidate)
 
-    def coupled(self, link: PairwiseCorrection, temperature: float) -> "HeadCandidates":
-        """These candidates, each head's conditioned on its predecessor's: f_i(x) * exp(bonus / temperature), normalised."""
-        links = []
+    def coupled(self, pairwise: PairwiseCorrection, temperature: float) -> "HeadCandidates":
+        """These candidates, each head's given its predecessor's: f_i(x) * exp(correction / temperature), normalised."""
+        conditionals = []
         for head in range(1, len(self.ids)):
-            scores = self.log_probs[head] + link(head + 1, self.ids[head - 1], self.ids[head]) / temperature  # (k, k)
+            scores = self.log_probs[head] + pairwise(head + 1, self.ids[head - 1], self.ids[head]) / temperature  # (k, k)
             scores -= scores.max(-1, keepdims=True)
-            links.append(scores - np.log(np.exp(scores).sum(-1, keepdims=True)))
-        return HeadCandidates(self.ids, self.probs, tuple(links))
+            conditionals.append(scores - np.log(np.exp(scores).sum(-1, keepdims=True)))
+        return HeadCandidates(self.ids, self.probs, tuple(conditionals))
 
     @classmethod
     def top(cls, logits: Tensor, top_k: int, temperature: float) -> "HeadCandidates":
@@ -117,7 +117,7 @@ def _put_right(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def pairwise_correction(tokens: Tensor, rows: Tensor, gates: Tensor) -> PairwiseCorrection:
-    """The coupling at one position, on the CPU, for the candidates whose `sides` are given.
+    """The coupling at one position, on the CPU, for the candidates whose `low_rank_factors` are given.
 
     Args:
         tokens: E, (vocabulary, rank).
@@ -125,8 +125,8 @@ def pairwise_correction(tokens: Tensor, rows: Tensor, gates: Tensor) -> Pairwise
     """
     rows, gates = rows.float(), gates.float()
 
-    def bonus(head: int, previous: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    def correction(head: int, previous: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         given = tokens[torch.from_numpy(previous)].float() * gates[head - 2]
         return (given @ rows[head - 2].mT).double().numpy()
 
-    return bonus
+    return correction

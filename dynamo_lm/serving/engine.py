@@ -383,4 +383,4 @@ def _guarded(options: DecodingOptions, sequence: EngineSequence) -> DecodingOpti
         return guarded
 
     processors = tuple(map(process, options.logits_processors))
-    return replace(options, stops=tuple(map(stop, options.stops)), logits_processors=processors)
+    return replace(options, stopping_criteria=tuple(map(stop, options.stopping_criteria)), logits_processors=processors)

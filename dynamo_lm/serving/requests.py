@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynamo_lm.backbone.token_limits import context_limit, end_tokens
 from dynamo_lm.data.chat_template import encode_chat, end_of_turn
-from dynamo_lm.decoding.batch import check_row
+from dynamo_lm.decoding.batch import check_sequence
 from dynamo_lm.decoding.detokenizer import IncrementalDetokenizer
 from dynamo_lm.decoding.options import DecodingOptions, StoppingCriterion
 from dynamo_lm.decoding.settings import resolve
@@ -168,7 +168,7 @@ class RequestParser:
 
     def _decoded(self, ids: Sequence[int]) -> str:
         if any(token >= self.model.config.vocab_size for token in ids):
-            return ""  # `check_row` refuses it with a better message
+            return ""  # `check_sequence` refuses it with a better message
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     # ------------------------------------------------------------------ options
@@ -193,8 +193,10 @@ class RequestParser:
             if stop_strings:
                 criteria = (StopStrings(IncrementalDetokenizer(self.tokenizer, ids, stop_strings), len(ids)),)
             try:
-                options = self._options(request, max_new_tokens=length, end_tokens=ends, stops=criteria, **scores)
-                check_row(self.model, ids, options)
+                options = self._options(
+                    request, max_new_tokens=length, end_tokens=ends, stopping_criteria=criteria, **scores
+                )
+                check_sequence(self.model, ids, options)
             except InputError as error:
                 raise APIError(400, str(error)) from error
             text_seed = (seed + number) % 2**63

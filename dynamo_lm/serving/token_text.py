@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from dynamo_lm.decoding.detokenizer import HALF
+from dynamo_lm.decoding.detokenizer import INCOMPLETE
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 ALPHABET = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -50,7 +50,7 @@ class Vocabulary:
     def _look_up(self, token: int) -> tuple[str, bytes]:
         before = self._decoded(self._anchor)
         text = self._decoded([*self._anchor, token])[len(before) :]
-        if HALF not in text:
+        if INCOMPLETE not in text:
             return text, text.encode()
         piece = self.tokenizer.convert_ids_to_tokens(token) or ""
         byte = BYTE.fullmatch(piece)

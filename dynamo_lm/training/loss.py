@@ -228,8 +228,8 @@ def coupled_logits(model: DynaMoForCausalLM, head: int, states: Tensor, before: 
         logits: its own logits, (positions, vocabulary).
     """
     assert model.coupling is not None
-    shift = model.coupling.shift(head, states, before.clamp(min=0))
-    return logits + F.linear(shift, model.output_weight(head).detach()).float()
+    correction = model.coupling.hidden_correction(head, states, before.clamp(min=0))
+    return logits + F.linear(correction, model.output_weight(head).detach()).float()
 
 
 def packed_hidden(
