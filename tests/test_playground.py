@@ -158,8 +158,8 @@ def first_page(browser):
         yield opened(browser, address)
 
 
-def turn(page: Browser, **dials: object) -> None:
-    for name, value in dials.items():
+def turn(page: Browser, **options: object) -> None:
+    for name, value in options.items():
         page.run(f"document.getElementById('{name}').value = '{value}'")
 
 
@@ -204,7 +204,7 @@ def test_a_race_shows_both_texts_by_step_and_what_it_gained(first_page):
     assert re.fullmatch(r"\d+\.\d\d\N{MULTIPLICATION SIGN}", text(page, "#speed"))
 
 
-def test_the_dials_change_the_race(page):
+def test_the_options_change_the_race(page):
     turn(page, prompt="say: ", max_tokens=12, rounds=1)
     choose(page, "off")
     assert page.run("document.querySelector('#temperature').value") == "0.7"

@@ -44,7 +44,7 @@ from dynamo_lm.sampling.drafting import draft_from
 from dynamo_lm.sampling.options import check, check_weighting
 from dynamo_lm.sampling.top_k import HeadCandidates, PairwiseCorrection
 
-CHUNK = 512  # positions of a prompt whose logits exist at one time, where they are asked for
+CHUNK = 512  # positions of a prompt whose logits exist at one time, if the prompt is scored
 
 
 def decode(

@@ -114,9 +114,9 @@ class Candidates:
                 result[r] = tops.of(place * each, (place + 1) * each), pairwise
         return result
 
-    def _place(self, sequence: int, absorbed: int) -> int:
+    def _place(self, sequence: int, token: int) -> int:
         """Where the states at a sequence's input token are."""
-        return sequence * self.places + (absorbed if self.places > 1 else 0)
+        return sequence * self.places + (token if self.places > 1 else 0)
 
     def _size(self) -> int:
         """Logits that candidates are looked for among, at all positions."""

@@ -75,10 +75,10 @@ def grow(
 
 def depths(parents: Sequence[int]) -> list[int]:
     """Steps from the verified token, which comes first, (1 + tokens,)."""
-    found = [0]
+    result = [0]
     for parent in parents:
-        found.append(found[parent] + 1)
-    return found
+        result.append(result[parent] + 1)
+    return result
 
 
 def ancestry(parents: Sequence[int], width: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """`model.generate(...)` with transformers' signature and objects, carried out by `dynamo_lm.decoding.batch`.
 
 transformers prepares what it always does (configuration, defaults, processors, stopping criteria); this file translates
-those into `DecodingOptions`, refuses in one sentence what a mode cannot honour, and puts the rows back into a tensor.
+those into `DecodingOptions`, refuses what a mode cannot honour, and puts the sequences back into a tensor.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class DynaMoOutput(ModelOutput):
     """What `generate(..., return_dict_in_generate=True)` returns."""
 
     sequences: Tensor | None = None  # (rows, length): prompts as given, new tokens, padding on the right
-    statistics: list[Statistics] | None = None  # one a row
+    statistics: list[Statistics] | None = None  # one a sequence
 
 
 def generate(
@@ -139,22 +139,22 @@ def generate(
             ),
         )
 
-        def stepped(row: int, tokens: list[int]) -> None:
+        def stepped(number: int, tokens: list[int]) -> None:
             if streamer is not None:
                 for token in tokens:  # one at a time: transformers' streamers take one sequence's tokens
                     streamer.put(torch.tensor([token]))
             if on_step is not None:
-                on_step(row, tokens)
+                on_step(number, tokens)
 
-        rows = decode(model, prompts, options, seeds=_seeds(seed, len(prompts)), on_step=stepped)
+        decoded = decode(model, prompts, options, seeds=_seeds(seed, len(prompts)), on_step=stepped)
         if streamer is not None:
             streamer.end()
         pad = next(iter([*token_ids(generation_config.pad_token_id), *options.end_tokens]), 0)
-        longest = max(len(row.new_tokens) for row in rows)
-        new = torch.tensor([row.new_tokens + [pad] * (longest - len(row.new_tokens)) for row in rows])
+        longest = max(len(each.new_tokens) for each in decoded)
+        new = torch.tensor([each.new_tokens + [pad] * (longest - len(each.new_tokens)) for each in decoded])
         sequences = torch.cat([input_ids, new.to(input_ids.device)], dim=1)
         if generation_config.return_dict_in_generate:
-            return DynaMoOutput(sequences, [row.statistics for row in rows])
+            return DynaMoOutput(sequences, [each.statistics for each in decoded])
         return sequences
 
     return GenerationMixin.generate(  # type: ignore[return-value]
@@ -170,8 +170,8 @@ def generate(
 
 
 def _logits_processors(processors: LogitsProcessorList, off: bool, padding: Sequence[int]) -> tuple[LogitsProcessor, ...]:
-    """The processors as functions of one row's own tokens, without the row's padding (so many of its prompt's tokens);
-    under "off" none but Algorithm 1's own knobs may remain."""
+    """The processors as functions of one sequence's own tokens, without its padding (by sequence, so many tokens); under
+    "off" only those that are options of Algorithm 1 may remain."""
     if off:
         for processor in processors:
             if not isinstance(processor, OF_ALGORITHM_1):
@@ -181,24 +181,22 @@ def _logits_processors(processors: LogitsProcessorList, off: bool, padding: Sequ
                 )
         return ()
     on_cpu = [_on_cpu(processor) for processor in processors]
-    by_row = [[as_logits_processor(_without_padding(processor, count)) for processor in on_cpu] for count in padding]
-    return tuple(lambda row, tokens, logits, i=i: by_row[row][i](row, tokens, logits) for i in range(len(on_cpu)))
+    by_sequence = [[as_logits_processor(_without_padding(processor, count)) for processor in on_cpu] for count in padding]
+    return tuple(lambda number, *step, i=i: by_sequence[number][i](number, *step) for i in range(len(on_cpu)))
 
 
 def _on_cpu(processor: Any) -> Any:
     """A processor for logits on the CPU: transformers makes them for the model's device."""
-    elsewhere = {
-        name: value.cpu() for name, value in vars(processor).items() if isinstance(value, Tensor) and not value.is_cpu
-    }
-    if elsewhere:
+    moved = {name: value.cpu() for name, value in vars(processor).items() if isinstance(value, Tensor) and not value.is_cpu}
+    if moved:
         processor = copy.copy(processor)
-        vars(processor).update(elsewhere)
+        vars(processor).update(moved)
     return processor
 
 
 def _without_padding(processor: Any, padding: int) -> Any:
-    """A processor that was made for prompts padded to one length, for a row whose prompt is shorter by `padding`."""
-    ignored = getattr(processor, "prompt_ignore_length", None)  # one a row: the padding that a penalty leaves out
+    """A processor that was made for prompts padded to one length, for a sequence whose prompt is shorter by `padding`."""
+    ignored = getattr(processor, "prompt_ignore_length", None)  # one a sequence: the padding that a penalty leaves out
     if padding == 0 and not isinstance(ignored, Tensor):
         return processor
     processor = copy.copy(processor)
@@ -215,18 +213,18 @@ def _stop(criterion: Any) -> StoppingCriterion:
 
 
 def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
-    """Rows without their padding, which may be on either side."""
+    """Prompts without their padding, which may be on either side."""
     if attention_mask is None:
         return input_ids.tolist()
     return [row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
 
 
-def _seeds(seed: int | Sequence[int] | None, rows: int) -> list[int]:
-    """One seed a row: consecutive from `seed`, or as listed, or drawn from torch's global generator."""
+def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """One seed a sequence: consecutive from `seed`, or as listed, or drawn from torch's global generator."""
     if seed is None:
-        return torch.randint(2**62, (rows,)).tolist()
+        return torch.randint(2**62, (count,)).tolist()
     if isinstance(seed, int):
-        return [seed + row for row in range(rows)]
-    if len(seed) != rows:
-        raise InputError(f"{len(seed)} seeds were given for {rows} rows; give one a row, or a single number.")
+        return [seed + number for number in range(count)]
+    if len(seed) != count:
+        raise InputError(f"{len(seed)} seeds were given for {count} rows; give one a row, or a single number.")
     return list(seed)

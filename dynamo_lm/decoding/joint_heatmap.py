@@ -81,7 +81,7 @@ def dense(joint: Joint, k: int) -> np.ndarray:
 
 @torch.inference_mode()
 def heatmap(model: MultiHeadLM, tokenizer: Any, prompt: str, *, eps_b: float | None = None) -> HeatMap:
-    """The grids behind `prompt`, with the model's own `eps_b` (else the paper's default) if none is given.
+    """The grids after `prompt`, with the model's own `eps_b` (else the paper's default) if none is given.
 
     Raises:
         InputError: an empty or too long prompt, or a model with one head.

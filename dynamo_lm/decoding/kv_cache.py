@@ -163,7 +163,7 @@ class StaticKVCache(RaggedKVCache):
 
     def lay_out(self, layout: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Makes the buffers before the first forward would. layout: keys and values of no token, by layer; heads that are
-        left out have further entries behind them."""
+        left out have further layers after them."""
         for layer, (keys, values) in zip(self.layers, layout, strict=False):
             layer.lazy_initialization(keys, values)  # type: ignore[union-attr, call-arg]
 

@@ -63,7 +63,7 @@ class ModelRunner:
             cache.release()
 
     def _fixed(self, sequences: Sequence[SequenceState]) -> int:
-        """Tokens of every forward behind the prompt's, if they are all to have one shape; else 0."""
+        """Tokens of every forward after the prefill, if they are all to have one shape; else 0."""
         if not self.compile:
             return 0
         return (

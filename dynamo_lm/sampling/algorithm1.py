@@ -1,7 +1,7 @@
 """Dynamic multi-token sampling: Algorithm 1 (method.md section 4) and drafts for exact verification.
 
-In: one row's logits of n heads, its context and a co-occurrence table. Out: the next tokens, 1 to n of them. It knows
-no model and no tokenizer, and no batch: every row has its own generator. `tests/reference.py` says the same slowly.
+In: one sequence's logits of n heads, its context and a co-occurrence table. Out: the next tokens, 1 to n of them. It knows
+no model and no tokenizer, and no batch: every sequence has its own generator. `tests/reference.py` computes the same slowly.
 
 Randomness: one `torch.rand(1, dtype=float64)` per choice, and none when greedy. It picks by inverse CDF: the first
 entry, in lexicographic order of the grid, at which the cumulative sum exceeds the uniform times the total.

@@ -12,9 +12,9 @@ MAX_GRID = 2**26  # entries: 0.5 GB
 
 @dataclass(frozen=True)
 class Algorithm1:
-    """The knobs of Algorithm 1; the defaults are the paper's. Raises InputError for values out of range."""
+    """The options of Algorithm 1; the defaults are the paper's. Raises InputError for values out of range."""
 
-    eps_b: float = 0.5  # quality dial: m tokens need a joint probability above eps_b^(m-1); 0: always n, 1: always one
+    eps_b: float = 0.5  # quality threshold: m tokens need a joint probability above eps_b^(m-1); 0: always n, 1: always one
     alpha_c: float = 1.0  # power of the co-occurrence weight; 0 = off
     otsu: bool = True  # drop background entries by Otsu's threshold ..
     blur: bool = True  # .. found on the Gaussian-blurred grid

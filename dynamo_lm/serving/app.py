@@ -53,7 +53,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         413: "The body is too large",
         429: "The queue is full; see Retry-After",
         500: "The server failed",
-        503: "The server is stopping, or found no place in time",
+        503: "The server is stopping, or no place became free in time",
     }.items()
 }
 EVENTS = {"text/event-stream": {"schema": {"description": "With stream: true, chunks as events; the last one is [DONE]."}}}

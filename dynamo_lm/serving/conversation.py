@@ -101,7 +101,7 @@ class Conversation:
             seed=settings.seed + len(self.statistics),
             eos_token_id=self.ends,
             stopping_criteria=StoppingCriteriaList([_Stopped(stopped)]),
-            on_step=lambda row, tokens: emit(detokenizer.add(tokens)),
+            on_step=lambda number, tokens: emit(detokenizer.add(tokens)),
             return_dict_in_generate=True,
             **({"temperature": settings.temperature} if sample and settings.temperature is not None else {}),
         )

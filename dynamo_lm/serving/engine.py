@@ -41,7 +41,7 @@ MAX_RETRY_AFTER = 60  # seconds
 class Observer(Protocol):
     """Counts what the engine does; called in its thread."""
 
-    def stepped(self, rows: Sequence[SequenceState], seconds: float) -> None: ...
+    def stepped(self, sequences: Sequence[SequenceState], seconds: float) -> None: ...
 
     def occupied(self, running: int, waiting: int) -> None: ...
 
@@ -53,7 +53,7 @@ class Event:
     sequence: EngineSequence
     tokens: list[int]
     scores: list[TokenLogProb] = field(default_factory=list)  # new ones; they may lag behind the tokens
-    prompt_scores: list[TokenLogProb | None] = field(default_factory=list)  # with the first event, if asked for
+    prompt_scores: list[TokenLogProb | None] = field(default_factory=list)  # with the first event, if requested
     finished: str | None = None  # "stop" or "length"
     timed_out: bool = False
     statistics: Statistics | None = None  # with the last event; they no longer change

@@ -1,6 +1,6 @@
 """Structured logs: one JSON object a line on stderr, uvicorn's own lines included.
 
-What a request said and what it was answered is not among it, unless the server was told so.
+Prompts and answers are not logged, unless the server's settings say so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Numbers for Prometheus: what the engine does, and what requests wait for.
+"""Metrics for Prometheus: the engine's work and the requests' times.
 
 Knows neither texts nor clients; labels are few and fixed.
 """
@@ -36,7 +36,7 @@ class Metrics:
         self.first = Histogram(
             "dynamo_time_to_first_token_seconds", "From acceptance to the first token", buckets=SECONDS, registry=registry
         )
-        self.prompt_tokens = Counter("dynamo_prompt_tokens", "Tokens of prompts absorbed", registry=registry)
+        self.prompt_tokens = Counter("dynamo_prompt_tokens", "Tokens of prompts prefilled", registry=registry)
         self.tokens = Counter("dynamo_tokens", "Tokens written", registry=registry)
         self.steps = Counter("dynamo_steps", "Steps of single texts: one forward pass, 1 or more tokens", registry=registry)
         self.forwards = Counter("dynamo_forwards", "Steps of the whole batch", registry=registry)
@@ -53,17 +53,17 @@ class Metrics:
         self.running = Gauge("dynamo_running_texts", "Texts in the batch", registry=registry)
         self.waiting = Gauge("dynamo_waiting_texts", "Texts in the queue", registry=registry)
 
-    def stepped(self, rows: Sequence[SequenceState], seconds: float) -> None:
+    def stepped(self, sequences: Sequence[SequenceState], seconds: float) -> None:
         """Counts one step of a batch."""
         tokens = prompts = backed_off = steps = 0
-        for row in rows:
-            size = len(row.emitted)
-            if row.statistics.forwards == 1:
-                prompts += row.prompt_length
+        for sequence in sequences:
+            size = len(sequence.emitted)
+            if sequence.statistics.forwards == 1:
+                prompts += sequence.prompt_length
             if size:
                 steps += 1
                 self.per_step.observe(size)
-                backed_off += size < row.statistics.ceiling and row.ending is None
+                backed_off += size < sequence.statistics.ceiling and sequence.ending is None
                 tokens += size
         self.forwards.inc()
         self.step_seconds.observe(seconds)

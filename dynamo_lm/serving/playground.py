@@ -33,7 +33,7 @@ class JointRequest(BaseModel):
 
 
 def playground(model: DynaMoForCausalLM, tokenizer: Any, engine: Engine) -> APIRouter:
-    """The page and the heat map behind it, whose route raises InputError for a prompt that cannot be used."""
+    """The page and its heat map, whose route raises InputError for a prompt that cannot be used."""
     router = APIRouter()
     eps_b = Settings(model.generation_config).get("eps_b", Algorithm1().eps_b)
     context = stated_context(model.config)

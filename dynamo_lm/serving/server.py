@@ -1,6 +1,6 @@
 """The process around the application: a socket, uvicorn, and a shutdown that loses nothing that was accepted.
 
-SIGTERM (or Ctrl-C) stops taking requests, which are refused with 503 while the rest is finished; then the process ends. A
+SIGTERM (or Ctrl-C) stops taking requests, which get status 503 while the rest is finished; then the process ends. A
 second signal ends it at once.
 """
 
@@ -21,7 +21,7 @@ from dynamo_lm.serving.logs import log
 from dynamo_lm.serving.middleware import LimitsMiddleware
 
 BACKLOG = 2048  # connections that may wait to be accepted; uvicorn's own default
-GRACE = 5.0  # seconds that answers may take to be read by their clients, behind the last token
+GRACE = 5.0  # seconds that clients may take to read their answers after the last token
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
