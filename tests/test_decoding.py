@@ -565,7 +565,7 @@ def fill(cache: RaggedKVCache, layer: int, values: Tensor) -> Tensor:
 
 
 def test_rows_of_a_cache_have_lengths_of_their_own():
-    cache = RaggedKVCache(num_layers=1, rows=2)
+    cache = RaggedKVCache(num_layers=1, num_slots=2)
     assert cache.reserve(3).tolist() == [[0, 1, 2], [0, 1, 2]]
     assert fill(cache, 0, torch.tensor([[1, 2, 3], [4, 5, 9]])).tolist() == [[1, 2, 3], [4, 5, 9]]
     cache.commit(torch.tensor([3, 2]))  # of the second row, the last is forgotten
@@ -582,7 +582,7 @@ def test_rows_of_a_cache_have_lengths_of_their_own():
 
 
 def test_a_cache_keeps_the_rows_selected():
-    cache = RaggedKVCache(num_layers=2, rows=3)
+    cache = RaggedKVCache(num_layers=2, num_slots=3)
     cache.reserve(2)
     for layer in (0, 1):
         fill(cache, layer, torch.tensor([[1, 2], [3, 4], [5, 6]]) + 10 * layer)
@@ -595,7 +595,7 @@ def test_a_cache_keeps_the_rows_selected():
 
 
 def test_a_cache_grows_beyond_its_buffer_and_forgets_nothing():
-    cache, rows = RaggedKVCache(num_layers=1, rows=2), torch.arange(2)[:, None]
+    cache, rows = RaggedKVCache(num_layers=1, num_slots=2), torch.arange(2)[:, None]
     expected: list[list[int]] = [[], []]
     for step in range(3 * GROWTH // 4):
         new = torch.arange(4) + 4 * step + 10_000 * rows

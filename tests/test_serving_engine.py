@@ -78,7 +78,7 @@ def test_a_rule_that_raises_ends_its_own_text_alone():
         good = asyncio.ensure_future(tokens_of(engine.accept([ask(tokens=60)])))
         errors = []
         for options in (
-            {"stops": (bad_stop,)},
+            {"stopping_criteria": (bad_stop,)},
             {"logits_processors": (bad_warp,)},
             {"logits_processors": (empty_warp,), "sample": True},
         ):

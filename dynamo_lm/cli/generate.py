@@ -238,7 +238,7 @@ def _write(
     for number, (text, written, statistics) in enumerate(zip(texts, detokenizers, output.statistics, strict=True)):
         rest = written.end()
         if as_json:
-            line = {"prompt": text, "text": text + written.text, "new_text": written.text}
+            line: dict[str, Any] = {"prompt": text, "text": text + written.text, "new_text": written.text}
             line |= {"seed": arguments["seed"] + number, "statistics": numbers(statistics)}
             print(json_format.dumps(line, ensure_ascii=False), flush=True)
         else:

@@ -134,17 +134,15 @@ def _figures(streams: Sequence[StreamState]) -> Figures:
 
 
 class Answer:
-    """One answer while it is written; `CompletionAnswer` and `ChatAnswer` put its objects together."""
+    """One answer while it is written; `CompletionAnswer` and `ChatAnswer` make its choices."""
 
-    prefix = ""
+    prefix: str
+    whole_type: type[BaseModel]
+    chunk_type: type[BaseModel]
 
     def __init__(self, model: str, handle: RequestHandle, vocabulary: Vocabulary):
         self.handle, self.vocabulary = handle, vocabulary
-        self.head: dict[str, Any] = {
-            "id": f"{self.prefix}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
+        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self.streams = [StreamState(sequence.request, vocabulary) for sequence in handle.sequences]
         self.first_seconds: float | None = None  # from acceptance to the first token
         self._accepted = time.monotonic()
@@ -158,7 +156,12 @@ class Answer:
         scored: list[list[ScoredToken]] = [[] for _ in self.streams]
         async for event, stream in self._events():
             scored[stream.request.choice] += stream.take(event)[1]
-        return self.assemble(scored) if self._finished else None
+        if not self._finished:
+            return None
+        several, choices = len(self.streams) > 1, []
+        for stream, tokens in zip(self.streams, scored, strict=True):
+            choices.append(self.choice(stream, self._logprobs(stream, tokens), _figures([stream]) if several else None))
+        return self.whole_type(**self.head, choices=choices, **self._totals)
 
     async def chunks(self, *, usage: bool) -> AsyncIterator[BaseModel]:
         """The answer in chunks, one per step of each text; with `usage` the last one counts tokens.
@@ -170,14 +173,17 @@ class Answer:
             begins = not stream.begun
             text, scored = stream.take(event)
             if begins and (opening := self.opening(stream)) is not None:
-                yield opening
+                yield self._chunk([opening])
             if text or scored or event.tokens:
                 step = Steps(step=[self.vocabulary.text(token) for token in event.tokens])
-                yield self.piece(stream, text, scored, step)
+                yield self._chunk([self.piece(stream, text, logprobs=self._logprobs(stream, scored))], dynamo=step)
             if stream.finish is not None:
-                yield self.closing(stream)
+                yield self._chunk([self.piece(stream, "", finish_reason=stream.finish)], dynamo=_figures([stream]))
         if usage and self._finished:
-            yield self.counted()
+            yield self._chunk([], **self._totals)
+
+    def _chunk(self, choices: list[BaseModel], **more: Any) -> BaseModel:
+        return self.chunk_type(**self.head, choices=choices, **more)
 
     async def _events(self) -> AsyncIterator[tuple[Event, StreamState]]:
         while (event := await self.handle.next()) is not None:
@@ -188,6 +194,10 @@ class Answer:
     @property
     def _finished(self) -> bool:
         return all(stream.finish for stream in self.streams)
+
+    @property
+    def _totals(self) -> dict[str, Any]:
+        return {"usage": self.usage, "dynamo": _figures(self.streams)}
 
     @property
     def usage(self) -> Usage:
@@ -205,67 +215,38 @@ class Answer:
             facts |= figures.model_dump(include={"forwards", "tokens_per_step", "verify", "eps_b", "timed_out"})
         return facts | {"finish": [stream.finish for stream in self.streams]}
 
-    def _each(self, stream: StreamState) -> Figures | None:
-        """What one of several texts cost."""
-        return _figures([stream]) if len(self.streams) > 1 else None
+    def _logprobs(self, stream: StreamState, scored: list[ScoredToken]) -> Any:
+        return None if stream.request.options.logprobs is None else self.logprobs(scored)
 
-    @property
-    def _totals(self) -> dict[str, Any]:
-        return {"usage": self.usage, "dynamo": _figures(self.streams)}
+    def logprobs(self, scored: list[ScoredToken]) -> BaseModel:
+        """The scores of these tokens."""
+        raise NotImplementedError
 
-    def assemble(self, scored: list[list[ScoredToken]]) -> BaseModel:
-        """The whole answer; scored tokens by text."""
+    def choice(self, stream: StreamState, logprobs: Any, dynamo: Figures | None) -> BaseModel:
+        """A text of the whole answer."""
         raise NotImplementedError
 
     def opening(self, stream: StreamState) -> BaseModel | None:
-        """The chunk before a text, if there is one."""
+        """The first piece of a streamed text, before its characters, if there is one."""
         return None
 
-    def piece(self, stream: StreamState, text: str, scored: list[ScoredToken], step: Steps) -> BaseModel:
-        """The chunk of one step."""
-        raise NotImplementedError
-
-    def closing(self, stream: StreamState) -> BaseModel:
-        """The chunk after a text."""
-        raise NotImplementedError
-
-    def counted(self) -> BaseModel:
-        """The chunk after all texts."""
+    def piece(self, stream: StreamState, text: str, **more: Any) -> BaseModel:
+        """A piece of a streamed text; `more`: its log-probabilities, or why it ends."""
         raise NotImplementedError
 
 
 class CompletionAnswer(Answer):
     """Of /v1/completions."""
 
-    prefix = "cmpl"
+    prefix, whole_type, chunk_type = "cmpl", Completion, Completion
 
-    def assemble(self, scored: list[list[ScoredToken]]) -> Completion:
-        choices = [
-            CompletionChoice(
-                index=stream.request.choice,
-                text=stream.text,
-                logprobs=self._logprobs(stream, tokens),
-                finish_reason=stream.finish,
-                dynamo=self._each(stream),
-            )
-            for stream, tokens in zip(self.streams, scored, strict=True)
-        ]
-        return Completion(**self.head, choices=choices, **self._totals)
+    def choice(self, stream: StreamState, logprobs: Any, dynamo: Figures | None) -> CompletionChoice:
+        return self.piece(stream, stream.text, logprobs=logprobs, finish_reason=stream.finish, dynamo=dynamo)
 
-    def piece(self, stream: StreamState, text: str, scored: list[ScoredToken], step: Steps) -> Completion:
-        choice = CompletionChoice(index=stream.request.choice, text=text, logprobs=self._logprobs(stream, scored))
-        return Completion(**self.head, choices=[choice], dynamo=step)
+    def piece(self, stream: StreamState, text: str, **more: Any) -> CompletionChoice:
+        return CompletionChoice(index=stream.request.choice, text=text, **more)
 
-    def closing(self, stream: StreamState) -> Completion:
-        choice = CompletionChoice(index=stream.request.choice, text="", finish_reason=stream.finish)
-        return Completion(**self.head, choices=[choice], dynamo=_figures([stream]))
-
-    def counted(self) -> Completion:
-        return Completion(**self.head, choices=[], **self._totals)
-
-    def _logprobs(self, stream: StreamState, scored: list[ScoredToken]) -> CompletionLogprobs | None:
-        if stream.request.options.logprobs is None:
-            return None
+    def logprobs(self, scored: list[ScoredToken]) -> CompletionLogprobs:
         return CompletionLogprobs(
             tokens=[self.vocabulary.text(each.token) for each in scored],
             token_logprobs=[each.score.log_prob if each.score else None for each in scored],
@@ -286,41 +267,21 @@ class CompletionAnswer(Answer):
 class ChatAnswer(Answer):
     """Of /v1/chat/completions."""
 
-    prefix = "chatcmpl"
+    prefix, whole_type, chunk_type = "chatcmpl", ChatCompletion, ChatChunk
 
-    def assemble(self, scored: list[list[ScoredToken]]) -> ChatCompletion:
-        choices = [
-            ChatChoice(
-                index=stream.request.choice,
-                message=AssistantMessage(content=stream.text),
-                logprobs=self._logprobs(stream, tokens),
-                finish_reason=stream.finish,
-                dynamo=self._each(stream),
-            )
-            for stream, tokens in zip(self.streams, scored, strict=True)
-            if stream.finish is not None  # each is
-        ]
-        return ChatCompletion(**self.head, choices=choices, **self._totals)
+    def choice(self, stream: StreamState, logprobs: Any, dynamo: Figures | None) -> ChatChoice:
+        assert stream.finish is not None
+        index, message = stream.request.choice, AssistantMessage(content=stream.text)
+        return ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=stream.finish, dynamo=dynamo)
 
-    def opening(self, stream: StreamState) -> ChatChunk:
-        return self._chunk(stream, Delta(role="assistant", content=""))
+    def opening(self, stream: StreamState) -> ChatChunkChoice:
+        return ChatChunkChoice(index=stream.request.choice, delta=Delta(role="assistant", content=""))
 
-    def piece(self, stream: StreamState, text: str, scored: list[ScoredToken], step: Steps) -> ChatChunk:
-        return self._chunk(stream, Delta(content=text), step, logprobs=self._logprobs(stream, scored))
+    def piece(self, stream: StreamState, text: str, **more: Any) -> ChatChunkChoice:
+        delta = Delta() if "finish_reason" in more else Delta(content=text)
+        return ChatChunkChoice(index=stream.request.choice, delta=delta, **more)
 
-    def closing(self, stream: StreamState) -> ChatChunk:
-        return self._chunk(stream, Delta(), _figures([stream]), finish_reason=stream.finish)
-
-    def counted(self) -> ChatChunk:
-        return ChatChunk(**self.head, choices=[], **self._totals)
-
-    def _chunk(self, stream: StreamState, delta: Delta, dynamo: Steps | Figures | None = None, **more: Any) -> ChatChunk:
-        choice = ChatChunkChoice(index=stream.request.choice, delta=delta, **more)
-        return ChatChunk(**self.head, choices=[choice], dynamo=dynamo)
-
-    def _logprobs(self, stream: StreamState, scored: list[ScoredToken]) -> ChatLogprobs | None:
-        if stream.request.options.logprobs is None:
-            return None
+    def logprobs(self, scored: list[ScoredToken]) -> ChatLogprobs:
         content = []
         for each in scored:
             assert each.score is not None
