@@ -71,7 +71,8 @@ class AnswerOptions:
         """The options as settings. Raises InputError for those that do not go together or are out of range."""
         from dynamo_lm.serving.settings import ChatSettings
 
-        verify = verification(self.verify or ("strict" if self.eps_b is None else "off"))
+        usual = "strict" if self.eps_b is None else "off"
+        verify = verification(usual if self.verify is None else self.verify)
         if self.eps_b is not None and verify != "off":
             raise InputError("--eps-b belongs to --verify off; verified decoding has no use for it.")
         return ChatSettings(
