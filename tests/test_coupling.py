@@ -48,7 +48,7 @@ def coupled_tiny(seed: int = 0, **kwargs) -> DynaMoForCausalLM:
     return model
 
 
-def slow_bonus(coupling: Coupling, head: int, hidden: Tensor, x: int, c: int, output_weight: Tensor) -> float:
+def slow_correction(coupling: Coupling, head: int, hidden: Tensor, x: int, c: int, output_weight: Tensor) -> float:
     """<B (E[x] * sigmoid(G h + b)), W[c]>, a number at a time."""
     gate, bias, up = coupling.gates[head - 2], coupling.biases[head - 2], coupling.ups[head - 2]
     total = 0.0
@@ -64,7 +64,7 @@ def slow_bonus(coupling: Coupling, head: int, hidden: Tensor, x: int, c: int, ou
     seed=st.integers(0, 2**16),
 )  # fmt: skip
 @torch.no_grad()
-def test_shift_and_bonus_are_the_definition(sizes, p, k, head, seed):
+def test_both_corrections_are_the_definition(sizes, p, k, head, seed):
     vocabulary, size, rank = sizes
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(vocabulary, size, generator=generator)
@@ -73,16 +73,16 @@ def test_shift_and_bonus_are_the_definition(sizes, p, k, head, seed):
     previous = torch.randint(vocabulary, (p,), generator=generator)
     candidates = torch.randint(vocabulary, (k,), generator=generator)
     expected = torch.tensor(
-        [[slow_bonus(coupling, head, hidden, x, c, weight) for c in candidates.tolist()] for x in previous.tolist()]
+        [[slow_correction(coupling, head, hidden, x, c, weight) for c in candidates.tolist()] for x in previous.tolist()]
     )
     tolerance = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(coupling.correction(head, hidden, previous, candidates, weight), expected, **tolerance)
-    shift = coupling.hidden_correction(head, hidden.expand(p, size), previous)  # (p, hidden)
-    torch.testing.assert_close(shift @ weight[candidates].T, expected, **tolerance)
+    correction = coupling.hidden_correction(head, hidden.expand(p, size), previous)  # (p, hidden)
+    torch.testing.assert_close(correction @ weight[candidates].T, expected, **tolerance)
 
 
 @torch.no_grad()
-def test_bonus_takes_several_positions_at_once():
+def test_the_correction_takes_several_positions_at_once():
     weight = torch.randn(7, 5)
     coupling = shaken(Coupling(3, 4, weight))
     hidden, previous, candidates = torch.randn(2, 3, 5), torch.randint(7, (2, 3, 4)), torch.randint(7, (2, 3, 6))

@@ -105,26 +105,26 @@ def test_a_tree_finds_the_second_best_draft():
 
 
 def test_sizes_are_tried_and_then_the_fastest_is_taken():
-    pace = AdaptiveDraftLength((4, 8, 16))
+    draft_length = AdaptiveDraftLength((4, 8, 16))
     for size, seconds in ((4, 1.0), (8, 1.1), (16, 3.0)):
         for _ in range(TRIALS):
-            assert pace.choose([0.5] * 15) == size
-            pace.record(size, seconds, expected=1.5, kept=1)
-    assert pace.choose([0.5, 0.4, 0.3, 0.3, 0.3, 0.2, 0.2] + [0.01] * 8) == 8
-    assert pace.choose([0.9, 0.1, 0.01, 0.001] + [0.0] * 11) == 4  # the rest is worth nothing
+            assert draft_length.choose([0.5] * 15) == size
+            draft_length.record(size, seconds, expected=1.5, accepted=1)
+    assert draft_length.choose([0.5, 0.4, 0.3, 0.3, 0.3, 0.2, 0.2] + [0.01] * 8) == 8
+    assert draft_length.choose([0.9, 0.1, 0.01, 0.001] + [0.0] * 11) == 4  # the rest is worth nothing
 
 
 def test_where_hardly_any_draft_is_kept_none_is_tried_and_taken_if_faster():
-    pace, promising, hopeless = AdaptiveDraftLength((4, 8)), [0.9] * 7, [0.05] * 7
+    draft_length, promising, hopeless = AdaptiveDraftLength((4, 8)), [0.9] * 7, [0.05] * 7
     for step in range(WARM_UP_STEPS):
-        assert pace.choose(hopeless) in (4, 8)
-        pace.record(pace.choose(hopeless), 1.5, expected=0.3, kept=step % 4 == 0)
+        assert draft_length.choose(hopeless) in (4, 8)
+        draft_length.record(draft_length.choose(hopeless), 1.5, expected=0.3, accepted=step % 4 == 0)
     for _ in range(TRIALS):
-        assert pace.choose(hopeless) == 1
-        pace.record(1, 1.0, expected=0.0, kept=0)
-    assert pace.choose(hopeless) == 1
-    assert pace.choose(promising) in (4, 8)  # as soon as drafts are likely again
-    assert all(len(times) <= WINDOW for times in pace.seconds.values())
+        assert draft_length.choose(hopeless) == 1
+        draft_length.record(1, 1.0, expected=0.0, accepted=0)
+    assert draft_length.choose(hopeless) == 1
+    assert draft_length.choose(promising) in (4, 8)  # as soon as drafts are likely again
+    assert all(len(times) <= WINDOW for times in draft_length.seconds.values())
 
 
 def test_kept_slots_move_up_for_every_copy_of_a_row():
