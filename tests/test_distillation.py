@@ -38,7 +38,7 @@ def plain_loss(model, kl: float, ids: list[int]) -> list[torch.Tensor]:
                 lines = [(head - 1, logits[head - 1][t, ids])]
                 if model.coupling is not None:
                     state, before = hidden[head - 1, t].detach(), torch.tensor(document[t + head - 1])
-                    shift = model.output_weight(head).detach() @ model.coupling.shift(head, state, before)
+                    shift = model.output_weight(head).detach() @ model.coupling.hidden_correction(head, state, before)
                     lines.append((n + head - 2, (logits[head - 1][t].detach() + shift)[ids]))
                 for line, of_head in lines:
                     logq = of_head.log_softmax(-1)
@@ -203,9 +203,9 @@ def test_acceptance_is_that_of_a_loop_over_positions(coupled):
                 p = model.readout(hidden[0, t + head - 1][None, None])[0, 0]
                 q = model.readout(hidden[head - 1, t][None, None], head)[0, 0]
                 if coupled:
-                    q = q + model.coupling.shift(head, hidden[head - 1, t], torch.tensor(document[t + head - 1])) @ (
-                        model.output_weight(head).T
-                    )
+                    before = torch.tensor(document[t + head - 1])
+                    correction = model.coupling.hidden_correction(head, hidden[head - 1, t], before)
+                    q = q + correction @ model.output_weight(head).T
                 greedy *= float(p.argmax() == q.argmax())
                 sampled *= float(torch.minimum(p.softmax(-1), q.softmax(-1)).sum())
                 stands[:, head - 1] += (greedy, sampled)

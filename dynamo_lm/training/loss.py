@@ -99,8 +99,8 @@ def heads_loss(
                     gradient[head - 1].flatten(0, 1)[chunk] = at_states * part.grad  # type: ignore[operator]
                 if coupling is not None and head > 1:
                     with torch.set_grad_enabled(learn):
-                        shift = coupling.shift(head, part.detach(), before[head - 2][chunk].clamp(min=0))
-                        corrected = logits.detach() + F.linear(shift, read.weight(head))
+                        correction = coupling.hidden_correction(head, part.detach(), before[head - 2][chunk].clamp(min=0))
+                        corrected = logits.detach() + F.linear(correction, read.weight(head))
                         sums[n + head - 2] += goal.backward(corrected, of_kl, 1 / count)
     if gradient is not None:
         hidden.backward(gradient)
