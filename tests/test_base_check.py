@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import NAMES, base_of
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     BartConfig,
     BartForCausalLM,
@@ -122,4 +123,24 @@ def test_a_base_that_cannot_be_made_smaller_is_checked_itself(monkeypatch):
 def test_state_space_models_are_refused_with_a_sentence():
     base = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3))
     with pytest.raises(InputError, match="linear_attention"):
+        DynaMoForCausalLM.from_base(base)
+
+
+@pytest.mark.parametrize("kind", ["apertus", "llama4_text", "starcoder2"])
+@torch.no_grad()
+def test_further_architectures_that_people_use_carry_heads(kind):
+    config = CONFIG_MAPPING[kind]()
+    base = tiny_base(AutoModelForCausalLM._model_mapping[type(config)], config)
+    model = DynaMoForCausalLM.from_base(base, init="copy").eval()
+    ids = torch.tensor([[1, 1, 1, 7, 8, 9], [5, 6, 7, 8, 9, 10]])
+    inputs = {"inputs": ids, "attention_mask": (ids != 1).long(), "max_new_tokens": 16, "do_sample": False}
+    inputs |= {"pad_token_id": 1, "eos_token_id": None}
+    assert torch.equal(model.generate(**inputs), base.generate(**inputs))
+
+
+@pytest.mark.parametrize("kind", ["gpt_bigcode", "xglm", "cpmant", "openai-gpt", "rembert"])
+def test_what_does_not_carry_heads_is_refused_when_they_are_added(kind):
+    config = CONFIG_MAPPING[kind]()
+    base = tiny_base(AutoModelForCausalLM._model_mapping[type(config)], config)
+    with pytest.raises(InputError, match="cannot carry heads"):
         DynaMoForCausalLM.from_base(base)

@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig
 from dynamo_lm.devices import sent
 from dynamo_lm.errors import InputError
 
+CHUNKED = "chunked_attention"  # Llama 4's
+
 
 @dataclass(frozen=True)
 class AttentionMaskBuilder:
@@ -23,6 +25,7 @@ class AttentionMaskBuilder:
 
     windows: dict[str | None, int | None]  # by layer type: how far back it sees, None: over all; one type None: no types
     additive: torch.dtype | None  # of implementations that add the mask, else None
+    chunk: int | None = None  # tokens of the chunks that layers of type "chunked_attention" do not see beyond
 
     @classmethod
     def of(cls, base_config: PreTrainedConfig, dtype: torch.dtype) -> AttentionMaskBuilder:
@@ -36,10 +39,12 @@ class AttentionMaskBuilder:
         types = getattr(config, "layer_types", None)
         if types is None:
             return cls({None: window}, additive)
+        chunk = getattr(config, "attention_chunk_size", None)
+        limits = {"full_attention": None, "sliding_attention": window, "chunked_attention": None}
         for kind in set(types):
-            if kind != "full_attention" and (kind != "sliding_attention" or window is None):
+            if kind not in limits or (kind, window) == ("sliding_attention", None) or (kind, chunk) == (CHUNKED, None):
                 raise InputError(f'Layers of type "{kind}" are not supported; full and sliding attention are.')
-        return cls({kind: None if kind == "full_attention" else window for kind in set(types)}, additive)
+        return cls({kind: limits[kind] for kind in set(types)}, additive, chunk if CHUNKED in types else None)
 
     def mask(
         self,
@@ -75,6 +80,9 @@ class AttentionMaskBuilder:
             kind: self._form(seen if window is None else seen & (distance < window), device)
             for kind, window in self.windows.items()
         }
+        if self.chunk is not None:
+            same = queries[:, :, None] // self.chunk == keys[:, None, :] // self.chunk
+            masks[CHUNKED] = self._form(seen & same, device)
         return masks.get(None, masks)  # type: ignore[return-value, arg-type]
 
     def next(self, start: int, width: int, slots: int, *, device: torch.device) -> Tensor | dict[str, Tensor]:
@@ -86,6 +94,9 @@ class AttentionMaskBuilder:
             kind: self._form(torch.from_numpy(seen if window is None else seen & (keys > queries - window))[None], device)
             for kind, window in self.windows.items()
         }
+        if self.chunk is not None:
+            same = queries // self.chunk == keys // self.chunk
+            masks[CHUNKED] = self._form(torch.from_numpy(seen & same)[None], device)
         return masks.get(None, masks)  # type: ignore[return-value, arg-type]
 
     def _form(self, mask: Tensor, device: torch.device | None) -> Tensor:

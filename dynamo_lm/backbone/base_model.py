@@ -21,11 +21,16 @@ from dynamo_lm.errors import InputError, first_line
 class PassThrough(nn.Module):
     """Stands in for the base's body, and for any part of it that the base calls: hands its embeddings through."""
 
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.__dict__["_body"] = body  # not a part of this module
+
     def forward(self, input_ids: None = None, *, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
         return _OnlyHidden(last_hidden_state=inputs_embeds)
 
     def __getattr__(self, name: str) -> Any:
-        return self  # OPT calls model.decoder
+        value = getattr(self.__dict__["_body"], name)  # raises where the body has no such thing, too
+        return self if isinstance(value, nn.Module) else value  # OPT calls model.decoder
 
 
 class _OnlyHidden(BaseModelOutputWithPast):
@@ -39,6 +44,15 @@ def layer_input(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+def body_name(base: PreTrainedModel) -> str:
+    """The name of the base's part that is neither its output embedding nor beside it: embedding, layers, final norm."""
+    prefix, output = base.base_model_prefix, base.get_output_embeddings()
+    if prefix in base._modules:
+        return prefix
+    rest = [name for name, part in base._modules.items() if part is not None and part is not output]
+    return next((name for name in rest if any(isinstance(m, nn.ModuleList) for m in base._modules[name].modules())), prefix)
+
+
 def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
     """The base's decoder layers: the ModuleList as long as `num_hidden_layers` says.
 
@@ -46,7 +60,7 @@ def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
         InputError: there is none.
     """
     count = base.config.get_text_config().num_hidden_layers
-    for module in getattr(base, base.base_model_prefix).modules():
+    for module in getattr(base, body_name(base)).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and all(len(list(m.children())) for m in module):
             return module
     raise InputError(f"{type(base).__name__} has no list of {count} decoder layers to put heads beside.")
@@ -110,5 +124,5 @@ def fingerprint(base: PreTrainedModel) -> str:
         if tensor.is_meta:
             return "meta"
         digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -71,7 +71,10 @@ class _Several(nn.Module):
 
 
 def can_stack(layers: Sequence[nn.Module]) -> bool:
-    """Whether layers can run as one: same modules, same settings (but for the cache entry), no weights around weights."""
+    """Whether layers can run as one: same modules, same settings (but for the cache entry), no weights around weights, and
+    no hooks, which belong to one of them."""
+    if any(map(has_hooks, layers)):
+        return False
     trees = [dict(layer.named_modules()) for layer in layers]
     if any(tree.keys() != trees[0].keys() for tree in trees):
         return False
@@ -84,6 +87,11 @@ def can_stack(layers: Sequence[nn.Module]) -> bool:
         if getattr(getattr(module, "config", None), "scale_attn_by_inverse_layer_idx", False):
             return False  # the one place where a layer's number changes what it computes
     return True
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module or a part of it has forward hooks, or a forward of its own in place of its class's."""
+    return any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules())
 
 
 def _holds_weights(module: nn.Module) -> bool:

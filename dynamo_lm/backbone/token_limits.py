@@ -11,7 +11,8 @@ UNLIMITED = 2**31  # tokens: more than any text has
 
 def stated_context(config: Any) -> int | None:
     """Tokens that a model has positions for, or None where its configuration states no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit and limit > 0 else None  # XLNet states -1
 
 
 def context_limit(config: Any) -> int:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynamo_lm.backbone.rope_limits import length_limit
 from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.decoding.candidates import Candidates
 from dynamo_lm.decoding.draft_length import AdaptiveDraftLength
@@ -50,7 +51,7 @@ CHUNK = 512  # positions of a prompt whose logits exist at one time, if the prom
 def decode(
     model: MultiHeadLM,
     prompts: Sequence[Sequence[int]],
-    options: DecodingOptions,
+    options: DecodingOptions | Sequence[DecodingOptions],
     *,
     seeds: Sequence[int],
     on_step: Callable[[int, list[int]], None] = lambda sequence, tokens: None,
@@ -59,6 +60,7 @@ def decode(
 
     Args:
         prompts: token ids, at least one each.
+        options: of all sequences, or one each, which differ in their processors and criteria only.
         seeds: of each sequence's random numbers.
         on_step: called with the sequence's number and the tokens that a step emitted for it.
 
@@ -68,13 +70,15 @@ def decode(
     Raises:
         InputError: an empty prompt, a prompt longer than the context, options that do not fit the model.
     """
+    each = [options] * len(prompts) if isinstance(options, DecodingOptions) else list(options)
+    options = each[0]
     if options.compile and len(prompts) > 1:
         raise InputError(
             f"compile=True decodes one prompt at a time, and there are {len(prompts)}; leave it out for batches."
         )
     batch = Batch(model, options.num_heads, compile=options.compile)
-    numbered = enumerate(zip(prompts, seeds, strict=True))
-    sequences = [batch.join(prompt, options, seed=seed, number=number) for number, (prompt, seed) in numbered]
+    numbered = enumerate(zip(prompts, each, seeds, strict=True))
+    sequences = [batch.join(prompt, own, seed=seed, number=number) for number, (prompt, own, seed) in numbered]
     while batch.running:
         for sequence in batch.step():
             if sequence.emitted:
@@ -131,6 +135,10 @@ class Batch:
             raise InputError(f"num_heads is {n}, but this batch was made for {self.num_heads}; give that or less.")
         if self.compile and self.running:
             raise InputError("A compiled batch holds one sequence at a time, and there is one already.")
+        others = [sequence.prompt_length for sequence in self.running]
+        self.runner.context = length_limit(
+            self.model.config, context_limit(self.model.config), len(prompt), others, compiled=self.compile
+        )
         sequence = SequenceState(
             number,
             list(prompt),

@@ -6,9 +6,10 @@ those into `DecodingOptions`, refuses what a mode cannot honour, and puts the se
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,20 +27,15 @@ from transformers.utils import ModelOutput
 
 from dynamo_lm.backbone.token_limits import context_limit, token_ids
 from dynamo_lm.decoding.batch import decode
-from dynamo_lm.decoding.options import LogitsProcessor, StoppingCriterion
+from dynamo_lm.decoding.padded_batch import PaddedBatch
 from dynamo_lm.decoding.protocol import MultiHeadLM
-from dynamo_lm.decoding.settings import Settings, as_logits_processor, resolve
+from dynamo_lm.decoding.sequence import SequenceState
+from dynamo_lm.decoding.settings import Settings, resolve
 from dynamo_lm.decoding.statistics import Statistics
 from dynamo_lm.errors import InputError
 
+logger = logging.getLogger(__name__)
 OF_ALGORITHM_1 = (TemperatureLogitsWarper, TopKLogitsWarper, RepetitionPenaltyLogitsProcessor)
-POSITIONS = (  # attributes of transformers' processors that count from the padded prompt's start
-    "prompt_length_to_skip",
-    "min_length",
-    "max_length",
-    "begin_index",
-    "regulation_start",
-)
 REFUSED = {  # what no mode of this loop does, and the value that asks for it
     "num_beams": lambda value: value not in (None, 1),
     "output_scores": bool,
@@ -125,31 +121,35 @@ def generate(
         **model_kwargs: Any,
     ) -> Tensor | DynaMoOutput:
         prompts = _prompts(input_ids, model_kwargs.get("attention_mask"))
+        ends = token_ids(generation_config.eos_token_id)
+        pad = next(iter([*token_ids(generation_config.pad_token_id), *ends]), 0)
+        batch = PaddedBatch(input_ids, prompts, pad)
+        if off:
+            _check_off(logits_processor)
+        criteria = [c for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))]
         options = resolve(
             model,
             *sources,
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
             sample=bool(generation_config.do_sample),
-            end_tokens=generation_config.eos_token_id,
-            logits_processors=_logits_processors(
-                logits_processor, off, [input_ids.shape[1] - len(prompt) for prompt in prompts]
-            ),
-            stopping_criteria=tuple(
-                _stop(c) for c in stopping_criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))
-            ),
+            end_tokens=ends,
+            logits_processors=() if off else tuple(batch.logits_processor(each) for each in logits_processor),
         )
+        by_row = [
+            replace(options, stopping_criteria=tuple(batch.stopping_criterion(each, row) for each in criteria))
+            for row in range(len(prompts))
+        ]
 
-        def stepped(number: int, tokens: list[int]) -> None:
+        def stepped(row: int, tokens: list[int]) -> None:
+            batch.new_tokens[row] += tokens
             if streamer is not None:
                 for token in tokens:  # one at a time: transformers' streamers take one sequence's tokens
                     streamer.put(torch.tensor([token]))
             if on_step is not None:
-                on_step(number, tokens)
+                on_step(row, tokens)
 
-        decoded = decode(model, prompts, options, seeds=_seeds(seed, len(prompts)), on_step=stepped)
-        if streamer is not None:
-            streamer.end()
-        pad = next(iter([*token_ids(generation_config.pad_token_id), *options.end_tokens]), 0)
+        decoded = decode(model, prompts, by_row, seeds=_seeds(seed, len(prompts)), on_step=stepped)
+        _warn_if_cut(decoded, options.max_new_tokens)
         longest = max(len(each.new_tokens) for each in decoded)
         new = torch.tensor([each.new_tokens + [pad] * (longest - len(each.new_tokens)) for each in decoded])
         sequences = torch.cat([input_ids, new.to(input_ids.device)], dim=1)
@@ -169,47 +169,37 @@ def generate(
     )
 
 
-def _logits_processors(processors: LogitsProcessorList, off: bool, padding: Sequence[int]) -> tuple[LogitsProcessor, ...]:
-    """The processors as functions of one sequence's own tokens, without its padding (by sequence, so many tokens); under
-    "off" only those that are options of Algorithm 1 may remain."""
-    if off:
-        for processor in processors:
-            if not isinstance(processor, OF_ALGORITHM_1):
-                raise InputError(
-                    f'{type(processor).__name__} does not apply to the joint that verify="off" draws from; '
-                    'use verify="strict", which honours every processor.'
-                )
-        return ()
-    on_cpu = [_on_cpu(processor) for processor in processors]
-    by_sequence = [[as_logits_processor(_without_padding(processor, count)) for processor in on_cpu] for count in padding]
-    return tuple(lambda number, *step, i=i: by_sequence[number][i](number, *step) for i in range(len(on_cpu)))
+def _check_off(processors: LogitsProcessorList) -> None:
+    """Refuses, for verify="off", all processors but those that are options of Algorithm 1. Raises InputError."""
+    for processor in processors:
+        if not isinstance(processor, OF_ALGORITHM_1):
+            raise InputError(
+                f'{type(processor).__name__} does not apply to the joint that verify="off" draws from; '
+                'use verify="strict", which honours every processor.'
+            )
 
 
-def _on_cpu(processor: Any) -> Any:
-    """A processor for logits on the CPU: transformers makes them for the model's device."""
-    moved = {name: value.cpu() for name, value in vars(processor).items() if isinstance(value, Tensor) and not value.is_cpu}
-    if moved:
-        processor = copy.copy(processor)
-        vars(processor).update(moved)
-    return processor
+def _warn_if_cut(rows: Sequence[SequenceState], max_new_tokens: int) -> None:
+    """Says that a text ended before its length, where the base's own `generate` would have gone on."""
+    cut = [row for row in rows if row.ending == "length" and len(row.new_tokens) < max_new_tokens]
+    if cut:
+        logger.warning(
+            "A text ends after %d of %d new tokens, at %d tokens in all: beyond them the base has no positions that it was "
+            "trained on, or its rotary embedding changes. model.base.generate may go on.",
+            len(cut[0].new_tokens),
+            max_new_tokens,
+            len(cut[0].tokens),
+        )
 
 
-def _without_padding(processor: Any, padding: int) -> Any:
-    """A processor that was made for prompts padded to one length, for a sequence whose prompt is shorter by `padding`."""
-    ignored = getattr(processor, "prompt_ignore_length", None)  # one a sequence: the padding that a penalty leaves out
-    if padding == 0 and not isinstance(ignored, Tensor):
-        return processor
-    processor = copy.copy(processor)
-    if isinstance(ignored, Tensor):
-        processor.prompt_ignore_length = None
-    for name in POSITIONS:
-        if isinstance(getattr(processor, name, None), int):
-            setattr(processor, name, getattr(processor, name) - padding)
-    return processor
-
-
-def _stop(criterion: Any) -> StoppingCriterion:
-    return lambda tokens: bool(criterion(tokens[None], None).all())
+@contextmanager
+def ended(streamer: Any) -> Iterator[None]:
+    """Ends a streamer, also where generation raises: whoever reads from it would wait for ever."""
+    try:
+        yield
+    finally:
+        if streamer is not None:
+            streamer.end()
 
 
 def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
+from dynamo_lm.backbone.stacked_heads import has_hooks
 from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.decoding.compiled import CompiledStep, capacity, compile_steps
 from dynamo_lm.decoding.kv_cache import RaggedKVCache, StaticKVCache
 from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.decoding.sequence import SequenceState
 from dynamo_lm.devices import sent
+from dynamo_lm.errors import InputError
 
 
 class ModelRunner:
@@ -34,6 +36,8 @@ class ModelRunner:
         self.num_heads, self.compile = num_heads, compile
         self.forward: Callable[..., Tensor]
         if compile:
+            if has_hooks(model.last_layer):
+                raise InputError("compile=True does not run forward hooks on the base's last layer; leave it out.")
             self.model, self.forward = compile_steps(model, num_heads)
         else:
             self.model = model.optimize_for_inference(num_heads)

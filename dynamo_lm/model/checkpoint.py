@@ -116,7 +116,7 @@ def identity(model: Any) -> str:
     digest = hashlib.sha256(fingerprint(model.base).encode())
     for name, tensor in sorted(model.heads.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy().tobytes())
     digest.update(str(model.cooccurrence.order if model.cooccurrence is not None else 0).encode())
     return digest.hexdigest()[:16]
 

@@ -17,10 +17,18 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dynamo_lm.backbone.base_model import PassThrough, check_base, decoder_layers, fingerprint, layer_input, load_base
+from dynamo_lm.backbone.base_model import (
+    PassThrough,
+    body_name,
+    check_base,
+    decoder_layers,
+    fingerprint,
+    layer_input,
+    load_base,
+)
 from dynamo_lm.backbone.stacked_heads import StackedHeads, can_stack
 from dynamo_lm.cooccurrence.table import Cooccurrence
-from dynamo_lm.decoding.generate import generate
+from dynamo_lm.decoding.generate import ended, generate
 from dynamo_lm.decoding.runtime import Runtime
 from dynamo_lm.errors import InputError
 from dynamo_lm.kernels import loader
@@ -97,7 +105,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def body(self) -> nn.Module:
         """The base without its output embedding: embedding, decoder layers, final norm."""
-        return getattr(self.base, self.base.base_model_prefix)
+        return getattr(self.base, body_name(self.base))
 
     @property
     def last_layer(self) -> nn.Module:
@@ -200,7 +208,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         # A shallow twin of the base whose body hands its input through: what remains of its forward is the readout, with
         # whatever soft-cap or scale the architecture applies.
         twin = copy.copy(self.base)
-        parts: dict[str, Any] = {**self.base._modules, self.base.base_model_prefix: PassThrough()}
+        parts: dict[str, Any] = {**self.base._modules, body_name(self.base): PassThrough(self.body)}
         if head > 1 and self.config.own_output_embedding:
             output, own = self.base.get_output_embeddings(), cast(Any, self.heads[head - 2])
             name = next(name for name, module in self.base._modules.items() if module is output)
@@ -240,7 +248,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             InputError: an option that the mode cannot honour, an empty or too long prompt.
         """
-        return generate(self, inputs, *args, **kwargs)
+        with ended(kwargs.get("streamer")):
+            return generate(self, inputs, *args, **kwargs)
 
     def optimize_for_inference(self, num_heads: int) -> DynaMoForCausalLM:
         """The same model over the same tensors, arranged for steps of a few tokens with heads 1..num_heads.

@@ -56,7 +56,10 @@ class Reader:
             if not names or self._body is None or self._body is model:
                 return
             twin = copy.copy(model)
-            parts: dict[str, nn.Module] = {model.base_model_prefix: PassThrough(), names[0]: optimize_modules(output)}
+            parts: dict[str, nn.Module] = {
+                model.base_model_prefix: PassThrough(self._body),
+                names[0]: optimize_modules(output),
+            }
             twin._modules = {**model._modules, **parts}
             hidden = self._body(input_ids=ids, use_cache=False).last_hidden_state
             mine = twin(inputs_embeds=hidden, use_cache=False).logits

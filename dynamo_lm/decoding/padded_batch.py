@@ -1,0 +1,170 @@
+"""Logits processors and stopping criteria of transformers, called with what the base's own `generate` calls them with.
+
+The decoding loop knows sequences without padding, each at a place of its own; transformers' objects take the whole padded
+batch, (batch, length) and (batch, vocabulary), and may go by a row's number, by the padded length, or by tensors with one
+entry a row. In: the padded prompts, and such objects. Out: functions of one sequence for `DecodingOptions`. For each call
+the batch is padded again as transformers does it, and the sequence's own row of the result is taken. The other rows hold
+their own tokens, as far as they are decoded already.
+
+A processor with state sees one call for every token, in order, as under `generate`: drafts that are rejected leave no trace,
+because every call is made on a copy of the processor as the call for the token before left it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.generation import PrefixConstrainedLogitsProcessor
+
+from dynamo_lm.decoding import options
+from dynamo_lm.errors import InputError
+
+STATEFUL = (  # of transformers' own; all others are functions of what they are called with
+    "SynthIDTextWatermarkLogitsProcessor",
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor",
+    "DiaEOSDelayPatternLogitsProcessor",
+    "WhisperNoSpeechDetection",
+)
+
+
+class PaddedBatch:
+    """The batch as transformers sees it.
+
+    Attributes:
+        prompts: (batch, length), padded on the left.
+        new_tokens: by row, what was emitted so far.
+    """
+
+    def __init__(self, padded: Tensor, prompts: Sequence[list[int]], pad: int):
+        """padded: the prompts as they were given, (batch, length); prompts: the same without padding; pad: the token that
+        finished rows go on with. Padding on the right moves to the left, where transformers expects it."""
+        self.prompt_lengths, self.pad = [len(prompt) for prompt in prompts], pad
+        self.padding = padded.shape[1] - torch.tensor(self.prompt_lengths)  # (batch,)
+        self.prompts = padded.cpu().clone()
+        for row, prompt in zip(self.prompts, prompts, strict=True):
+            if row[len(row) - len(prompt) :].tolist() != prompt:
+                row[:] = torch.tensor([pad] * (len(row) - len(prompt)) + prompt)
+        self.new_tokens: list[list[int]] = [[] for _ in prompts]
+
+    def ids(self, row: int, tokens: Tensor) -> Tensor:
+        """The batch when this row's sequence is `tokens`, (t,), without padding: (batch, length)."""
+        own = tokens[self.prompt_lengths[row] :].cpu()
+        if len(self.prompts) == 1:
+            return torch.cat([self.prompts, own[None]], 1)
+        new = torch.full((len(self.prompts), len(own)), self.pad)
+        for other, emitted in enumerate(self.new_tokens):
+            count = min(len(emitted), len(own))
+            new[other, :count] = torch.tensor(emitted[:count], dtype=torch.long)
+        new[row] = own
+        return torch.cat([self.prompts, new], 1)
+
+    def logits_processor(self, processor: Any) -> options.LogitsProcessor:
+        """A processor of transformers, or a user's own, as a function of one sequence."""
+        if type(processor) is PrefixConstrainedLogitsProcessor:  # asks a user's function about every row: of this one alone
+            return self._prefix_constrained(processor)
+        processor = _on_cpu(processor)
+        if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):  # the padding that a penalty leaves out
+            processor = copy.copy(processor)
+            processor.prompt_ignore_length = self.padding
+        if _has_state(processor):
+            return _Replayed(self, processor)
+        return lambda row, tokens, logits: self.apply(processor, row, tokens, logits)
+
+    def apply(self, processor: Any, row: int, tokens: Tensor, logits: Tensor) -> Tensor:
+        """The row's part of what a processor makes of the batch; logits and result: (vocabulary,)."""
+        ids = self.ids(row, tokens)
+        result = torch.as_tensor(processor(ids, logits.repeat(len(ids), 1)))
+        if result.shape != (len(ids), len(logits)):
+            raise InputError(
+                f"{_name(processor)} returned logits of shape {tuple(result.shape)} for {len(ids)} rows of {len(logits)}; "
+                "return one row of logits for each row."
+            )
+        return result[row].to(logits)
+
+    def stopping_criterion(self, criterion: Any, row: int) -> options.StoppingCriterion:
+        """A criterion of transformers, or a user's own, for one row; its verdict is one bool, or one for each row."""
+
+        def is_done(tokens: Tensor) -> bool:
+            verdict = torch.as_tensor(criterion(self.ids(row, tokens), None)).flatten()
+            return bool(verdict[row if len(verdict) > 1 else 0])
+
+        return is_done
+
+    def _prefix_constrained(self, processor: PrefixConstrainedLogitsProcessor) -> options.LogitsProcessor:
+        allowed = processor._prefix_allowed_tokens_fn
+
+        def apply(row: int, tokens: Tensor, logits: Tensor) -> Tensor:
+            own = PrefixConstrainedLogitsProcessor(lambda _, sentence: allowed(row, sentence), 1)
+            return own(self.ids(row, tokens)[row : row + 1], logits[None].clone())[0]
+
+        return apply
+
+
+LONGEST = 64  # drafts of a step, at most
+
+
+class _Replayed:
+    """A processor whose calls change it."""
+
+    def __init__(self, batch: PaddedBatch, processor: Any):
+        self.batch, self.processor = batch, processor
+        self.after: dict[tuple[int, int], tuple[Tensor, Any]] = {}  # by row and length: tokens, and the processor then
+        _copied(processor)  # refuse at once
+
+    def __call__(self, row: int, tokens: Tensor, logits: Tensor) -> Tensor:
+        before = self.after.get((row, len(tokens) - 1))
+        follows = before is not None and torch.equal(before[0], tokens[:-1])
+        state = _copied(before[1] if before is not None and follows else self.processor)
+        result = self.batch.apply(state, row, tokens, logits)
+        self.after[row, len(tokens)] = tokens.clone(), state
+        for key in [key for key in self.after if key[0] == row and key[1] < len(tokens) - LONGEST]:
+            del self.after[key]
+        return result
+
+
+def _has_state(processor: Any) -> bool:
+    """Whether calls may change it: of a user's own, whatever has attributes."""
+    if type(processor).__module__.startswith("transformers."):
+        return type(processor).__name__ in STATEFUL
+    return bool(getattr(processor, "__dict__", None)) and not isinstance(processor, FunctionType)
+
+
+def _copied(processor: Any) -> Any:
+    """A copy with state of its own, which shares models and tokenizers.
+
+    Raises:
+        InputError: it cannot be copied.
+    """
+    shared = {
+        id(value): value for value in vars(processor).values() if isinstance(value, (nn.Module, PreTrainedTokenizerBase))
+    }
+    try:
+        return copy.deepcopy(processor, shared)
+    except Exception as error:  # whatever an attribute raises
+        raise InputError(
+            f"{_name(processor)} cannot be copied ({error}), so its state cannot follow drafts that are rejected; give it a "
+            "__deepcopy__, or call model.base.generate."
+        ) from error
+
+
+def _on_cpu(processor: Any) -> Any:
+    """A processor for logits on the CPU: transformers makes them for the model's device."""
+    moved = {
+        name: value.cpu()
+        for name, value in getattr(processor, "__dict__", {}).items()
+        if isinstance(value, Tensor) and not value.is_cpu
+    }
+    if moved:
+        processor = copy.copy(processor)
+        vars(processor).update(moved)
+    return processor
+
+
+def _name(processor: Any) -> str:
+    return getattr(processor, "__name__", type(processor).__name__)
