@@ -89,20 +89,21 @@ def run(
     }
 
 
+def cell(entry: dict[str, Any] | None) -> str:
+    """Tokens per step with their interval."""
+    if entry is None:
+        return ""
+    low, high = entry["interval_95"]
+    return f"{entry['tokens_per_step']:.2f} ({low:.2f} to {high:.2f})"
+
+
 def table(results: dict[str, Any]) -> str:
     """Markdown: a row for each group, a column for each configuration."""
     names = list(results["runs"])
     kinds = list(dict.fromkeys(group for name in names for group in results["runs"][name]))
     lines = ["| group | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for group in kinds:
-        cells = []
-        for name in names:
-            entry = results["runs"][name].get(group)
-            cells.append(
-                f"{entry['tokens_per_step']:.2f} ({entry['interval_95'][0]:.2f}-{entry['interval_95'][1]:.2f})"
-                if entry
-                else ""
-            )
+        cells = [cell(results["runs"][name].get(group)) for name in names]
         lines.append(f"| {group} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

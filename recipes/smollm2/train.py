@@ -7,6 +7,7 @@ with a table of the answers' n-grams.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.data.packing import WholeBlocks
 from dynamo_lm.data.token_store import TokenStore, build_store, digest
+from dynamo_lm.files import write_text
 from dynamo_lm.model.coupling import add_coupling
 from dynamo_lm.training.answer_table import add_answers
 from dynamo_lm.training.feature_cache import FeatureCache
@@ -109,6 +111,9 @@ def main() -> None:
         validate_every=arguments.validate_every,
         checkpoint_every=50,
     )
+    answer_tokens = int(blocks.learned_counts(model.output_weight().shape[0]).sum())
+    facts = {"answer_tokens": answer_tokens, "epochs": steps * arguments.batch_size / blocks.num_blocks()}
+    write_text(arguments.out / "facts.json", json.dumps(facts) + "\n")
     limit = int(arguments.cache_gb * 1e9)
     features = FeatureCache(arguments.out / "features", model, blocks, limit_bytes=limit, bf16=True) if limit else None
     print(f"{blocks.total:,} tokens in {blocks.num_blocks()} blocks, {steps} steps, {len(held_out)} held out", flush=True)

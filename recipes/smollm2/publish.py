@@ -1,0 +1,117 @@
+"""Writes the folder that ships: `python -m recipes.smollm2.publish RUN models/smollm2-135m-instruct`.
+
+RUN is the folder of recipes.smollm2.train (RUN/model its heads, RUN/log.jsonl their log). Heads are stored in bfloat16,
+the table without n-grams that occur once, the base as the folder that `make chat` makes. The model card takes its numbers
+from the run and, where it exists, from results/smollm2/tokens_per_step.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm.files import write_text
+from recipes.smollm2.base import HUB_ID
+
+BASE = "../../runs/smollm2-135m-instruct"  # seen from the folder that ships
+RESULTS = Path("results/smollm2/tokens_per_step.json")
+
+
+def learned_tokens(run: Path) -> str:
+    """What the run read, from its record."""
+    facts = json.loads((run / "facts.json").read_text(encoding="utf-8"))
+    return f"{facts['answer_tokens']:,} tokens of answers, {facts['epochs']:.1f} times"
+
+
+def acceptance_table() -> str:
+    """Tokens per step by group, in Markdown."""
+    if not RESULTS.exists():
+        return "Not measured yet."
+    runs: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]
+    names = [name for name in runs if name in ("n=4 T=0", "n=4 T=1")]
+    lines = ["| prompts | greedy | temperature 1 |", "|---|---|---|"]
+    for group in runs[names[0]]:
+        cells = [runs[name].get(group) for name in names]
+        texts = [
+            f"{c['tokens_per_step']:.2f} ({c['interval_95'][0]:.2f} to {c['interval_95'][1]:.2f})" if c else ""
+            for c in cells
+        ]
+        lines.append(f"| {group} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def card(model: DynaMoForCausalLM, run: Path) -> str:
+    """The model card."""
+    return f"""---
+library_name: dynamo-lm
+pipeline_tag: text-generation
+license: apache-2.0
+base_model: {HUB_ID}
+tags: [dynamo, multi-token-prediction, speculative-decoding]
+---
+
+# DynaMo heads for SmolLM2-135M-Instruct
+
+{model.num_heads - 1} extra token heads beside the last decoder layer, {model.overhead():.1%} more parameters than
+the base. With `verify="strict"` the text is the base's own, in fewer forward passes.
+
+## Use
+
+```
+make chat
+```
+
+or `DynaMoForCausalLM.from_pretrained("models/smollm2-135m-instruct")`, with the base that `python -m
+recipes.smollm2.base` makes. The heads were trained beside the base's Q4_1 weights. Beside the hub's bfloat16
+weights they need `allow_base_mismatch=True`, and fewer drafts are accepted.
+
+## Training
+
+On {learned_tokens(run)}. The base wrote the answers itself, greedily and at temperatures 0.7 and 1. The questions
+are Databricks Dolly's (CC-BY-SA-3.0), passages of public-domain fairy-tale books and templates of this project. No
+benchmark prompt is among them: prompts that share 13 words in a row with one were left out
+(`recipes/smollm2/prompts.py`). The base stayed frozen. The loss is 0.9 divergence from the base's own distribution
+and 0.1 log-likelihood (`recipes/smollm2/train.py`), on one CPU thread.
+
+## Tokens per step
+
+Strict, chains of {model.num_heads - 1} drafts, first turns, 128 new tokens, bfloat16; 95 % intervals by prompt
+(`python -m benchmarks.smollm2`).
+
+{acceptance_table()}
+
+## Limits
+
+English. The base is small: its answers are often wrong, and greedy ones often end in repetition, which makes drafts
+easy. The heads saw contexts of up to 1,024 tokens.
+
+Method: Tuli et al., "DynaMo: Accelerating Language Model Inference with Dynamic Multi-Token Sampling", NAACL 2024.
+"""
+
+
+def main() -> None:
+    run, target = Path(sys.argv[1]), Path(sys.argv[2])
+    model = DynaMoForCausalLM.from_pretrained(str(run / "model"), dtype=torch.float32)
+    if model.cooccurrence is not None:
+        model.cooccurrence = model.cooccurrence.prune({2: 2, 3: 2, 4: 2})
+    model.to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(str(target), weights="heads")
+    AutoTokenizer.from_pretrained(run / "model").save_pretrained(target)
+    file = target / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config |= {"base_name_or_path": BASE, "base_hub_id": HUB_ID, "base_path": None}
+    write_text(file, json.dumps(config, indent=2) + "\n")
+    write_text(target / "README.md", card(model, run))
+    size = sum(path.stat().st_size for path in target.iterdir())
+    print(f"{target}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
