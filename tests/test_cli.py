@@ -459,6 +459,8 @@ def test_heads_for_another_base_are_refused(run, made, model, tmp_path):
     other = neox()
     torch.nn.init.normal_(other.gpt_neox.layers[-1].mlp.dense_h_to_4h.weight)
     other.save_pretrained(tmp_path / "base")
+    config = tmp_path / "run" / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_path": str(tmp_path / "base")}))
     assert "were trained for the base" in run.refused("generate", tmp_path / "run" / "model", "hello")
 
 
