@@ -74,7 +74,7 @@ def load_checkpoint(path: Path, model: DynaMoForCausalLM, optimizer: torch.optim
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f'The checkpoint "{path}" is damaged ({error}); delete it to go back to the one before.') from error
     now = asdict(options)
-    older = {"coupling_only": False, "lr_c": options.lr_c, "kl": 0.0, "loss_vocabulary": 1.0, "optimizer": "adamw"}
+    older = {"coupling_only": False, "lr_c": options.lr_c, "kl": 0.0, "loss_vocabulary": 1.0}
     then = older | then  # a run from before there were these options
     changed = [key for key in now if key not in FREE_TO_CHANGE and then.get(key) != now[key]]
     if changed:

@@ -82,7 +82,7 @@ class FeatureCache:
         mode = "r+" if states.exists() and states.stat().st_size == int(np.prod(shape)) * 2 else "w+"
         if mode == "w+":
             self.done[:] = False
-        self.states = np.memmap(states, dtype=np.uint16, mode=mode, shape=shape)
+        self.states = np.memmap(states, dtype=np.uint16, mode=mode, shape=shape)  # type: ignore[call-overload]
         self.above = AboveStem(model)
         self._check()
 

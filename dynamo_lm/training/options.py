@@ -21,7 +21,6 @@ class OptimizerOptions:
     weight_decay: Annotated[float, "Weight decay of matrices."] = 0.01
     clip: Annotated[float, "Largest norm of a step's gradient; 0 for no limit."] = 1.0
     seed: Annotated[int, "Seed of the new heads and of the order of the text."] = 0
-    optimizer: Annotated[str, "adamw (the paper) or muon, for the matrices of the heads' layers."] = "adamw"
     kl: Annotated[
         float,
         "Share of the loss of heads 2.. that is the divergence from the base's own distribution at the predicted place; the "
@@ -68,8 +67,6 @@ class TrainingOptions(ScheduleOptions, OptimizerOptions):
                 raise InputError(f"{name} is {getattr(self, name)}; give 0 or more.")
         if self.batch_size % self.accumulation:
             raise InputError(f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}.")
-        if self.optimizer not in ("adamw", "muon"):
-            raise InputError(f'optimizer is "{self.optimizer}"; give adamw or muon.')
         if not 0 <= self.kl <= 1:
             raise InputError(f"kl is {self.kl}; give the share of the divergence in the loss, 0 to 1.")
         if not 0 < self.loss_vocabulary <= 1:

@@ -153,7 +153,7 @@ class EndpointAnswerer:
         return Answer(question, text, reply.usage.completion_tokens if reply.usage else 0)
 
 
-def repeated(tokens: Sequence[int]) -> int:
+def repeated(tokens: list[int]) -> int:
     """How many tokens at the end only repeat the ones before them: 0 unless the text has run into a loop.
 
     Greedy decoding of small models ends in loops, which heads learn by heart and nobody wants.

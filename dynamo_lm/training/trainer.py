@@ -29,7 +29,6 @@ from dynamo_lm.training.checkpoints import latest_checkpoint, load_checkpoint, s
 from dynamo_lm.training.feature_cache import FeatureCache
 from dynamo_lm.training.log import Progress, _Log
 from dynamo_lm.training.loss import Perplexities, heads_loss, loss_vocabulary, perplexities, target_counts
-from dynamo_lm.training.optimizers import make_optimizer
 from dynamo_lm.training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -44,21 +43,18 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 
 
 def parameter_groups(model: DynaMoForCausalLM, options: TrainingOptions) -> list[dict]:
-    """Groups: the base at LR_B, the heads' own layers at LR_M, their coupling at a rate of its own; weight decay on matrices
-    only. The matrices of the heads' layers are marked `muon`; output embeddings and the coupling's are not."""
+    """AdamW groups: the base at LR_B, the heads' own layers at LR_M, their coupling at a rate of its own; weight decay on
+    matrices only."""
     base, coupling = {id(p) for p in model.base.parameters()}, _coupling(model)
     named = {id(p): p for p in model.parameters() if p.requires_grad}
-    layers = {id(p) for head in model.heads for p in head.layers.parameters()} - base
-    others = named.keys() - base - coupling - layers
-    parts = ((base, options.lr_b), (layers, options.lr_m), (others, options.lr_m), (coupling, options.lr_c))
+    heads = named.keys() - base - coupling
     groups = []
-    for part, rate in parts:
+    for part, rate in ((base, options.lr_b), (heads, options.lr_m), (coupling, options.lr_c)):
         for matrices in (True, False):
             chosen = [p for key, p in named.items() if key in part and (p.ndim >= 2) == matrices]
             if chosen and rate > 0:
                 decay = options.weight_decay if matrices else 0.0
-                muon = part is layers and matrices and all(p.ndim == 2 for p in chosen)
-                groups.append({"params": chosen, "lr": rate, "initial_lr": rate, "weight_decay": decay, "muon": muon})
+                groups.append({"params": chosen, "lr": rate, "initial_lr": rate, "weight_decay": decay})
     return groups
 
 
@@ -102,7 +98,7 @@ def train(
     groups = parameter_groups(model, options)
     if not groups:
         raise InputError("There is nothing to train: give a learning rate, and a frozen base more than one head.")
-    optimizer = make_optimizer(options.optimizer, groups)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     folder.mkdir(parents=True, exist_ok=True)
     start = 0
     newest = latest_checkpoint(folder)
@@ -127,11 +123,11 @@ def train(
             numbers = iter(range(step * options.batch_size, (step + 1) * options.batch_size))
             sums = torch.zeros(len(counts) + (len(counts) - 1 if coupling else 0))
             for part in parts:
-                given: dict[str, Any] = {}
+                given: dict[str, Any] = dict(part)
                 if features is not None:
                     of_part = [next(numbers) for _ in range(len(part["tokens"]))]
-                    given = {"stem": features.states_of(of_part, part), "above": features.above}
-                sums += heads_loss(model, **part, options=options, counts=counts, vocabulary=vocabulary, **given)
+                    given |= {"stem": features.states_of(of_part, part), "above": features.above}
+                sums += heads_loss(model, **given, options=options, counts=counts, vocabulary=vocabulary)
             means = counts + counts[1:] if coupling else counts
             losses = tuple((sums / torch.tensor(means).clamp(min=1)).tolist())
             # The coupling by itself, so that its gradient has no say in the length of the heads' step.

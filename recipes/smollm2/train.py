@@ -71,7 +71,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--kl", type=float, default=0.9)
     parser.add_argument("--vocabulary", type=float, default=0.99)
     parser.add_argument("--validate-every", type=int, default=100)
@@ -106,7 +105,6 @@ def main() -> None:
         lr_m=arguments.lr,
         batch_size=arguments.batch_size,
         warmup=0.03,
-        optimizer=arguments.optimizer,
         kl=arguments.kl,
         loss_vocabulary=arguments.vocabulary,
         coupling_only=arguments.coupling_only,
