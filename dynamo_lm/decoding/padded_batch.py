@@ -33,6 +33,17 @@ STATEFUL = (  # of transformers' own; all others are functions of what they are 
 )
 
 
+ROW_WISE = frozenset(  # of transformers' own: what they do to a row depends on that row alone
+    f"{name}Logits{kind}"
+    for kind, names in {
+        "Warper": "Temperature TopK TopP MinP TopH Typical Epsilon Eta",
+        "Processor": "RepetitionPenalty NoRepeatNGram MinLength MinNewTokensLength NoBadWords SequenceBias ForcedBOSToken "
+        "ForcedEOSToken InfNanRemove SuppressTokens SuppressTokensAtBegin",
+    }.items()
+    for name in names.split()
+) | {"ExponentialDecayLengthPenalty", "LogitNormalization"}
+
+
 class PaddedBatch:
     """The batch as transformers sees it.
 
@@ -51,6 +62,10 @@ class PaddedBatch:
             if row[len(row) - len(prompt) :].tolist() != prompt:
                 row[:] = torch.tensor([pad] * (len(row) - len(prompt)) + prompt)
         self.new_tokens: list[list[int]] = [[] for _ in prompts]
+
+    def own_ids(self, row: int, tokens: Tensor) -> Tensor:
+        """The row of `ids` itself: (1, length)."""
+        return torch.cat([self.prompts[row], tokens[self.prompt_lengths[row] :].cpu()])[None]
 
     def ids(self, row: int, tokens: Tensor) -> Tensor:
         """The batch when this row's sequence is `tokens`, (t,), without padding: (batch, length)."""
@@ -72,6 +87,8 @@ class PaddedBatch:
         if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):  # the padding that a penalty leaves out
             processor = copy.copy(processor)
             processor.prompt_ignore_length = self.padding
+        elif type(processor).__module__.startswith("transformers.") and type(processor).__name__ in ROW_WISE:
+            return lambda row, tokens, logits: processor(self.own_ids(row, tokens), logits[None])[0].to(logits)
         if _has_state(processor):
             return _Replayed(self, processor)
         return lambda row, tokens, logits: self.apply(processor, row, tokens, logits)
