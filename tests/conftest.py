@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DYNAMO_LM_KERNELS", "wait")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest

@@ -40,7 +40,7 @@ def test_a_cache_of_fixed_shape_gives_the_same_states(name):
         for start, width, keep in ((0, 5, 5), (5, 3, 2), (7, 3, 1), (8, 3, 3)):
             positions = cache.reserve(width)
             mask = AttentionMaskBuilder.of(model.base.config, model.dtype).mask(positions, torch.arange(cache.end)[None])
-            kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+            kwargs = {"attention_mask": mask, "position_ids": positions, "cache": cache}
             hidden = model.hidden(tokens[:, start : start + width], num_heads=3, **kwargs)
             states.append(hidden[:, :, :keep])
             cache.commit(torch.tensor([keep]))
@@ -72,19 +72,20 @@ def test_later_steps_reach_compiled_code_straight_away_with_the_same_result(name
         for start, width in ((0, prompt), (prompt, 2), (prompt + 2, 2)):
             positions = cache.reserve(width)
             mask = form.mask(positions, torch.arange(cache.end)[None])
-            kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "num_heads": 3}
+            kwargs = {"attention_mask": mask, "position_ids": positions, "cache": cache, "num_heads": 3}
             call = twin.hidden if start == 0 else forward
             results.append(call(tokens[:, start : start + width], **kwargs))
             cache.commit(torch.tensor([width]))
         cache.release()
-        assert not cache.handed
+        assert not cache.arguments
 
     with torch.inference_mode():
         for prompt in (3, 5):
             for forward in (step, step.compiled):
                 steps(forward, prompt)
     assert list(step.graphs) == [(2, 32)] and step.graphs[2, 32] is not None
-    assert all(tensor is None or tensor.shape[-2:] != (32, 16) for tensor in step.graphs[2, 32].handed)  # no cache is kept
+    kept = [tensor for tensor in step.graphs[2, 32].arguments if tensor is not None]
+    assert all(tensor.shape[-2:] != (32, 16) for tensor in kept)  # no buffer of a cache
     for start in (0, 6):
         for straight, way in zip(results[start : start + 3], results[start + 3 : start + 6], strict=True):
             assert torch.equal(straight, way)
@@ -106,7 +107,7 @@ def test_short_prompts_are_absorbed_in_compiled_steps(monkeypatch):
         assert row.tokens == expected.tokens and row.statistics.step_sizes == expected.statistics.step_sizes
         scored = decode(model, prompt, replace(options, prompt_logprobs=True), seeds=[0])[0]
         assert scored.tokens == expected.tokens and len(scored.prompt_scores) == length
-    monkeypatch.setattr(compiled, "AGAIN", 0)
+    monkeypatch.setattr(compiled, "MAX_REREAD", 0)
     assert decode(model, prompt, options, seeds=[0])[0].tokens == expected.tokens
 
 

@@ -182,7 +182,7 @@ def run(model, prompt, parts) -> torch.Tensor:
     for tokens in (prompt, *parts):
         positions = cache.reserve(tokens.shape[1])
         mask = AttentionMaskBuilder.of(model.base.config, model.dtype).mask(positions, torch.arange(cache.end)[None])
-        kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        kwargs = {"attention_mask": mask, "position_ids": positions, "cache": cache}
         states.append(model.hidden(tokens, num_heads=3, **kwargs))
         cache.commit(torch.tensor([tokens.shape[1]]))
     return torch.cat(states[1:], 2)
@@ -229,7 +229,7 @@ def steps(model, num_heads: int):
         tokens = random_tokens(len(cache.lengths), max(keep), seed=seed)
         positions = cache.reserve(tokens.shape[1])
         mask = AttentionMaskBuilder.of(model.base.config, model.dtype).mask(positions, torch.arange(cache.end)[None])
-        kwargs = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        kwargs = {"attention_mask": mask, "position_ids": positions, "cache": cache}
         hidden = model.hidden(tokens, num_heads=num_heads, **kwargs)
         states += [hidden[:, row, :count] for row, count in enumerate(keep)]
         cache.commit(torch.tensor(keep))

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
+from test_compiling import has_compiler
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dynamo_lm.kernels import loader
+from dynamo_lm.private_interfaces import compile_for_cpu
 
 pytestmark = pytest.mark.skipif(not loader.available(), reason="the kernels are not built here")
 
@@ -20,6 +28,11 @@ def attention(query, key, value, mask):
 
 def states(rows=1, heads=4, length=3, width=16, dtype=torch.float32):
     return torch.randn(rows, heads, length, width, dtype=dtype)
+
+
+def sentence(refusal) -> str:
+    """What a kernel says, without what torch adds behind it."""
+    return str(refusal.value).split("\n")[0]
 
 
 SEEN = torch.ones(1, 1, 3, 5, dtype=torch.bool)
@@ -41,7 +54,7 @@ def test_the_ops_are_registered_as_torch_expects(dtype):
     [
         (torch.randn(2, 16), torch.randn(4, 32), None, "last size of x"),
         (torch.randn(2, 24), torch.randn(4, 24), None, "multiple of 16"),
-        (torch.randn(2, 0), torch.randn(4, 0), None, "contiguous|multiple of 16"),
+        (torch.randn(2, 0), torch.randn(4, 0), None, "multiple of 16"),
         (torch.randn(2, 16), torch.randn(16, 4).t(), None, "contiguous"),
         (torch.randn(2, 16), torch.randn(4, 32)[:, ::2], None, "contiguous"),
         (torch.ones(2, 16, dtype=torch.int64), torch.ones(4, 16, dtype=torch.int64), None, "float32 or bfloat16"),
@@ -55,8 +68,11 @@ def test_the_ops_are_registered_as_torch_expects(dtype):
     ],
 )
 def test_a_product_of_what_does_not_fit_is_refused(x, weight, bias, words):
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(RuntimeError, match=words) as refusal:
         matmul(x, weight, bias)
+    with pytest.raises(RuntimeError, match=words) as traced, FakeTensorMode() as mode:
+        matmul(*(tensor if tensor is None else mode.from_tensor(tensor) for tensor in (x, weight, bias)))
+    assert str(traced.value) == sentence(refusal)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +93,11 @@ def test_a_product_of_what_does_not_fit_is_refused(x, weight, bias, words):
     ],
 )
 def test_attention_over_what_does_not_fit_is_refused(query, key, value, mask, words):
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(RuntimeError, match=words) as refusal:
         attention(query, key, value, mask)
+    with pytest.raises(RuntimeError, match=words) as traced, FakeTensorMode() as mode:
+        attention(*map(mode.from_tensor, (query, key, value, mask)))
+    assert str(traced.value) == sentence(refusal)
 
 
 def test_nothing_in_is_nothing_out():
@@ -88,26 +107,68 @@ def test_nothing_in_is_nothing_out():
     assert attention(states(length=0), states(length=5), states(length=5), none).shape == (1, 0, 4, 16)
 
 
-def test_gradients_are_refused():
+def test_gradients_are_refused_in_the_forward():
     weight = torch.randn(4, 16, requires_grad=True)
     with pytest.raises(RuntimeError, match="skinny_matmul has no gradient"):
-        matmul(torch.randn(2, 16), weight).sum().backward()
+        matmul(torch.randn(2, 16), weight)
+    key = states(length=5)
+    with pytest.raises(RuntimeError, match="decode_attention has no gradient"):
+        attention(states().requires_grad_(), key, key, SEEN)
+    with torch.no_grad():
+        assert matmul(torch.randn(2, 16), weight).shape == (2, 4)
 
 
-def test_a_build_that_failed_is_remembered_and_reported(tmp_path):
-    import os
-    import subprocess
-    import sys
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+def test_a_check_that_fails_inside_compiled_code_keeps_its_sentence():
+    class Product(torch.nn.Module):
+        def forward(self, x, weight):
+            return (matmul(x, weight) + 1,)
 
-    broken = tmp_path / "c++"
+    x, weight = torch.randn(2, 16), torch.randn(4, 16)
+    with torch.inference_mode():
+        run = compile_for_cpu(torch.fx.symbolic_trace(Product()), [x, weight], lambda inner: inner)
+        torch.testing.assert_close(run(x, weight)[0], x @ weight.t() + 1)
+        with pytest.raises(RuntimeError, match="skinny_matmul: weight must be contiguous"):
+            run(x, torch.randn(16, 4).t())
+
+
+def test_other_libraries_do_not_see_the_symbols_of_the_kernels():
+    import ctypes
+
+    assert not hasattr(ctypes.CDLL(None), "dynamo_lm_skinny_matmul")
+
+
+@pytest.fixture
+def loads_kernels(tmp_path):
+    """A function that loads the kernels in a new process, with a compiler that refuses everything, and its cache folder."""
+    broken, cache = tmp_path / "c++", tmp_path / "cache"
     broken.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && echo "c++ 1.0" && exit 0\n'
         'echo "x.cpp:1: error: this compiler refuses" >&2; exit 1\n'
     )
     broken.chmod(0o755)
-    surroundings = os.environ | {"CXX": str(broken), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    code = "from dynamo_lm.kernels import loader; print(loader.status())"
-    runs = [subprocess.run([sys.executable, "-c", code], env=surroundings, capture_output=True, text=True) for _ in range(2)]
+
+    def load(setting: str = "") -> subprocess.CompletedProcess:
+        settings = {"CXX": str(broken), "TORCHINDUCTOR_CACHE_DIR": str(cache), "DYNAMO_LM_KERNELS": setting}
+        code = "from dynamo_lm.kernels import loader; print(loader.status())"
+        return subprocess.run([sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True)
+
+    return load, cache
+
+
+def test_a_build_that_failed_is_remembered_and_reported(loads_kernels):
+    load, _ = loads_kernels
+    runs = [load("wait") for _ in range(2)]
     assert all(run.returncode == 0 for run in runs), runs[0].stderr
-    assert all("not in use" in run.stdout for run in runs)
+    assert all("not in use" in run.stdout and "this compiler refuses" in run.stdout for run in runs)
     assert "could not be built" in runs[0].stderr and "could not be built" not in runs[1].stderr
+
+
+def test_the_first_process_does_not_wait_for_the_build_and_the_next_one_hears_of_it(loads_kernels):
+    load, cache = loads_kernels
+    first = load()
+    assert "being built in the background" in first.stdout and "being built in the background" in first.stderr
+    while not list(cache.glob("dynamo_lm/build-failed-*")):
+        time.sleep(0.1)
+    second = load()
+    assert "this compiler refuses" in second.stdout and "could not be built" in second.stderr

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dynamo_lm.cooccurrence.counting import count
 from dynamo_lm.cooccurrence.table import Cooccurrence
-from dynamo_lm.decoding.logprobs import normalisers
 from dynamo_lm.errors import InputError
 from dynamo_lm.kernels import loader
 from dynamo_lm.sampling import drafting, otsu, top_k
@@ -442,24 +441,6 @@ def test_what_is_not_a_number_is_left_to_torch():
     assert ids[0, 0] == 3 and values[0, 0].isnan()
     with pytest.raises(InputError, match="not a finite number"):
         HeadCandidates.top(logits, 2, 1.0)
-    assert normalisers(logits).isnan().all()
-
-
-@needs_kernel
-@settings(max_examples=200, deadline=None)
-@given(lines_of_logits())
-def test_the_kernels_normalisers_are_torchs(logits):
-    expected = logits.double().logsumexp(-1)
-    assert torch.allclose(normalisers(logits).double(), expected, rtol=1e-6, atol=2e-6)
-
-
-@needs_kernel
-def test_normalisers_of_large_vocabularies_and_infinities():
-    noise = torch.randn(2, 262_145, generator=torch.Generator().manual_seed(0)) * 5
-    assert torch.allclose(normalisers(noise).double(), noise.double().logsumexp(-1), rtol=1e-6)
-    noise[0, 7] = math.inf
-    assert normalisers(noise)[0] == math.inf
-    assert normalisers(torch.full((1, 9), -math.inf))[0] == -math.inf
 
 
 @needs_kernel
@@ -471,4 +452,3 @@ def test_the_kernels_get_only_logits_that_they_take(monkeypatch):
     assert loader.sampler_of(logits[:0]) is None
     monkeypatch.setattr(loader, "MOST_LOGITS", 7)
     assert loader.sampler_of(logits) is None
-    assert torch.equal(normalisers(logits), logits.logsumexp(-1))

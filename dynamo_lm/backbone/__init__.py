@@ -1,1 +1,1 @@
-"""All that is known of transformers' internals."""
+"""What the package knows of transformers' models."""

@@ -1,7 +1,6 @@
-"""Attention masks as a base's body takes them, ready-made; the only file that knows transformers' conventions for them.
+"""Attention masks as a base's body takes them; the only file that knows transformers' conventions for them.
 
-In: positions of queries and keys. Out: who sees whom, in the form and for the layer types that the base's configuration
-asks for.
+In: positions of queries and keys. Out: masks in the form and for the layer types that the base's configuration states.
 """
 
 from __future__ import annotations
@@ -15,26 +14,27 @@ from transformers import PreTrainedConfig
 
 from dynamo_lm.devices import sent
 from dynamo_lm.errors import InputError
+from dynamo_lm.private_interfaces import attention_implementation
 
 CHUNKED = "chunked_attention"  # Llama 4's
 
 
 @dataclass(frozen=True)
 class AttentionMaskBuilder:
-    """What a base wants of its masks, read off its configuration once, because that is slow."""
+    """The form of a base's masks, read from its configuration once, because that is slow."""
 
-    windows: dict[str | None, int | None]  # by layer type: how far back it sees, None: over all; one type None: no types
+    windows: dict[str | None, int | None]  # by layer type (one type None: no types): tokens it attends to, None: all
     additive: torch.dtype | None  # of implementations that add the mask, else None
     chunk: int | None = None  # tokens of the chunks that layers of type "chunked_attention" do not see beyond
 
     @classmethod
     def of(cls, base_config: PreTrainedConfig, dtype: torch.dtype) -> AttentionMaskBuilder:
-        """Its layer types, window and attention implementation decide; dtype: of the model.
+        """From layer types, window and attention implementation; dtype: of the model.
 
-        Raises InputError for a layer type that is not attention over all or a window of the past.
+        Raises InputError for a layer type that is neither full nor sliding attention.
         """
         config = base_config.get_text_config()
-        additive = None if config._attn_implementation in ("sdpa", "flex_attention") else dtype
+        additive = None if attention_implementation(config) in ("sdpa", "flex_attention") else dtype
         window = getattr(config, "sliding_window", None)
         types = getattr(config, "layer_types", None)
         if types is None:
@@ -61,10 +61,10 @@ class AttentionMaskBuilder:
         Args:
             queries: positions of the queries, (batch, q).
             keys: positions of the keys, (batch or 1, k).
-            query_segments, key_segments: documents that queries and keys belong to, (batch, q) and (batch, k); nothing is
-                seen across documents.
-            visible: what each query may see at all, (batch, q, k) bool; everything by default.
-            device: where the mask is wanted; the positions' own by default.
+            query_segments, key_segments: documents that queries and keys belong to, (batch, q) and (batch, k); a query
+                attends to its own document only.
+            visible: which keys each query may attend to at all, (batch, q, k) bool; all by default.
+            device: of the mask; the positions' own by default.
 
         Returns:
             (batch, 1, q, k): booleans, or 0 and the lowest number for implementations that add the mask. One such tensor, or
@@ -86,8 +86,10 @@ class AttentionMaskBuilder:
         return masks.get(None, masks)  # type: ignore[return-value, arg-type]
 
     def next(self, start: int, width: int, slots: int, *, device: torch.device) -> Tensor | dict[str, Tensor]:
-        """`mask` of one sequence's tokens start .. start + width - 1 over slots that hold positions 0, 1, ..: the same in
-        less time, because decoding wants one in every step."""
+        """`mask` of one sequence's tokens start .. start + width - 1 over slots that hold positions 0, 1, ..
+
+        The same in less time, because every decoding step needs one.
+        """
         queries, keys = np.arange(start, start + width)[:, None], np.arange(slots)
         seen = keys <= queries  # (width, slots)
         masks = {

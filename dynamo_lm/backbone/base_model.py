@@ -1,4 +1,4 @@
-"""What is known of a base model from the outside: its decoder layers, whether it can carry heads, its fingerprint."""
+"""A base model from the outside: its decoder layers, whether it can carry heads, its fingerprint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dynamo_lm.errors import InputError, first_line
 
 
 class PassThrough(nn.Module):
-    """Stands in for the base's body, and for any part of it that the base calls: hands its embeddings through."""
+    """Replaces the base's body, or any part of it that the base calls, and returns its input embeddings."""
 
     def __init__(self, body: nn.Module):
         super().__init__()
@@ -34,7 +34,7 @@ class PassThrough(nn.Module):
 
 
 class _OnlyHidden(BaseModelOutputWithPast):
-    """A body's output of which everything but the hidden state is None (router logits, cross attentions, ...)."""
+    """A body's output with nothing but the hidden state; router logits, cross attentions, ... are None."""
 
     def __getattr__(self, name: str) -> None:
         return None
@@ -57,17 +57,17 @@ def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
     """The base's decoder layers: the ModuleList as long as `num_hidden_layers` says.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such list.
     """
     count = base.config.get_text_config().num_hidden_layers
     for module in getattr(base, body_name(base)).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and all(len(list(m.children())) for m in module):
             return module
-    raise InputError(f"{type(base).__name__} has no list of {count} decoder layers to put heads beside.")
+    raise InputError(f"{type(base).__name__} has no list of {count} decoder layers, which heads need.")
 
 
 def check_base(base: PreTrainedModel) -> None:
-    """Refuses what cannot carry heads: encoders, encoder-decoders, models without an output embedding.
+    """Refuse models that cannot carry heads: encoders, encoder-decoders, models without an output embedding.
 
     Raises:
         InputError: with the reason.
@@ -78,7 +78,7 @@ def check_base(base: PreTrainedModel) -> None:
     if config.is_encoder_decoder:
         raise InputError(f"{name} is an encoder-decoder; DynaMo needs a decoder-only language model.")
     if base.get_output_embeddings() is None or not base.can_generate():
-        raise InputError(f"{name} is no causal language model; DynaMo needs a decoder with an output embedding.")
+        raise InputError(f"{name} is not a causal language model; DynaMo needs a decoder with an output embedding.")
     if getattr(config, "is_decoder", None) is False and "bert" in config.model_type:
         raise InputError(f"{name} is an encoder; DynaMo needs a decoder-only language model.")
     if getattr(config.get_text_config(), "alibi", False):
@@ -92,7 +92,7 @@ def load_base(name: str, **kwargs: Any) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained` (safetensors only) with one-sentence errors.
 
     Raises:
-        InputError: nothing loadable there.
+        InputError: the model cannot be loaded, with the reason.
     """
     if not os.path.exists(name):
         offline_if_unreachable()

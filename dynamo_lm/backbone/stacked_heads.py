@@ -1,10 +1,10 @@
-"""The last layer and the heads beside it as one wider layer, for decoding.
+"""The last decoder layer and the heads' layers as one wider layer, for decoding.
 
-All n of them have one class and one input, the stem's output (method.md section 1). Called one by one they cost n times the
-dozens of small operations around their few matrix products. Here the layer's own code runs once, on a batch in which every
-sequence appears n times, head by head; only modules that hold weights are called once per head, each on its part of the
-batch. In: a model that is about to decode. Out: the model with a `StackedHeads` for its last layer, or as it was if that is
-not possible. Keys and values of all heads lie in the last layer's cache entry. Knows no architecture.
+All n of them have one class and one input, the stem's output (docs/method.md section 1). Called one by one they cost n times
+the dozens of small operations around their few matrix products. Here the layer's own code runs once, on a batch in which
+every sequence appears n times, head by head; only modules that hold weights are called once per head, each on its part of
+the batch. In: decoder layers. Out: one `StackedHeads`, if they can be stacked. Keys and values of all heads are in the last
+layer's cache entry. Knows no architecture.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class StackedHeads(nn.Module):
     def __init__(self, layers: Sequence[nn.Module]):
         super().__init__()
         self.layer, self.copies = stack_modules(layers), len(layers)
-        # What the base's body reads off its layers.
+        # Attributes that the base's body reads from its layers.
         for name, value in vars(layers[0]).items():
             if name not in vars(self) and not isinstance(value, (nn.Module, nn.Parameter)):
                 setattr(self, name, value)
@@ -32,46 +32,46 @@ class StackedHeads(nn.Module):
         rows = hidden_states.shape[0]
 
         def tiled(value: Any) -> Any:
-            """What belongs to sequences, once per head: masks, positions, rotary tables."""
+            """Repeat per-sequence arguments for every head: masks, positions, rotary tables."""
             if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == rows > 1:
                 return torch.cat([value] * self.copies)
             return tuple(map(tiled, value)) if isinstance(value, tuple) else value
 
-        several = torch.cat([hidden_states] * self.copies)
-        return self.layer(several, *map(tiled, args), **{name: tiled(value) for name, value in kwargs.items()})
+        repeated = torch.cat([hidden_states] * self.copies)
+        return self.layer(repeated, *map(tiled, args), **{name: tiled(value) for name, value in kwargs.items()})
 
 
-class _Several(nn.Module):
+class _PerHead(nn.Module):
     """The same module of every head, each called on its part of the batch."""
 
     def __init__(self, modules: Sequence[nn.Module]):
         super().__init__()
-        self.each = nn.ModuleList(modules)
+        self.heads = nn.ModuleList(modules)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        count = len(self.each)
+        count = len(self.heads)
         parts = [value.chunk(count) if isinstance(value, Tensor) else (value,) * count for value in args]
         named = {
             name: value.chunk(count) if isinstance(value, Tensor) else (value,) * count for name, value in kwargs.items()
         }
         outputs = [
             module(*(part[i] for part in parts), **{name: part[i] for name, part in named.items()})
-            for i, module in enumerate(self.each)
+            for i, module in enumerate(self.heads)
         ]
         if isinstance(outputs[0], tuple):
             return tuple(map(torch.cat, zip(*outputs, strict=True)))
         return torch.cat(outputs)
 
     def __getattr__(self, name: str) -> Any:
-        """A layer may ask its parts for things, such as a weight's precision; all heads' answer alike."""
+        """Attributes that a layer reads from its parts, such as a weight's dtype, are the same for all heads."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(next(iter(self._modules["each"].children())), name)  # type: ignore[union-attr]
+            return getattr(next(iter(self._modules["heads"].children())), name)  # type: ignore[union-attr]
 
 
 def can_stack(layers: Sequence[nn.Module]) -> bool:
-    """Whether layers can run as one: same modules, same settings (but for the cache entry), no weights around weights, and
+    """Whether layers can run as one: same modules and settings (but for the cache entry), no weights in nested modules, and
     no hooks, which belong to one of them."""
     if any(map(has_hooks, layers)):
         return False
@@ -85,7 +85,7 @@ def can_stack(layers: Sequence[nn.Module]) -> bool:
         if _holds_weights(module) and any(_holds_weights(part) for part in module.modules() if part is not module):
             return False
         if getattr(getattr(module, "config", None), "scale_attn_by_inverse_layer_idx", False):
-            return False  # the one place where a layer's number changes what it computes
+            return False  # a layer's index changes what it computes
     return True
 
 
@@ -111,7 +111,7 @@ def stack_modules(modules: Sequence[nn.Module]) -> nn.Module:
     """A shallow copy of the first module in which every part with weights of its own is that of all of them."""
     first = modules[0]
     if _holds_weights(first):
-        return _Several(modules)
+        return _PerHead(modules)
     twin = copy.copy(first)
     twin._forward_hooks = type(first._forward_hooks)()
     twin._modules = {

@@ -20,7 +20,9 @@ from dynamo_lm.backbone.token_limits import token_ids
 from dynamo_lm.bench.methods import Method
 from dynamo_lm.decoding.compiled import check_compiler
 from dynamo_lm.errors import InputError
+from dynamo_lm.kernels import loader
 from dynamo_lm.model.modeling import DynaMoForCausalLM
+from dynamo_lm.private_interfaces import compile_everywhere, compile_in_this_process
 
 
 @dataclass
@@ -47,6 +49,9 @@ class BenchmarkContext:
     length: int  # of a text at most, in tokens
     draft: PreTrainedModel | None = None  # a smaller model for assisted generation
     close: list[Callable[[], None]] = field(default_factory=list)  # what to call when all is done
+
+    def __post_init__(self) -> None:
+        loader.available(wait=True)  # so that what is measured is what later processes do
 
     @property
     def model(self) -> DynaMoForCausalLM:
@@ -160,12 +165,9 @@ def _compiled(method: Method, context: BenchmarkContext) -> Runner:
     On a GPU transformers does so by itself; on a CPU a static cache alone compiles nothing, so it is told to.
     """
     if context.model.device.type == "cpu":
-        from torch._inductor import config
-
         check_compiler()
-        config.compile_threads = 1  # no pool of processes beside what is being measured
-        compiling = CompileConfig(mode="default")  # "reduce-overhead" is about CUDA graphs
-        compiling._compile_all_devices = True  # type: ignore[assignment]
+        compile_in_this_process()  # no pool of processes beside what is being measured
+        compiling = compile_everywhere(CompileConfig(mode="default"))  # "reduce-overhead" is about CUDA graphs
     else:
         compiling = CompileConfig()
     return _transformers(method, context, cache_implementation="static", compile_config=compiling)

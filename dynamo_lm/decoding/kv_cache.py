@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamo_lm.decoding.draft_tree import ancestry, depths
 from dynamo_lm.devices import sent
+from dynamo_lm.private_interfaces import mark_static_address
 
 GROWTH = 256  # positions; capacity at least doubles, so that n tokens cost O(log n) copies
 
@@ -159,7 +160,7 @@ class StaticKVCache(RaggedKVCache):
         super().__init__(num_layers, 1)
         self.capacity, self.device = capacity, device or torch.device("cpu")
         self.write_positions: Tensor | None = None  # (new,) on the device: where the forward in progress writes
-        self.handed: dict[Any, list[Any]] = {}  # by compiled step: its tensors, these buffers among them
+        self.arguments: dict[Any, list[Any]] = {}  # by compiled step: its tensors, these buffers among them
 
     def lay_out(self, layout: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Makes the buffers before the first forward would. layout: keys and values of no token, by layer; heads that are
@@ -169,7 +170,7 @@ class StaticKVCache(RaggedKVCache):
 
     def release(self) -> None:
         super().release()
-        self.handed.clear()
+        self.arguments.clear()
 
     def reserve(self, new: int) -> Tensor:
         positions = super().reserve(new)
@@ -191,8 +192,8 @@ class _RaggedLayer(CacheLayerMixin):
         self.keys = key_states.new_zeros((*key_states.shape[:2], capacity, key_states.shape[3]))
         self.values = value_states.new_zeros((*value_states.shape[:2], capacity, value_states.shape[3]))
         if static and self.device.type == "cuda":  # recorded steps write to these very buffers
-            torch._dynamo.mark_static_address(self.keys)
-            torch._dynamo.mark_static_address(self.values)
+            mark_static_address(self.keys)
+            mark_static_address(self.values)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:

@@ -13,17 +13,6 @@ from torch import Tensor
 
 from dynamo_lm.decoding.sequence import SequenceState
 from dynamo_lm.decoding.statistics import TokenLogProb
-from dynamo_lm.kernels import loader
-
-
-def normalisers(logits: Tensor) -> Tensor:
-    """logits.logsumexp(-1) of float32 on the CPU, (..., vocabulary) -> (...)."""
-    fast = loader.sampler_of(logits)
-    if fast is None:
-        return logits.logsumexp(-1)
-    result = torch.empty(logits.shape[:-1])
-    fast.dynamo_lm_normalisers(logits.data_ptr(), result.numel(), logits.shape[-1], result.data_ptr())
-    return result
 
 
 class LogProbs:
@@ -31,7 +20,7 @@ class LogProbs:
 
     def __init__(self, logits: Tensor):
         """logits: (sequences, width, vocabulary) float32 on the CPU."""
-        self.logits, self.normaliser = logits.numpy(), normalisers(logits).numpy()
+        self.logits, self.normaliser = logits.numpy(), logits.logsumexp(-1).numpy()
 
     def of(self, sequence: SequenceState, r: int, token: int, place: int) -> TokenLogProb:
         """The score of a token after the r-th sequence's input token `place`."""

@@ -136,7 +136,7 @@ class ModelRunner:
             num_heads=self.num_heads,
             attention_mask=mask,
             position_ids=sent(positions.clamp(max=self.context - 1), self.device),
-            past_key_values=cache,
+            cache=cache,
         )
         if list(slots) != list(range(cache.num_slots)):
             hidden = hidden.index_select(1, sent(torch.tensor(slots), hidden.device))

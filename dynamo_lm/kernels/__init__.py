@@ -1,1 +1,1 @@
-"""Compiled CPU kernels."""
+"""Compiled CPU kernels, and the layers that call them."""

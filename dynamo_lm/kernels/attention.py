@@ -1,26 +1,24 @@
-"""A model whose attention suits the few queries of a decoding step, on a CPU.
+"""Attention for the few queries of a decoding step, on a CPU.
 
-In: an attention module of a copy (see `linear.py`) that calls transformers' attention interface. Out: the same
-module with the project's kernel behind that interface. The kernel gives a query the same result whichever queries are
-beside it; torch's own, in bfloat16, does not, and then a step of four tokens is not quite four steps of one.
+In: an attention module of a copy (see `linear.py`) that uses transformers' attention interface. Out: the same module with
+this package's kernel as its attention function. The kernel gives a query the same result in any batch; torch's own, in
+bfloat16, does not, and then a step of four tokens is not exactly four steps of one.
 """
 
 from __future__ import annotations
 
-import copy
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dynamo_lm.kernels import loader
+from dynamo_lm.kernels import loader, ops
+from dynamo_lm.private_interfaces import attention_implementation, uses_attention_interface, with_attention
 
-NAME = "dynamo_lm_decode_attention"  # in transformers' register of attention functions
-MOST = 64  # queries; more are a prompt, which torch's tiles are made for
+NAME = "dynamo_lm_decode_attention"  # in transformers' AttentionInterface
+MAX_QUERIES = 64  # more are a prompt, which torch's tiles are made for
 
 
 def attention(
@@ -40,8 +38,8 @@ def attention(
         attention_mask is None
         or attention_mask.dtype != torch.bool
         or attention_mask.shape[1] != 1
-        or query.shape[2] > MOST
-        or width % loader.STRIDE
+        or query.shape[2] > MAX_QUERIES
+        or width % ops.STRIDE
         or value.shape[3] != width
         or kwargs.get("position_bias") is not None
         or torch.is_grad_enabled()
@@ -51,23 +49,19 @@ def attention(
     return torch.ops.dynamo_lm.decode_attention(query, key, value, attention_mask, scale), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
+AttentionInterface.register(NAME, attention)
 
 
 def patch_attention(module: nn.Module, copies: dict[int, PreTrainedConfig]) -> None:
-    """Puts the kernel behind a copied module's attention, if it has any that goes through transformers' interface.
+    """Make the kernel a copied module's attention function, if it is an attention module that uses transformers' interface.
 
-    copies: the configurations that were copied for it so far, by the identity of the original.
+    copies: the configurations that were copied so far, by the identity of the original.
     """
     config = vars(module).get("config")
     if not isinstance(config, PreTrainedConfig) or isinstance(module, PreTrainedModel) or not loader.available():
         return
-    uses_interface = hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
     weight = next(module.parameters(), None)
-    if not uses_interface or config._attn_implementation != "sdpa" or weight is None or weight.device.type != "cpu":
+    if not uses_attention_interface(module) or attention_implementation(config) != "sdpa":
         return
-    if weight.dtype in loader.DTYPES:
-        if id(config) not in copies:
-            copies[id(config)] = copy.copy(config)
-            copies[id(config)]._attn_implementation_internal = NAME
-        vars(module)["config"] = copies[id(config)]
+    if weight is not None and weight.device.type == "cpu" and weight.dtype in ops.DTYPES:
+        vars(module)["config"] = copies.setdefault(id(config), with_attention(config, NAME))

@@ -1,11 +1,10 @@
-"""A model whose linear layers and attention are fast for the few rows of a decoding step, on a CPU.
+"""Linear layers and attention for the few rows of a decoding step, on a CPU.
 
-A step hands each layer one row per new token. With 2 to 4 rows a library's x @ weight^T takes 1.5 to 4.7 times what it
-takes with one, although the weight is read once in both (`benchmarks/rows.py`). The project's kernel takes 0.4 to 1.0
-times what the library takes with one, in float32 and bfloat16, and gives every row the same result whichever rows are beside
-it. Where it cannot be built, weight @ x^T helps in float32: it has a kernel for exactly 4 columns. In: a model. Out: a
-shallow twin that shares every tensor with it and only multiplies differently, up to rounding. The model itself is never
-touched.
+A step passes each layer one row per new token. With 2 to 4 rows a library's x @ weight^T takes 1.5 to 4.7 times as long as
+with one, although the weight is read once in both cases (`benchmarks/rows.py`). This package's kernel takes 0.4 to 1.0 times
+as long as the library with one row, in float32 and bfloat16, and gives a row the same result in any batch. Where it is not
+built, weight @ x^T helps in float32: libraries have a kernel for exactly 4 columns. In: a model. Out: a shallow copy that
+shares every tensor with it and multiplies differently, up to rounding. The model itself is not changed.
 """
 
 from __future__ import annotations
@@ -19,23 +18,24 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedConfig
 
-from dynamo_lm.kernels import attention, loader
+from dynamo_lm.kernels import attention, loader, ops
+from dynamo_lm.private_interfaces import multiplies_bfloat16
 
-MOST = 16  # rows from which on a library is as fast in float32
-LARGE = 2**14  # entries of a weight whose product outweighs what it takes to transpose it
-HUGE = 2**23  # entries from which on up to eight rows are better transposed; output embeddings, mostly
+MAX_ROWS = 16  # with more a library is as fast in float32
+LARGE = 2**14  # entries of a weight from which a product outweighs transposing the rows
+HUGE = 2**23  # entries of a weight from which up to eight rows are faster transposed; output embeddings, mostly
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class SkinnyLinear(nn.Linear):
-    """A linear layer that multiplies few rows with the project's kernel."""
+    """A linear layer that multiplies few rows with the kernel."""
 
-    most: int  # rows up to which it is faster than torch's product
+    max_rows: int  # up to which it is faster than torch's product
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if not 0 < x.numel() <= self.most * self.in_features or torch.is_grad_enabled() or x.dtype != self.weight.dtype:
+        if not 0 < x.numel() <= self.max_rows * self.in_features or torch.is_grad_enabled() or x.dtype != self.weight.dtype:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.dynamo_lm.skinny_matmul(x, self.weight, self.bias)
 
@@ -61,9 +61,9 @@ def optimize_modules(model: M) -> M:
 
 
 def _twin(module: M, made: dict[int, nn.Module], configs: dict[int, PreTrainedConfig]) -> M:
-    if id(module) in made:  # what is shared stays shared
+    if id(module) in made:  # shared modules stay shared
         return made[id(module)]  # type: ignore[return-value]
-    if parametrize.is_parametrized(module):  # an adapter: it cannot be copied, and computes its weight anew each time
+    if parametrize.is_parametrized(module):  # an adapter, which cannot be copied and computes its weight in each call
         return module
     twin = made[id(module)] = copy.copy(module)
     if type(twin) is nn.Linear and twin.weight.device.type == "cpu":
@@ -76,17 +76,12 @@ def _twin(module: M, made: dict[int, nn.Module], configs: dict[int, PreTrainedCo
 
 
 def _replace_linear(layer: nn.Linear) -> None:
-    """Gives a layer of a copy the class that suits its weight: same attributes, another product."""
+    """Give a layer of a copy the class that suits its weight: same attributes, another product."""
     weight = layer.weight
-    fits = layer.in_features % loader.STRIDE == 0 and weight.is_contiguous() and weight.dtype in loader.DTYPES
+    fits = layer.in_features % ops.STRIDE == 0 and weight.is_contiguous() and weight.dtype in ops.DTYPES
     if fits and loader.available():
         layer.__class__ = SkinnyLinear  # type: ignore[assignment]
         slow = weight.dtype == torch.bfloat16 and not multiplies_bfloat16()
-        layer.most = 2**31 if slow else MOST  # type: ignore[assignment]
+        layer.max_rows = 2**31 if slow else MAX_ROWS  # type: ignore[assignment]
     elif weight.dtype == torch.float32:
         layer.__class__ = TransposedLinear  # type: ignore[assignment]
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has units for bfloat16; without them torch's product is slower at any number of rows."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

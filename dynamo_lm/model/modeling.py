@@ -38,6 +38,7 @@ from dynamo_lm.model.checkpoint import load, save
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.coupling import Coupling
 from dynamo_lm.model.heads import TokenHead
+from dynamo_lm.private_interfaces import cache_argument
 
 
 class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
@@ -77,6 +78,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         self.coupling = Coupling(config.num_heads, rank, self.output_weight()) if rank else None
         self.cooccurrence: Cooccurrence | None = None
         self.plain_readout = False  # known of a model that was arranged for decoding
+        self.cache_argument = cache_argument(self.body)
         self.runtime = Runtime()
         self.generation_config = copy.deepcopy(self.base.generation_config)
         self.generation_config._from_model_config = False  # else transformers drops settings of our own, like eps_b
@@ -153,7 +155,13 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         return self.base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def hidden(
-        self, input_ids: Tensor, *, num_heads: int | None = None, gradient_scale: float = 1.0, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        *,
+        num_heads: int | None = None,
+        gradient_scale: float = 1.0,
+        cache: Any = None,
+        **kwargs: Any,
     ) -> Tensor:
         """Final (normed) hidden states of heads 1..num_heads at every position.
 
@@ -163,7 +171,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
             gradient_scale: factor on the gradient that heads 2..n send into the base, `LR_MB / LR_B` (method.md section
                 6.6). Their losses must have been multiplied by the same factor (see `dynamo_lm.training.trainer`), which the
                 heads' own layers undo.
-            **kwargs: what the base's body takes: attention_mask, position_ids, past_key_values, use_cache.
+            cache: the KV cache, if any.
+            **kwargs: what the base's body takes: attention_mask, position_ids, use_cache.
 
         Returns:
             (num_heads, batch, length, hidden), in the base's dtype.
@@ -171,7 +180,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         n = self.num_heads if num_heads is None else num_heads
         if not 1 <= n <= self.num_heads:
             raise InputError(f"{n} heads were asked of a model that has {self.num_heads}; ask for 1 to {self.num_heads}.")
-        kwargs.setdefault("use_cache", kwargs.get("past_key_values") is not None)
+        kwargs.setdefault("use_cache", cache is not None)
+        kwargs[self.cache_argument] = cache
         if n == 1 or isinstance(self.last_layer, StackedHeads):
             return self.body(input_ids=input_ids, **kwargs).last_hidden_state.unflatten(0, (n, -1))
         learning = torch.is_grad_enabled()

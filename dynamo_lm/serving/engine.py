@@ -26,6 +26,7 @@ from dynamo_lm.decoding.options import DecodingOptions, LogitsProcessor, Stoppin
 from dynamo_lm.decoding.sequence import SequenceState
 from dynamo_lm.decoding.statistics import Statistics, TokenLogProb
 from dynamo_lm.errors import InputError
+from dynamo_lm.kernels import loader
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.serving.limits import Limits
 from dynamo_lm.serving.logs import log
@@ -120,6 +121,7 @@ class Engine:
     """
 
     def __init__(self, model: DynaMoForCausalLM, num_heads: int, limits: Limits, observer: Observer):
+        loader.available(wait=True)  # a server runs for long
         self.model, self.limits, self.observer = model, limits, observer
         self._batches = {num_heads: Batch(model, num_heads)}  # by heads: a request for fewer does not pay for more
         self._condition = threading.Condition()  # guards the four that follow

@@ -209,8 +209,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dynamo_lm, library) {
 }
 STABLE_TORCH_LIBRARY_IMPL(dynamo_lm, CPU, library) { library.impl("decode_attention", TORCH_BOX(&decode_attention_of)); }
 
-extern "C" __attribute__((visibility("default"))) AOTITorchError aoti_torch_cpu_decode_attention(
+extern "C" __attribute__((visibility("default"))) AOTITorchError dynamo_lm_decode_attention(
     AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle mask, double scaling,
     AtenTensorHandle* result) {
-  return guarded([&] { *result = decode_attention(query, key, value, mask, scaling); });
+  *result = decode_attention(query, key, value, mask, scaling);
+  return AOTI_TORCH_SUCCESS;
 }

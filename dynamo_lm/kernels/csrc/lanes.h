@@ -162,7 +162,7 @@ struct View {
 
   bool contiguous() const {
     int64_t step = 1;
-    for (int64_t d = dims; d-- > 0; step *= sizes[d])
+    for (int64_t d = dims; d-- > 0; step *= std::max<int64_t>(1, sizes[d]))  // as torch lays out what is empty
       if (sizes[d] != 1 && strides[d] != step) return false;
     return true;
   }
@@ -199,16 +199,6 @@ template <typename F>
 inline void shared(int64_t count, int64_t grain, const F& part) {
   if (count <= grain) part(0, count);
   else torch::stable::parallel_for(0, count, grain, part);
-}
-
-template <typename F>
-inline AOTITorchError guarded(const F& call) {
-  try {
-    call();
-    return AOTI_TORCH_SUCCESS;
-  } catch (...) {
-    return AOTI_TORCH_FAILURE;
-  }
 }
 
 }  // namespace

@@ -1,16 +1,14 @@
-// The host's part of a step (method.md section 4): the best candidates of a line of logits and its normaliser, which n-grams were
-// seen, and which entries of a grid are foreground.
+// The host's part of a step (docs/method.md section 4): the best candidates of a line of logits, which n-grams were counted, and
+// which entries of a grid are foreground.
 //
-// Nothing here knows of torch: pointers come from arrays, and the caller has seen to their types and sizes. The same is said
-// without C++ by `joint.highest`, `torch.logsumexp`, `Lookup.seen` and `otsu.foreground`, whose tolerances allow for sums in another
-// order.
+// Nothing here knows torch: pointers come from arrays, and the caller checks their types and sizes. Without C++ the same is done by
+// `top_k.highest`, `Lookup.seen` and `otsu.foreground`, whose tolerances allow for sums in another order.
 
 namespace {
 
 constexpr int64_t SEARCH_FROM = 16;  // children per candidate beyond which every candidate is searched for (measured)
 constexpr double ROUNDING = 1e-9;    // as in otsu.py
 constexpr int BINS = 256;
-constexpr int64_t RUN = 64;          // vectors that are added up in float32
 
 typedef int64_t Pairs __attribute__((vector_size(32)));
 
@@ -306,25 +304,4 @@ extern "C" __attribute__((visibility("default"))) int64_t dynamo_lm_highest(
     }
   }
   return 0;
-}
-
-// log(sum(e^x)) of every line of `size` logits -> (lines,).
-extern "C" __attribute__((visibility("default"))) void dynamo_lm_normalisers(
-    const float* logits, int64_t lines, int64_t size, float* result) {
-  for (int64_t line = 0; line < lines; line++, logits += size) {
-    const float most = peak(logits, size);
-    if (std::isinf(most)) {
-      result[line] = most;
-      continue;
-    }
-    double total = 0;
-    int64_t i = 0;
-    while (i + 8 <= size) {
-      Lanes sum{};
-      for (const int64_t end = std::min(size, i + 8 * RUN); i + 8 <= end; i += 8) sum += exponential(load(logits + i) - most);
-      for (int j = 0; j < 8; j++) total += sum[j];
-    }
-    for (; i < size; i++) total += std::exp(logits[i] - most);
-    result[line] = most + std::log(total);
-  }
 }

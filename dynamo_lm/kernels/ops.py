@@ -1,0 +1,72 @@
+"""What torch is told of the custom ops: the shapes of their results, what they refuse, and that they have no gradients.
+
+The checks are those of csrc/skinny_matmul.cpp and csrc/decode_attention.cpp, in the same words, so that a tracer refuses
+what the kernel would.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STRIDE = 16  # entries that the kernels take at a time, as in lanes.h: what they sum over is a multiple of it
+DTYPES = (torch.float32, torch.bfloat16)
+MAX_DIMS = 8
+
+
+def register() -> None:
+    """Register shapes for torch's tracers and the refusal of gradients, once the ops themselves are loaded."""
+    for name, fake in (("skinny_matmul", _skinny_matmul), ("decode_attention", _decode_attention)):
+        torch.library.register_fake(f"dynamo_lm::{name}", fake)
+
+        def refuse(*args: Any, name: str = name, **kwargs: Any) -> None:
+            raise RuntimeError(f"{name} has no gradient; use torch's own operations, or call it under torch.no_grad().")
+
+        # The context is set up in the forward, and only where an input requires a gradient.
+        torch.library.register_autograd(f"dynamo_lm::{name}", refuse, setup_context=refuse)
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise RuntimeError(otherwise)
+
+
+def _skinny_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x: (..., in), weight: (out, in), bias: (out,) -> (..., out)."""
+    _require(1 <= x.dim() <= MAX_DIMS, "skinny_matmul: x has no dimension, or more than 8.")
+    _require(weight.dim() == 2, "skinny_matmul: weight must have two dimensions, (out, in).")
+    _require(x.dtype in DTYPES, "skinny_matmul: x must be float32 or bfloat16.")
+    _require(weight.dtype == x.dtype, "skinny_matmul: weight must have the dtype of x.")
+    _require(weight.is_contiguous(), "skinny_matmul: weight must be contiguous; pass weight.contiguous().")
+    out, size = weight.shape
+    _require(x.shape[-1] == size, "skinny_matmul: the last size of x must be the last size of weight.")
+    _require(size > 0 and size % STRIDE == 0, "skinny_matmul: the inner size must be a positive multiple of 16.")
+    if bias is not None:
+        _require(bias.shape == (out,), "skinny_matmul: bias must have one dimension, the first size of weight.")
+        fits = bias.dtype == x.dtype and bias.is_contiguous()
+        _require(fits, "skinny_matmul: bias must be contiguous and have the dtype of x.")
+    return x.new_empty((*x.shape[:-1], out))
+
+
+def _decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """query: (rows, heads, queries, width), key and value: (rows, fewer heads, slots, width), mask: (rows or 1, 1, queries,
+    slots) -> (rows, queries, heads, width)."""
+    four = all(tensor.dim() == 4 for tensor in (query, key, value, mask))
+    _require(four, "decode_attention: query, key, value and mask must have four dimensions.")
+    _require(query.dtype in DTYPES, "decode_attention: query must be float32 or bfloat16.")
+    same = key.dtype == value.dtype == query.dtype
+    _require(same, "decode_attention: key and value must have the dtype of query.")
+    _require(mask.dtype == torch.bool, "decode_attention: mask must be bool, true where a key is seen.")
+    _require(key.shape == value.shape, "decode_attention: key and value must have the same shape.")
+    rows, heads, queries, width = query.shape
+    _require(key.shape[0] == rows, "decode_attention: query and key must have as many rows.")
+    divides = key.shape[1] > 0 and heads % key.shape[1] == 0
+    _require(divides, "decode_attention: the heads of query must be a multiple of those of key.")
+    _require(key.shape[3] == width, "decode_attention: query and key must have one width.")
+    _require(width > 0 and width % STRIDE == 0, "decode_attention: the width must be a positive multiple of 16.")
+    _require(key.shape[2] > 0, "decode_attention: there are no keys.")
+    fits = mask.shape[0] in (1, rows) and mask.shape[1:] == (1, queries, key.shape[2])
+    _require(fits, "decode_attention: mask must be (rows or 1, 1, queries, keys).")
+    return query.new_empty((rows, queries, heads, width))
