@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if not loader.available():
+    if not loader.available(wait=True):
         raise SystemExit("The kernel cannot be built here; it needs a C++ compiler.")
     facts: dict[str, Any] = {"machine": machine(torch.device("cpu")), "versions": versions(), "threads": arguments.threads}
     for dtype in WAYS:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.generation.configuration_utils import CompileConfig
 
 # ---------------------------------------------------------------- torch: building C++ and compiled steps
@@ -146,6 +147,13 @@ def with_attention(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
 def uses_attention_interface(module: nn.Module) -> bool:
     """Whether a module's code looks its attention function up in transformers' register."""
     return hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def model_from_config(
+    base_class: type[PreTrainedModel], config: PreTrainedConfig, attention: str | None, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model of this very class with random weights; the public way looks a class up by the configuration."""
+    return base_class._from_config(config, attn_implementation=attention, dtype=dtype)
 
 
 def cache_argument(body: nn.Module) -> str:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from dynamo_lm.private_interfaces import attention_implementation, model_from_config
+
 WIDTH = 64  # of hidden states and inner layers
 VOCABULARY = 512
 WINDOW = 5  # tokens of every sliding window and chunk
@@ -56,10 +58,9 @@ def tiny_base(base_class: type[PreTrainedModel], config: PreTrainedConfig, *, na
         Exception: whatever the class raises where the smaller configuration does not make sense to it.
     """
     tiny = tiny_config(config, narrow=narrow)
-    attention = config._attn_implementation
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
-        model = base_class._from_config(tiny, attn_implementation=attention, dtype=torch.float32).eval()
+        model = model_from_config(base_class, tiny, attention_implementation(config), torch.float32).eval()
         sharpen(model)
     return model
 

@@ -37,11 +37,12 @@ class BuildError(RuntimeError):
     """The kernels cannot be built here, or have not been built yet."""
 
 
-def library(*, wait: bool) -> str:
+def library(*, wait: bool, report: bool = True) -> str:
     """The path of the library, which is loaded.
 
     Args:
         wait: build it now if it is not there; else a background process builds it, for the processes after this one.
+        report: log a warning about a failed build, if no process has done so.
 
     Raises:
         BuildError: it is not there, with the reason as the end of a sentence.
@@ -64,7 +65,7 @@ def library(*, wait: bool) -> str:
             _start_building()
             raise BuildError("they are being built in the background, for the next process")
     reason = failed.read_text(encoding="utf-8") if failed.is_file() else "the build's outcome cannot be written to disk"
-    if not reported.is_file():
+    if report and not reported.is_file():
         _write(reported, "")
         logger.warning(
             "The compiled kernels could not be built, so decoding is slower and exact only up to rounding: %s "
@@ -136,4 +137,4 @@ def _warn_if_slow() -> Iterator[None]:
 
 if __name__ == "__main__":
     os.nice(10)
-    library(wait=True)
+    library(wait=True, report=False)  # nobody reads what it logs

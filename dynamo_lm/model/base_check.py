@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 import transformers
@@ -28,6 +27,7 @@ from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.errors import InputError, first_line
 from dynamo_lm.files import write_text
 from dynamo_lm.model.configuration import DynaMoConfig
+from dynamo_lm.private_interfaces import attention_implementation, build_cache
 
 VERSION = 2  # of this file's checks: results of another version are not believed
 EXACT, ROUNDED = 1e-2, 0.1  # largest error that is rounding, of the logits' spread, in float32 and in half precision
@@ -63,15 +63,13 @@ def contract_key(base: PreTrainedModel) -> str:
     """Identity of what is checked: class, configuration and libraries. 16 hexadecimal digits."""
     config = {name: value for name, value in base.config.to_dict().items() if name != "_name_or_path"}
     parts = [VERSION, transformers.__version__, torch.__version__, type(base).__module__, type(base).__qualname__]
-    parts += [base.config._attn_implementation, json.dumps(config, sort_keys=True, default=str)]
+    parts += [attention_implementation(base.config), json.dumps(config, sort_keys=True, default=str)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _kept_result(key: str, compute: Callable[[], str]) -> str:
     """The result of an earlier process, or a new one, which is kept where torch keeps compiled code."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    path = Path(cache_dir()) / "dynamo_lm" / f"base-{key}.json"
+    path = build_cache() / "dynamo_lm" / f"base-{key}.json"
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["refused"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -244,7 +242,7 @@ def _run(
         torch.tensor(rows, device=model.device),
         attention_mask=form.mask(positions, keys, visible=visible, device=model.device),
         position_ids=positions.to(model.device),
-        past_key_values=cache,
+        cache=cache,
     )
     cache.commit(torch.tensor(kept))
     return hidden
