@@ -450,5 +450,5 @@ def test_the_kernels_get_only_logits_that_they_take(monkeypatch):
     assert loader.sampler_of(logits.double()) is None
     assert loader.sampler_of(logits[:, ::2]) is None
     assert loader.sampler_of(logits[:0]) is None
-    monkeypatch.setattr(loader, "MOST_LOGITS", 7)
+    monkeypatch.setattr(loader, "MAX_LOGITS", 7)
     assert loader.sampler_of(logits) is None

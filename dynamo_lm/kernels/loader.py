@@ -22,14 +22,14 @@ from dynamo_lm.private_interfaces import call_from_compiled_steps
 
 logger = logging.getLogger(__name__)
 
-MOST_LOGITS = 2**20  # some milliseconds
+MAX_LOGITS = 2**20  # some milliseconds of work
 _T = "AtenTensorHandle"
-OPS = {  # what compiled steps call: the arguments in C of dynamo_lm_NAME
+OPS = {  # by op, the arguments in C of dynamo_lm_NAME, which compiled steps call
     "skinny_matmul": f"{_T} x, {_T} weight, {_T}* bias, {_T}* result",
     "decode_attention": f"{_T} query, {_T} key, {_T} value, {_T} mask, double scaling, {_T}* result",
 }
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-SAMPLER = {  # what arrays on the host are passed to, by its name in C: its result and its arguments
+SAMPLER = {  # functions of arrays on the host: their names in C, result and arguments
     "dynamo_lm_chain": (None, (_P, _N, _P, _P, _N, _N, _N, _F, _P, _P, _P)),
     "dynamo_lm_draw": (_F, (_P, _P, _N, _N, _P, _P, _F, _F, _N, _F, _F, _P)),
     "dynamo_lm_foreground": (None, (_P, _P, _N, _N, _N, _P)),
@@ -87,17 +87,19 @@ def _load(library: str) -> None:
 
 
 def sampler() -> Any:
-    """The functions of `SAMPLER`, or None before `available` has built them: asking starts no compiler."""
+    """The functions of `SAMPLER`, or None if `available` has not loaded them; never starts a build."""
     return _sampler
 
 
 def sampler_of(logits: Tensor) -> Any:
-    """`sampler` for logits that it takes, contiguous float32 on the CPU, and no more than one thread is done with soon: no
-    other one gets the interpreter meanwhile, and torch shares more of them out. None for others."""
-    few = logits.is_cpu and logits.dtype == torch.float32 and logits.is_contiguous() and 0 < logits.numel() <= MOST_LOGITS
-    return sampler() if few else None
+    """`sampler` for contiguous float32 logits on the CPU, or None.
+
+    Also None for many logits: the functions use one thread and keep the interpreter, while torch shares the work.
+    """
+    fits = logits.is_cpu and logits.dtype == torch.float32 and logits.is_contiguous() and 0 < logits.numel() <= MAX_LOGITS
+    return sampler() if fits else None
 
 
 def address(array: np.ndarray) -> int:
-    """Where an array's entries lie, for `SAMPLER`."""
+    """The address of an array's first entry, for `SAMPLER`."""
     return array.__array_interface__["data"][0]
