@@ -40,7 +40,7 @@ def test_skinny_products_are_those_of_any_linear_layer(batch, length, wide, tall
     plain = nn.Linear(16 * wide, tall, bias=bias, dtype=dtype)
     layer, x = optimize_modules(plain), torch.randn(length, batch, 16 * wide, dtype=dtype).transpose(0, 1)  # not contiguous
     assert isinstance(layer, SkinnyLinear)
-    layer.most = 2**31  # the kernel at any number of rows: torch's product may round twice
+    layer.max_rows = 2**31  # the kernel at any number of rows: torch's product may round twice
     with torch.inference_mode():  # exact but for one rounding to the type, and what float32 sums lose
         exact = copy.deepcopy(plain).double()(x.double())
         torch.testing.assert_close(layer(x).double(), exact, rtol=torch.finfo(dtype).eps / 2 + 1e-5, atol=1e-5)
@@ -51,7 +51,7 @@ def test_skinny_products_are_those_of_any_linear_layer(batch, length, wide, tall
 @given(st.integers(1, 21), st.integers(1, 30), st.integers(1, 20), DTYPES, st.data())
 def test_a_row_has_the_same_product_bit_for_bit_whatever_is_beside_it(rows, wide, tall, dtype, data):
     layer = optimize_modules(nn.Linear(16 * wide, tall, dtype=dtype))
-    layer.most = 2**31
+    layer.max_rows = 2**31
     x, start = torch.randn(rows, 16 * wide, dtype=dtype), data.draw(st.integers(0, rows - 1))
     end, threads = data.draw(st.integers(start + 1, rows)), torch.get_num_threads()
     with torch.inference_mode():
