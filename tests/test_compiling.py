@@ -150,8 +150,8 @@ def test_batches_are_not_compiled():
 
 
 @pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
-def test_a_compiled_batch_holds_one_row():
+def test_a_compiled_batch_holds_one_sequence():
     batch = Batch(dynamo_of("gpt_neox", 2), 2, compile=True)
     batch.join([1], DecodingOptions(4, 2), seed=0)
-    with pytest.raises(InputError, match="one row at a time"):
+    with pytest.raises(InputError, match="one sequence at a time"):
         batch.join([1], DecodingOptions(4, 2), seed=0)

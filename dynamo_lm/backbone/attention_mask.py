@@ -71,9 +71,12 @@ class AttentionMaskBuilder:
             a dictionary of them by layer type where the configuration lists layer types.
         """
         distance = queries[:, :, None] - keys[:, None, :]  # (batch, q, k)
-        seen = distance >= 0
+        seen, start = distance >= 0, keys.new_zeros(1, 1, 1)  # start: where the query's document does, (batch, q, 1)
         if query_segments is not None and key_segments is not None:
-            seen = seen & (query_segments[:, :, None] == key_segments[:, None, :])
+            same_document = query_segments[:, :, None] == key_segments[:, None, :]
+            seen = seen & same_document
+            if self.chunk is not None:
+                start = keys[:, None, :].where(same_document, torch.iinfo(keys.dtype).max).amin(2, keepdim=True)
         if visible is not None:
             seen = seen & visible
         masks = {
@@ -81,7 +84,7 @@ class AttentionMaskBuilder:
             for kind, window in self.windows.items()
         }
         if self.chunk is not None:
-            same = queries[:, :, None] // self.chunk == keys[:, None, :] // self.chunk
+            same = (queries[:, :, None] - start) // self.chunk == (keys[:, None, :] - start) // self.chunk
             masks[CHUNKED] = self._form(seen & same, device)
         return masks.get(None, masks)  # type: ignore[return-value, arg-type]
 

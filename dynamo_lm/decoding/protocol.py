@@ -24,6 +24,7 @@ class MultiHeadLM(Protocol):
         coupling: `dynamo_lm.model.coupling.Coupling`, or None.
         cooccurrence: n-gram tables, or None.
         plain_readout: whether logits are the output embedding's product and nothing else.
+        stack_heads: whether the heads' layers may run as one with the last layer.
     """
 
     base: PreTrainedModel
@@ -32,6 +33,7 @@ class MultiHeadLM(Protocol):
     coupling: Any
     cooccurrence: Cooccurrence | None
     plain_readout: bool
+    stack_heads: bool
     runtime: Runtime
 
     @property

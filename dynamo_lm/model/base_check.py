@@ -4,8 +4,10 @@ The loop hands a base ready-made masks, position ids and a cache in which every 
 on the result being what the base computes from the token ids alone. Some bases ignore one of them: they mask or bias by
 slot, count positions by the cache's length, or keep their state somewhere else. In: a base. Out: nothing, or an InputError
 with the reason. The check runs on a tiny model of the base's class and configuration (`backbone.tiny_base`), whose extra
-head is a copy of its last layer: every head must then give the logits of the token ids alone. It takes tenths of a second,
-and its result is kept for all bases of the same class and configuration.
+head is a copy of its last layer: every head must then give the logits of the token ids alone. It also shows whether the
+heads' layers may run as one with the last layer (`backbone.stacked_heads`): not where a layer sorts tokens by expert, as
+Llama 4's does, or wants a mask for every row. It takes tenths of a second, and its result is kept for all bases of the same
+class and configuration.
 """
 
 from __future__ import annotations
@@ -29,34 +31,39 @@ from dynamo_lm.files import write_text
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.private_interfaces import attention_implementation, build_cache
 
-VERSION = 2  # of this file's checks: results of another version are not believed
+VERSION = 3  # of this file's checks: results of another version are not believed
 EXACT, ROUNDED = 1e-2, 0.1  # largest error that is rounding, of the logits' spread, in float32 and in half precision
 LARGEST = 3e8  # parameters of a model that is made only to be checked
 PREFIXES = (2, 9, 5)  # tokens of the sequences of a ragged batch; longer and shorter than a tiny base's windows
 TREES = ([0, 0, 1, 2], [0, 1, 2, 3], [0, 0, 0, 3])  # by sequence, the place of the token before each but the first
 DOCUMENTS = (4, 7, 3)  # tokens of the documents of a packed block
 
-_results: dict[str, str] = {}  # by key: the reason for which such a base is refused, or ""
+_results: dict[str, tuple[str, bool]] = {}  # by key: why such a base is refused, or "", and whether heads may be stacked
 
 
-def check_contract(base: PreTrainedModel, model_class: Callable[[DynaMoConfig, PreTrainedModel], MultiHeadLM]) -> None:
+def check_contract(base: PreTrainedModel, model_class: Callable[[DynaMoConfig, PreTrainedModel], MultiHeadLM]) -> bool:
     """Refuses a base that ignores masks, positions or the cache, see above.
 
     Args:
         base: passes `check_base`.
         model_class: makes a model with heads of a configuration and a base.
 
+    Returns:
+        Whether the heads' layers may run as one with the base's last layer.
+
     Raises:
         InputError: with the reason.
     """
     AttentionMaskBuilder.of(base.config, base.dtype)
     if base.device.type == "meta":
-        return
+        return True
     key = contract_key(base)
     if key not in _results:
-        _results[key] = _kept_result(key, lambda: _reason(base, model_class))
-    if _results[key]:
-        raise InputError(f"{type(base).__name__} cannot carry heads: {_results[key]}.")
+        _results[key] = _kept_result(key, lambda: _try(base, model_class))
+    refused, stacks = _results[key]
+    if refused:
+        raise InputError(f"{type(base).__name__} cannot carry heads: {refused}.")
+    return stacks
 
 
 def contract_key(base: PreTrainedModel) -> str:
@@ -67,24 +74,33 @@ def contract_key(base: PreTrainedModel) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _kept_result(key: str, compute: Callable[[], str]) -> str:
+def _kept_result(key: str, compute: Callable[[], tuple[str, bool]]) -> tuple[str, bool]:
     """The result of an earlier process, or a new one, which is kept where torch keeps compiled code."""
     path = build_cache() / "dynamo_lm" / f"base-{key}.json"
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["refused"])
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return str(kept["refused"]), bool(kept["stacks"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
     result = compute()
     try:
         os.makedirs(path.parent, exist_ok=True)
-        write_text(path, json.dumps({"refused": result}))
+        write_text(path, json.dumps({"refused": result[0], "stacks": result[1]}))
     except OSError:  # a full or read-only disk: it is computed anew next time
         pass
     return result
 
 
-def _reason(base: PreTrainedModel, model_class: Callable[[DynaMoConfig, PreTrainedModel], MultiHeadLM]) -> str:
-    """Why the base is refused, or "". On the base itself where no tiny model of its kind can be made."""
+def _try(base: PreTrainedModel, model_class: Callable[[DynaMoConfig, PreTrainedModel], MultiHeadLM]) -> tuple[str, bool]:
+    """An entry of `_results`, from a tiny model, or from the base itself where no tiny one of its kind can be made."""
+    base = _smaller(base) or base
+    model = model_class(DynaMoConfig(base.config, 2, init="copy"), base)
+    model.stack_heads = can_run_stacked(model)
+    return first_fault(model), model.stack_heads
+
+
+def _smaller(base: PreTrainedModel) -> PreTrainedModel | None:
+    """A tiny model of the base's class and configuration, if one can be made."""
     for narrow in (True, False):
         try:
             if not narrow and _size(base) > LARGEST:
@@ -94,8 +110,8 @@ def _reason(base: PreTrainedModel, model_class: Callable[[DynaMoConfig, PreTrain
                 tiny(input_ids=_tokens(tiny, 3))
         except Exception:  # a configuration that does not make sense to its class when it is smaller
             continue
-        return first_fault(model_class(DynaMoConfig(tiny.config, 2, init="copy"), tiny))
-    return first_fault(model_class(DynaMoConfig(base.config, 2, init="copy"), base))
+        return tiny
+    return None
 
 
 def _size(base: PreTrainedModel) -> float:
@@ -105,18 +121,30 @@ def _size(base: PreTrainedModel) -> float:
 
 def first_fault(model: MultiHeadLM) -> str:
     """What the first check that fails says, or "". model: its heads 2.. are copies of the base's last layer."""
-    limit = EXACT if model.dtype == torch.float32 else ROUNDED
-    with torch.inference_mode():
-        for reason, check in CHECKS.items():
-            try:
-                for logits, expected in check(model):
-                    error = (logits - expected).abs().max() / expected.std()
-                    if not error <= limit:
-                        return reason
-            except Exception as error:  # whatever the base's own code raises
-                text = first_line(error)
-                return f"{reason} ({type(error).__name__}: {text})"
+    for reason, check in CHECKS.items():
+        fault = _fault(model, check)
+        if fault is not None:
+            return reason + fault
     return ""
+
+
+def can_run_stacked(model: MultiHeadLM) -> bool:
+    """Whether a model with its heads' layers and its last layer as one computes the same. model: as above."""
+    return _fault(model, _arranged) is None
+
+
+@torch.inference_mode()
+def _fault(model: MultiHeadLM, check: Callable[[MultiHeadLM], Compared]) -> str | None:
+    """None if a check passes; the exception in brackets if it raises one, else ""."""
+    limit = EXACT if model.dtype == torch.float32 else ROUNDED
+    try:
+        for logits, expected in check(model):
+            error = (logits - expected).abs().max() / expected.std()
+            if not error <= limit:
+                return ""
+    except Exception as error:  # whatever the base's own code raises
+        return f" ({type(error).__name__}: {first_line(error)})"
+    return None
 
 
 Compared = Iterator[tuple[Tensor, Tensor]]  # logits of all heads at some tokens, and what they must be

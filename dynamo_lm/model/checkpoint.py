@@ -140,7 +140,7 @@ def load(cls: type[PreTrainedModel], name: str, *args: Any, **kwargs: Any) -> An
             model = _load_heads(cls, name, config, open_base(name, config, base, allow_mismatch=allow_mismatch, **kwargs))
     except (SafetensorError, OSError) as error:
         raise InputError(f'The weights in "{name}" are missing, truncated or altered: {first_line(error)}') from error
-    check_contract(model.base, cls)  # type: ignore[arg-type]  # every class that is opened so is a MultiHeadLM
+    model.stack_heads = check_contract(model.base, cls)  # type: ignore[arg-type]  # every class that is opened so is a MultiHeadLM
     table = _find(name, TABLE_FILE)
     if table is not None:
         model.cooccurrence = Cooccurrence.load(table)

@@ -78,6 +78,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         self.coupling = Coupling(config.num_heads, rank, self.output_weight()) if rank else None
         self.cooccurrence: Cooccurrence | None = None
         self.plain_readout = False  # known of a model that was arranged for decoding
+        self.stack_heads = True  # see optimize_for_inference; False where `base_check` found that it changes the results
         self.cache_argument = cache_argument(self.body)
         self.runtime = Runtime()
         self.generation_config = copy.deepcopy(self.base.generation_config)
@@ -273,7 +274,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         if num_heads > 1 and self.config.feed == "stem" and self.config.layers_per_head == 1:
             extra = [cast(TokenHead, head).layers[0] for head in twin.heads[: num_heads - 1]]
             together = [layers[-1], *extra]
-            if can_stack(together):
+            if self.stack_heads and can_stack(together):
                 layers[-1] = StackedHeads(together)
                 twin._last_layer = (layers[-1],)
         twin.plain_readout = twin.reads_plainly()
@@ -325,7 +326,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         name = base if isinstance(base, str) else (base.config._name_or_path or None)
         loaded = load_base(base, **kwargs) if isinstance(base, str) else base
         check_base(loaded)
-        check_contract(loaded, cls)
+        stack_heads = check_contract(loaded, cls)
         config = DynaMoConfig(
             loaded.config,
             num_heads,
@@ -340,7 +341,9 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
             base_fingerprint=fingerprint(loaded),
             dtype=loaded.dtype,
         )
-        return cls(config, loaded)
+        model = cls(config, loaded)
+        model.stack_heads = stack_heads
+        return model
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
