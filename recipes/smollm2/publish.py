@@ -107,6 +107,7 @@ def main() -> None:
     file = target / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config |= {"base_name_or_path": BASE, "base_hub_id": HUB_ID, "base_path": None}
+    config["base_config"]["_name_or_path"] = HUB_ID
     write_text(file, json.dumps(config, indent=2) + "\n")
     write_text(target / "README.md", card(model, run))
     size = sum(path.stat().st_size for path in target.iterdir())
