@@ -77,7 +77,7 @@ On {learned_tokens(run)}. The base wrote the answers itself, greedily and at tem
 are Databricks Dolly's (CC-BY-SA-3.0), passages of public-domain fairy-tale books and templates of this project. No
 benchmark prompt is among them: prompts that share 13 words in a row with one were left out
 (`recipes/smollm2/prompts.py`). The base stayed frozen. The loss is 0.9 divergence from the base's own distribution
-and 0.1 log-likelihood (`recipes/smollm2/train.py`), on one CPU thread.
+and 0.1 log-likelihood (`recipes/smollm2/train.py`), on two CPU cores.
 
 ## Tokens per step
 
