@@ -130,6 +130,22 @@ def multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def arranged_weight(weight: Tensor, rows: int) -> Tensor | None:
+    """A copy of a linear layer's weight as oneDNN wants it for products with about so many rows; None without oneDNN."""
+    import torch
+
+    if not torch.backends.mkldnn.is_available():
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+def arranged_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight^T + bias, with an `arranged_weight`."""
+    import torch
+
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 # ---------------------------------------------------------------- transformers: attention, caches, compiling
 
 

@@ -23,7 +23,14 @@ from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.decoding.verification import accept_greedy
 from dynamo_lm.errors import InputError
 from dynamo_lm.kernels import linear, loader
-from dynamo_lm.kernels.linear import SkinnyLinear, TransposedLinear, optimize_modules
+from dynamo_lm.kernels.linear import (
+    ArrangedLinear,
+    SkinnyLinear,
+    TransposedLinear,
+    arrange_for_batches,
+    multiplies_bfloat16,
+    optimize_modules,
+)
 from dynamo_lm.sampling.options import Algorithm1
 
 # ---------------------------------------------------------------- products of few rows
@@ -31,6 +38,20 @@ from dynamo_lm.sampling.options import Algorithm1
 
 needs_kernel = pytest.mark.skipif(not loader.available(), reason="needs a C++ compiler")
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@needs_kernel
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="this CPU does not multiply bfloat16")
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 80), st.integers(1, 9), st.integers(1, 40), st.booleans())
+def test_layers_that_are_arranged_for_batches_multiply_alike(rows, wide, tall, bias):
+    plain = nn.Linear(16 * wide, tall, bias=bias, dtype=torch.bfloat16)
+    layer, x = optimize_modules(plain), torch.randn(rows, 1, 16 * wide, dtype=torch.bfloat16)
+    arrange_for_batches(layer, 64)
+    assert isinstance(layer, ArrangedLinear) and not isinstance(plain, ArrangedLinear)
+    with torch.inference_mode():
+        exact = copy.deepcopy(plain).double()(x.double())
+        torch.testing.assert_close(layer(x).double(), exact, rtol=2**-7, atol=2**-7)
 
 
 @needs_kernel

@@ -21,6 +21,7 @@ from dynamo_lm.decoding.sequence import SequenceState
 from dynamo_lm.decoding.settings import resolve
 from dynamo_lm.errors import InputError
 from dynamo_lm.jsonl_cache import JsonlCache, key_of
+from dynamo_lm.kernels.linear import arrange_for_batches
 from dynamo_lm.model.checkpoint import identity
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
@@ -75,6 +76,7 @@ class BatchAnswerer:
         self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
         self.ends = [end_of_turn(tokenizer), tokenizer.eos_token_id]
         self.batch = Batch(model, 1)
+        arrange_for_batches(self.batch.model, batch_size)
         self.open: dict[SequenceState, Question] = {}
         self.steps = 0
 

@@ -24,6 +24,7 @@ from dynamo_lm.data.chat_template import encode_chat, end_of_turn
 from dynamo_lm.decoding.batch import Batch
 from dynamo_lm.decoding.sequence import SequenceState
 from dynamo_lm.decoding.settings import resolve
+from dynamo_lm.kernels.linear import arrange_for_batches
 from dynamo_lm.training.self_distill import LOOK_EVERY, repeated
 
 NEW_TOKENS, LONGEST, LEAST_ROOM = 384, 1024, 32
@@ -89,6 +90,7 @@ class Writer:
         loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
         self.model = DynaMoForCausalLM.from_base(loaded, 1).eval()
         self.batch, self.known = Batch(self.model, 1), load(answers)
+        arrange_for_batches(self.batch.model, 64)
         self.ends = [end_of_turn(self.tokenizer), self.tokenizer.eos_token_id]
         self.open: dict[SequenceState, tuple[dict[str, Any], list[dict[str, str]]]] = {}
         self.file = answers.open("a", encoding="utf-8")
