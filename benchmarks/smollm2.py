@@ -25,6 +25,7 @@ from dynamo_lm.data.chat_template import encode_chat, end_of_turn
 from dynamo_lm.decoding.batch import Batch
 from dynamo_lm.decoding.settings import resolve
 from dynamo_lm.files import write_text
+from dynamo_lm.kernels.linear import arrange_for_batches
 
 NEW_TOKENS = 128
 ROWS = 16  # prompts at a time
@@ -68,6 +69,7 @@ def run(
     encoded = [encode_chat(tokenizer, [{"role": "user", "content": text}])[-LONGEST:] for text in prompts]
     waiting = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     batch, rows = Batch(model, num_heads), {}
+    arrange_for_batches(batch.model, ROWS * num_heads)
     while waiting or batch.running:
         while waiting and len(batch.running) < ROWS:
             number = waiting.pop()
@@ -83,7 +85,7 @@ def run(
     return {
         "prompts": len(prompts),
         "tokens": int(tokens.sum()),
-        "tokens_per_step": round(tokens.sum() / steps.sum(), 3),
+        "tokens_per_step": round(float(tokens.sum() / steps.sum()), 3),
         "interval_95": [round(float(q), 3) for q in np.quantile(ratios, (0.025, 0.975))],
         "acceptance": [round(float(a / max(p, 1)), 3) for a, p in zip(accepted, proposed, strict=True)],
     }
