@@ -49,8 +49,8 @@ def body_name(base: PreTrainedModel) -> str:
     prefix, output = base.base_model_prefix, base.get_output_embeddings()
     if prefix in base._modules:
         return prefix
-    rest = [name for name, part in base._modules.items() if part is not None and part is not output]
-    return next((name for name in rest if any(isinstance(m, nn.ModuleList) for m in base._modules[name].modules())), prefix)
+    rest = {name: part for name, part in base._modules.items() if part is not None and part is not output}
+    return next((name for name, part in rest.items() if any(isinstance(m, nn.ModuleList) for m in part.modules())), prefix)
 
 
 def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:

@@ -12,7 +12,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
+
+from torch import nn
 
 from dynamo_lm.data.chat_template import encode_chat, end_of_turn
 from dynamo_lm.data.conversations import Messages
@@ -76,7 +78,7 @@ class BatchAnswerer:
         self.model, self.tokenizer, self.temperature = model, tokenizer, temperature
         self.ends = [end_of_turn(tokenizer), tokenizer.eos_token_id]
         self.batch = Batch(model, 1)
-        arrange_for_batches(self.batch.model, batch_size)
+        arrange_for_batches(cast(nn.Module, self.batch.model), batch_size)
         self.open: dict[SequenceState, Question] = {}
         self.steps = 0
 
