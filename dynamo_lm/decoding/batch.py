@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dynamo_lm.backbone.feature_layers import captured_features
 from dynamo_lm.backbone.rope_limits import length_limit
 from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.decoding.candidates import Candidates
@@ -35,14 +37,15 @@ from dynamo_lm.decoding.kv_cache import RaggedKVCache
 from dynamo_lm.decoding.logprobs import LogProbs
 from dynamo_lm.decoding.model_runner import ModelRunner
 from dynamo_lm.decoding.options import DecodingOptions
+from dynamo_lm.decoding.preconditions import check_heads, check_sequence, is_sequential
 from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.decoding.sequence import SequenceState
+from dynamo_lm.decoding.sequential import SequentialDrafter
 from dynamo_lm.decoding.statistics import Statistics
 from dynamo_lm.decoding.verification import accept_greedy, accept_sampled, accept_tree
 from dynamo_lm.errors import InputError
 from dynamo_lm.sampling.algorithm1 import draw_from
 from dynamo_lm.sampling.drafting import draft_from
-from dynamo_lm.sampling.options import check, check_weighting
 from dynamo_lm.sampling.top_k import HeadCandidates, PairwiseCorrection
 
 CHUNK = 512  # positions of a prompt whose logits exist at one time, if the prompt is scored
@@ -104,11 +107,16 @@ class Batch:
         """
         check_heads(model, num_heads)
         self.num_heads, self.compile = num_heads, compile
-        self.runner = ModelRunner(model, num_heads, compile=compile)
+        sequential = is_sequential(model)
+        if sequential and compile:
+            raise InputError("compile=True does not know heads of the eagle3 kind; leave it out.")
+        self.runner = ModelRunner(model, 1 if sequential else num_heads, compile=compile)
         self.model = self.runner.model
         coupling = self.model.coupling  # whose token factors the host reads in every step
         self._embedding = None if coupling is None else coupling.tokens.detach().cpu()
         self._draft_vocabulary = draft_vocabulary_of(self.model)
+        drafts = sequential and num_heads > 1
+        self._drafter = SequentialDrafter(self.model, self._draft_vocabulary) if drafts else None
         self._newcomers: list[SequenceState] = []
         self._sequences: list[SequenceState] = []
         self._slots: list[int] = []  # of the cache, by sequence; the others are empty
@@ -235,9 +243,9 @@ class Batch:
         draft_length, size, expected = sequences[0].draft_length, sequences[0].size, sequences[0].expected_accepted
 
         # 1. Prefill or decode: one forward over the prompts, or over what every sequence emitted (or drafted) last.
-        candidates = Candidates(
-            self.model, sequences, self._forward(sequences, cache, slots, first), self._draft_vocabulary, self._embedding
-        )
+        with captured_features(self.model.base) if self._drafter is not None else nullcontext([]) as features:
+            hidden = self._forward(sequences, cache, slots, first)
+        candidates = Candidates(self.model, sequences, hidden, self._draft_vocabulary, self._embedding)
         scores = LogProbs(candidates.logits)
 
         # 2. Verify: how many of the input tokens are accepted, and the base's next token after them.
@@ -252,7 +260,8 @@ class Batch:
 
         # 3. Choose: from all heads at the last accepted token, a draft of the tokens after the verified one, or m tokens at
         # once.
-        chosen = candidates.at([result.last for result in verified])
+        if self._drafter is None:
+            chosen = candidates.at([result.last for result in verified])
         for r, (sequence, result) in enumerate(zip(sequences, verified, strict=True)):
             if sequence.ending:
                 continue
@@ -260,6 +269,8 @@ class Batch:
                 drawn = self._draw(sequence, *chosen[r], int(cache.lengths[slots[r]]))
                 scores.add(sequence, r, drawn[:1], after=[result.last])
                 result.emitted.extend(drawn)
+            elif self._drafter is not None:
+                self._draft_in_steps(sequence, features[0][slots[r]], result, first)
             else:
                 self._draft(sequence, *chosen[r], result.emitted, alone=len(sequences) == 1)
 
@@ -342,7 +353,7 @@ class Batch:
         """
         options, verified_token = sequence.options, emitted[-1]
         sequence.input_ids, sequence.parents, sequence.proposals, sequence.size = [verified_token], [], [], 0
-        room = min(options.num_heads, min(self.runner.context - len(sequence.tokens), sequence.left) - len(emitted)) - 1
+        room = self._room(sequence, emitted)
         if heads is None or room <= 0:
             return
         alpha_c, temperature, table = options.algorithm.alpha_c, options.draft_temperature, self.model.cooccurrence
@@ -362,6 +373,23 @@ class Batch:
         )
         sequence.input_ids, sequence.parents = [verified_token, *drafted.tokens], list(range(len(drafted.tokens)))
         sequence.proposals = [] if greedy else drafted.proposals  # greedy verification does not read them
+
+    def _draft_in_steps(self, sequence: SequenceState, features: Tensor, result: _Verified, first: bool) -> None:
+        """`_draft` of a sequential head; features: of the sequence's input tokens, (width, 3 hidden)."""
+        sequence.input_ids, sequence.parents, sequence.proposals = [result.emitted[-1]], [], []
+        room = self._room(sequence, result.emitted)
+        if self._drafter is None or room <= 0:
+            return
+        after = sequence.tokens[1:] + result.emitted if first else result.emitted  # each verified input token
+        verified = features[: len(after)] if first else features[[0, *result.path]]
+        drafts, proposals = self._drafter.draft(sequence, verified, after, room)
+        sequence.input_ids, sequence.parents = [result.emitted[-1], *drafts], list(range(len(drafts)))
+        sequence.proposals = proposals if sequence.options.sample else []
+
+    def _room(self, sequence: SequenceState, emitted: list[int]) -> int:
+        """How many drafts are of use after the tokens that this step emits."""
+        left = min(self.runner.context - len(sequence.tokens), sequence.left) - len(emitted)
+        return min(sequence.options.num_heads, left) - 1
 
     def _score_prompts(self, sequences: list[SequenceState], hidden: Tensor) -> None:
         """Scores the prompts of sequences with `prompt_logprobs`; hidden: the base's, (sequences, width, hidden)."""
@@ -387,36 +415,6 @@ class _Verified(NamedTuple):
     last: int  # place of the last accepted one
 
 
-def check_heads(model: MultiHeadLM, num_heads: int) -> None:
-    """Refuses heads that the model does not have. Raises InputError."""
-    if not 1 <= num_heads <= model.num_heads:
-        raise InputError(f"num_heads is {num_heads}, but the model has {model.num_heads}; give 1 to {model.num_heads}.")
-
-
-def check_sequence(model: MultiHeadLM, prompt: Sequence[int], options: DecodingOptions) -> None:
-    """The preconditions of one sequence. Raises InputError."""
-    check_heads(model, options.num_heads)
-    context = context_limit(model.config)
-    if len(prompt) == 0:
-        raise InputError("The prompt is empty; give at least one token.")
-    if len(prompt) >= context + (options.max_new_tokens == 0):
-        raise InputError(f"The prompt has {len(prompt)} tokens and the model's context is {context}; shorten it.")
-    if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
-        stranger = next(token for token in prompt if not 0 <= token < model.config.vocab_size)
-        raise InputError(
-            f"The prompt has token {stranger}, but the model's vocabulary ends at "
-            f"{model.config.vocab_size - 1}; use the model's own tokenizer."
-        )
-    if options.off and options.logits_processors:
-        raise InputError(
-            'Logits processors do not apply to the joint that verify="off" draws from; set Algorithm 1\'s own knobs.'
-        )
-    if options.num_heads > 1 or options.off:
-        check_weighting(options.algorithm.alpha_c, options.algorithm.top_k, options.draft_temperature)
-        needed = options.num_heads if options.off else 1  # drafts back off to what the tables hold
-        check(options.algorithm, needed, model.config.vocab_size, model.cooccurrence)
-
-
 def _process_logits(sequence: SequenceState, logits: Tensor, first: bool) -> Tensor:
     """What the base samples from after each input token; logits and result: (width, vocabulary)."""
     tokens = sequence.tokens if first else sequence.tokens + sequence.input_ids[1:]
@@ -432,7 +430,7 @@ def _process_logits(sequence: SequenceState, logits: Tensor, first: bool) -> Ten
 def _draft_length_of(model: MultiHeadLM, options: DecodingOptions) -> AdaptiveDraftLength | None:
     """How many drafts a step carries, if they are a tree: for greedy choices without logits processors."""
     n = options.num_heads
-    if options.sample or options.off or options.logits_processors or n == 1 or options.tree == 0:
+    if options.sample or options.off or options.logits_processors or n == 1 or options.tree == 0 or is_sequential(model):
         return None
     if options.tree is not None:
         return AdaptiveDraftLength((options.tree + 1,))

@@ -51,6 +51,12 @@ class MultiHeadLM(Protocol):
     @property
     def cache_entries(self) -> int: ...
 
+    @property
+    def sequential_head(self) -> Any:
+        """The one head whose steps are heads 2.., of a model whose configuration is `sequential`."""
+
+    def get_input_embeddings(self) -> nn.Module: ...
+
     def hidden(self, input_ids: Tensor, *, num_heads: int | None = None, **kwargs: Any) -> Tensor:
         """Final hidden states of heads 1..num_heads, (num_heads, batch, length, hidden)."""
 

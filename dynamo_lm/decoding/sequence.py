@@ -6,6 +6,7 @@ In: options. Out: sequences, which `dynamo_lm.decoding.batch` advances. Knows no
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ class SequenceState:
     size: int = 0  # tokens of the step, if it carries a draft tree
     expected_accepted: float = 0.0  # how many of that tree's drafts should be accepted
     proposals: list[Proposal] = field(default_factory=list)  # the distributions input_ids[1:] were drafted from
+    draft_cache: Any = None  # keys and values in a sequential head's layer
     present: np.ndarray | None = None  # under "off", (vocabulary,) bool: the tokens that are there already
     emitted: list[int] = field(default_factory=list)  # by the last step; empty where it only scored
     scores: list[TokenLogProb] = field(default_factory=list)  # of the new tokens, if requested

@@ -22,6 +22,9 @@ class DynaMoConfig(PreTrainedConfig):
     Args:
         base_config: configuration of the base model, an object or its dictionary.
         num_heads: token heads n, head 1 (the base's own last layer) included: 3 for the paper's T3.
+        head: "parallel" (each extra head predicts from the text alone, the method) or "eagle3" (one sequential head whose
+            n - 1 steps predict from each other, see `dynamo_lm.model.eagle3`).
+        draft_vocab_size: tokens that an "eagle3" head can draft; 0 for all.
         layers_per_head: decoder layers of each extra head; 0 leaves only an own output embedding.
         feed: "stem" (the penultimate layer's output, the paper's choice) or "last" (the last layer's output).
         init: "random" (the paper's choice) or "copy" of the base's last layer.
@@ -46,6 +49,8 @@ class DynaMoConfig(PreTrainedConfig):
         base_config: PreTrainedConfig | dict[str, Any] | None = None,
         num_heads: int = 3,
         *,
+        head: str = "parallel",
+        draft_vocab_size: int = 0,
         layers_per_head: int = 1,
         feed: str = "stem",
         init: str = "random",
@@ -66,6 +71,8 @@ class DynaMoConfig(PreTrainedConfig):
         base_config = copy.deepcopy(base_config)
         self.base_config = base_config
         self.num_heads = num_heads
+        self.head = head
+        self.draft_vocab_size = draft_vocab_size
         self.layers_per_head = layers_per_head
         self.feed = feed
         self.init = init
@@ -86,6 +93,12 @@ class DynaMoConfig(PreTrainedConfig):
     def _check(self) -> None:
         if not isinstance(self.num_heads, int) or self.num_heads < 1:
             raise InputError(f"num_heads is {self.num_heads}; it counts the base's own head too, so give 1 or more.")
+        if self.head not in ("parallel", "eagle3"):
+            raise InputError(f'head is "{self.head}"; give "parallel" or "eagle3".')
+        if self.head == "eagle3":
+            self._check_eagle3()
+        elif self.draft_vocab_size:
+            raise InputError('draft_vocab_size goes with head="eagle3".')
         if self.layers_per_head not in (0, 1, 2):
             raise InputError(f"layers_per_head is {self.layers_per_head}; give 1 or 2, or 0 with own_output_embedding.")
         if self.feed not in ("stem", "last"):
@@ -102,6 +115,25 @@ class DynaMoConfig(PreTrainedConfig):
             raise InputError(f"coupling_rank is {self.coupling_rank}; give a positive number, or 0 for no coupling.")
         if self.coupling_rank and self.num_heads == 1:
             raise InputError("coupling_rank joins heads, so it needs num_heads of 2 or more.")
+
+    def _check_eagle3(self) -> None:
+        alone = (self.layers_per_head, self.feed, self.adapter_rank, self.residual_block, self.coupling_rank)
+        if alone != (1, "stem", 0, False, 0):
+            raise InputError(
+                "A head of the eagle3 kind is one layer of its own form; leave out layers_per_head, feed, adapter_rank, "
+                "residual_block and coupling_rank."
+            )
+        if self.num_heads < 2:
+            raise InputError('num_heads is 1; an "eagle3" head drafts num_heads - 1 tokens, so give 2 or more.')
+        if not isinstance(self.draft_vocab_size, int) or self.draft_vocab_size < 0:
+            raise InputError(f"draft_vocab_size is {self.draft_vocab_size}; give a number of tokens, or 0 for all.")
+        if self.own_output_embedding != (self.draft_vocab_size > 0):
+            raise InputError("An eagle3 head has an output embedding of its own just where it has a draft vocabulary.")
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the extra heads are steps of one head."""
+        return self.head == "eagle3"
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The base's text configuration: what generation asks for vocabulary size, layers and window."""

@@ -26,6 +26,7 @@ from dynamo_lm.backbone.base_model import (
     layer_input,
     load_base,
 )
+from dynamo_lm.backbone.feature_layers import captured_features
 from dynamo_lm.backbone.stacked_heads import StackedHeads, can_stack
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.decoding.generate import ended, generate
@@ -37,6 +38,7 @@ from dynamo_lm.model.base_check import check_contract
 from dynamo_lm.model.checkpoint import load, save
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.coupling import Coupling
+from dynamo_lm.model.eagle3 import Eagle3Head, sequential_states
 from dynamo_lm.model.heads import TokenHead
 from dynamo_lm.private_interfaces import cache_argument
 
@@ -49,7 +51,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
 
     Attributes:
         base: the Hugging Face causal language model, untouched.
-        heads: the extra heads, `heads[0]` is head 2.
+        heads: the extra heads, `heads[0]` is head 2; of the kind eagle3 one head, whose steps are heads 2, 3, ..
         coupling: the learned coupling of the heads (`dynamo_lm.model.coupling`), or None.
         cooccurrence: n-gram tables for the mask (method.md section 3), or None.
     """
@@ -72,7 +74,9 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         check_base(self.base)
         self._last_layer = (decoder_layers(self.base)[-1],)  # in a tuple, so that it is not registered a second time
         self.heads = nn.ModuleList(
-            TokenHead(config, self.base, self.last_layer, index) for index in range(config.num_heads - 1)
+            [Eagle3Head(self.base, init=config.init, draft_vocab_size=config.draft_vocab_size)]
+            if config.sequential
+            else (TokenHead(config, self.base, self.last_layer, index) for index in range(config.num_heads - 1))
         )
         rank = config.coupling_rank
         self.coupling = Coupling(config.num_heads, rank, self.output_weight()) if rank else None
@@ -119,6 +123,11 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
     def num_heads(self) -> int:
         return self.config.num_heads
 
+    @property
+    def sequential_head(self) -> Eagle3Head:
+        """The one head of a model of the kind eagle3."""
+        return cast(Eagle3Head, self.heads[0])
+
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
 
@@ -132,8 +141,10 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         self.base.set_output_embeddings(new_embeddings)
 
     def output_weight(self, head: int = 1) -> Tensor:
-        """The output embedding that head 1..n reads its logits with, (vocabulary, hidden)."""
+        """The output embedding that head 1..n reads its logits with, (vocabulary or draft vocabulary, hidden)."""
         own = head > 1 and self.config.own_output_embedding
+        if own and self.config.sequential:
+            return self.sequential_head.lm_head.weight
         output: Any = self.heads[head - 2].output if own else self.base.get_output_embeddings()
         return output.weight
 
@@ -185,6 +196,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         kwargs[self.cache_argument] = cache
         if n == 1 or isinstance(self.last_layer, StackedHeads):
             return self.body(input_ids=input_ids, **kwargs).last_hidden_state.unflatten(0, (n, -1))
+        if self.config.sequential:
+            return self.sequential_hidden(*self.features_and_final(input_ids, **kwargs), input_ids, n, **kwargs)
         learning = torch.is_grad_enabled()
         frozen = learning and not any(p.requires_grad for p in self.base.parameters())
 
@@ -204,6 +217,19 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
             stacked = self.body(input_ids=input_ids, **kwargs).last_hidden_state
         return stacked.unflatten(0, (n, -1))
 
+    def features_and_final(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What a sequential head reads, (batch, length, 3 hidden), and head 1's final states, without gradient."""
+        with torch.no_grad(), captured_features(self.base) as features:
+            final = self.body(input_ids=input_ids, **kwargs).last_hidden_state
+        return features[0], final
+
+    def sequential_hidden(self, features: Tensor, final: Tensor, input_ids: Tensor, n: int, **kwargs: Any) -> Tensor:
+        """`hidden` of a sequential head, whose drafts are the text's own tokens; the base gets no gradient."""
+        how = {name: kwargs.get(name) for name in ("attention_mask", "position_ids")}
+        embedding = self.get_input_embeddings()
+        steps = sequential_states(self.sequential_head, embedding, input_ids, features, n - 1, **how)
+        return torch.stack([final, *(step.to(final.dtype) for step in steps)])
+
     def readout(self, hidden: Tensor, head: int = 1) -> Tensor:
         """Logits of one head from its final hidden states, through the base's own output path.
 
@@ -214,6 +240,10 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         Returns:
             (batch, length, vocabulary).
         """
+        if head > 1 and self.config.sequential and self.config.own_output_embedding:
+            drafts = self.sequential_head.lm_head(hidden)
+            every = drafts.new_full((*drafts.shape[:-1], self.output_weight().shape[0]), -torch.inf)
+            return every.index_copy(-1, self.sequential_head.draft_ids, drafts)
         if self.plain_readout and (head == 1 or not self.config.own_output_embedding):
             return self.base.get_output_embeddings()(hidden)
         # A shallow twin of the base whose body hands its input through: what remains of its forward is the readout, with
@@ -271,7 +301,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         twin = optimize_modules(self)
         layers = decoder_layers(twin.base)
         twin._last_layer = (layers[-1],)
-        if num_heads > 1 and self.config.feed == "stem" and self.config.layers_per_head == 1:
+        if num_heads > 1 and not self.config.sequential and self.config.feed == "stem" and self.config.layers_per_head == 1:
             extra = [cast(TokenHead, head).layers[0] for head in twin.heads[: num_heads - 1]]
             together = [layers[-1], *extra]
             if self.stack_heads and can_stack(together):
@@ -290,7 +320,11 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def cache_entries(self) -> int:
         """Layers that a cache must have room for: the base's, and the heads' that are not part of a `StackedHeads`."""
-        apart = 0 if isinstance(self.last_layer, StackedHeads) else (self.num_heads - 1) * self.config.layers_per_head
+        apart = (
+            0
+            if self.config.sequential or isinstance(self.last_layer, StackedHeads)
+            else (self.num_heads - 1) * self.config.layers_per_head
+        )
         return len(decoder_layers(self.base)) + apart
 
     # ------------------------------------------------------------------ construction and files
@@ -301,6 +335,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         base: str | PreTrainedModel,
         num_heads: int = 3,
         *,
+        head: str = "parallel",
+        draft_vocab_size: int = 0,
         layers_per_head: int = 1,
         feed: str = "stem",
         init: str = "random",
@@ -315,8 +351,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             base: a hub id, a local folder, or a loaded transformers model.
             num_heads: n, head 1 included.
-            layers_per_head, feed, init, own_output_embedding, adapter_rank, residual_block, coupling_rank: see
-                `DynaMoConfig`; `**dynamo_lm.model.configuration.MEDUSA` gives heads of the Medusa kind.
+            head, draft_vocab_size, layers_per_head, feed, init, own_output_embedding, adapter_rank, residual_block,
+                coupling_rank: see `DynaMoConfig`; `**dynamo_lm.model.configuration.MEDUSA` gives heads of the Medusa kind.
             **kwargs: handed to `AutoModelForCausalLM.from_pretrained` when `base` is a name (dtype, revision, ...).
 
         Raises:
@@ -330,10 +366,12 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         config = DynaMoConfig(
             loaded.config,
             num_heads,
+            head=head,
+            draft_vocab_size=draft_vocab_size,
             layers_per_head=layers_per_head,
             feed=feed,
             init=init,
-            own_output_embedding=own_output_embedding,
+            own_output_embedding=own_output_embedding or draft_vocab_size > 0,
             adapter_rank=adapter_rank,
             residual_block=residual_block,
             coupling_rank=coupling_rank,

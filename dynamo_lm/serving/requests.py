@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dynamo_lm.backbone.token_limits import context_limit, end_tokens
 from dynamo_lm.data.chat_template import encode_chat, end_of_turn
-from dynamo_lm.decoding.batch import check_sequence
 from dynamo_lm.decoding.detokenizer import IncrementalDetokenizer
 from dynamo_lm.decoding.options import DecodingOptions, StoppingCriterion
+from dynamo_lm.decoding.preconditions import check_sequence
 from dynamo_lm.decoding.settings import resolve
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.modeling import DynaMoForCausalLM

@@ -1,0 +1,101 @@
+"""Drafts of a sequential head: each token is drafted with the ones before it in view, step after step.
+
+In: the features of what a row keeps, and its tokens. Out: a chain of drafts and the distribution each was drawn from, for
+the same verification as any draft. Each row has keys and values of its own in the head's one layer; rows are drafted for
+one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynamo_lm.decoding.draft_vocabulary import DraftVocabulary
+from dynamo_lm.decoding.protocol import MultiHeadLM
+from dynamo_lm.decoding.sequence import SequenceState
+from dynamo_lm.decoding.verification import Proposal
+from dynamo_lm.sampling.algorithm1 import _choose
+from dynamo_lm.sampling.drafting import conditional
+from dynamo_lm.sampling.top_k import HeadCandidates
+
+
+class DraftCache:
+    """Keys and values of one sequence's positions in the head's layer."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None  # (1, kv heads, room, size)
+        self.values: Tensor | None = None
+        self.length = 0  # positions held; a smaller number forgets the rest, which is written over
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes new positions, (1, kv heads, new, size) each, and returns all that are held then."""
+        end = self.length + keys.shape[2]
+        if self.keys is None or self.values is None:
+            self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+        if end > self.keys.shape[2]:
+            more = max(self.keys.shape[2], end - self.keys.shape[2], 64)
+            self.keys, self.values = F.pad(self.keys, (0, 0, 0, more)), F.pad(self.values, (0, 0, 0, more))
+        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = keys, values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class SequentialDrafter:
+    """The drafting side of a model whose extra heads are steps of one head."""
+
+    def __init__(self, model: MultiHeadLM, listed: DraftVocabulary | None):
+        """listed: the tokens that drafts are taken from where a table weights them; None: all."""
+        self.model, self.listed = model, listed
+        self.head: Any = model.sequential_head
+        self.ids: Tensor | None = self.head.draft_ids
+
+    def draft(self, row: SequenceState, features: Tensor, following: Sequence[int], count: int) -> tuple[list[int], list]:
+        """Drafts `count` tokens behind what is certain.
+
+        Args:
+            features: of the positions that became certain with this step, (new, 3 hidden).
+            following: the token behind each of them; the last one is what the drafts follow.
+
+        Returns:
+            Tokens, and the distribution that each was drawn from.
+        """
+        if row.draft_cache is None:
+            row.draft_cache = DraftCache()
+        cache, history = row.draft_cache, [following[-1]]
+        state = self.head.advance(self.head.first(features[None]), self._embedded(following), cache)[:, -1:]
+        certain = cache.length
+        proposals: list[Proposal] = []
+        while True:
+            ids, q = self._proposal(row, state, history)
+            proposals.append((torch.from_numpy(ids), torch.from_numpy(q)))
+            history.append(int(ids[_choose(q, row.generator, not row.options.sample)]))
+            if len(proposals) == count:
+                break
+            state = self.head.advance(state, self._embedded(history[-1:]), cache)
+        cache.length = certain
+        return history[1:], proposals
+
+    def _proposal(self, row: SequenceState, state: Tensor, history: list[int]) -> tuple[Any, Any]:
+        """Candidates of the next token and their probabilities, (k,) each; state: (1, 1, hidden)."""
+        algorithm, temperature = row.options.algorithm, row.options.draft_temperature
+        weighted = self.model.cooccurrence is not None and algorithm.alpha_c != 0
+        normed, ids = self.head.norm(state), self.ids
+        if ids is not None:
+            logits = self.head.lm_head(normed)
+        elif self.listed is not None and weighted and algorithm.top_k < len(self.listed.ids):
+            logits, ids = self.listed.output(normed), torch.from_numpy(self.listed.ids)
+        else:
+            logits = self.model.readout(normed, 2)
+        top = HeadCandidates.top(logits[0].float().cpu(), min(algorithm.top_k, logits.shape[-1]), temperature)
+        if ids is not None:
+            top = HeadCandidates(ids.cpu().numpy()[top.ids], top.probs)
+        q = conditional(top, 0, history, self.model.cooccurrence, algorithm.alpha_c, temperature, None)
+        return top.ids[0], q
+
+    def _embedded(self, tokens: Sequence[int]) -> Tensor:
+        """(1, tokens, hidden)."""
+        return self.model.get_input_embeddings()(torch.tensor([list(tokens)], device=self.model.device))
