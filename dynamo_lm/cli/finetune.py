@@ -179,7 +179,7 @@ def finetune(
         base,
         name,
         config,
-        {"num_heads": heads.heads, "init": heads.init},
+        {"num_heads": heads.heads, "init": heads.init, **heads.kind(heads.init is not None)},
         learning,
         length,
         output,

@@ -118,6 +118,9 @@ def _head_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("heads", f"{n} (T{n}): the base's own and {n - 1} more, {kind}"),
         ("", f"fed by the {feed} layer" + ("" if rank or not layers else f", begun {init}")),
     ]
+    if facts["head"] == "eagle3":
+        vocabulary = f", over {facts['draft_vocab_size']:,} tokens" if facts["draft_vocab_size"] else ""
+        return [("heads", f"{n} (T{n}): the base's own and one of the kind eagle3, which drafts {n - 1} tokens{vocabulary}")]
     if facts["coupling_rank"]:
         coupling = f"learned, of rank {facts['coupling_rank']}: {facts['coupling_parameters']:,} of the heads' parameters"
         lines.append(("coupling", coupling))

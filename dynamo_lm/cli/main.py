@@ -26,6 +26,7 @@ from dynamo_lm.cli.eval_ablation import ablation
 from dynamo_lm.cli.eval_completion import completion
 from dynamo_lm.cli.eval_nlu import nlu
 from dynamo_lm.cli.eval_perplexity import perplexity
+from dynamo_lm.cli.export import export
 from dynamo_lm.cli.finetune import finetune
 from dynamo_lm.cli.generate import generate
 from dynamo_lm.cli.info import info
@@ -47,8 +48,8 @@ app = typer.Typer(
     help="Language models that predict several tokens per forward pass, exactly or, within limits you set, faster.\n\n"
     "Begin with `dynamo-lm demo`. To do the same to a model of your own: `train` adds heads to it, `finetune` teaches it "
     "to answer, `count` makes the tables that make them agree, `generate` writes with it, `chat` talks with it, `serve` "
-    "lets other programs do so, `info` says what a folder holds. `eval` measures it, "
-    "`bench` races it, `calibrate` chooses its settings, `report` makes a page of it all.",
+    "lets other programs do so, `info` says what a folder holds, `export` writes heads that other programs serve. "
+    "`eval` measures it, `bench` races it, `calibrate` chooses its settings, `report` makes a page of it all.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -78,7 +79,7 @@ evaluation = typer.Typer(
     rich_markup_mode="markdown",
 )
 EVALUATIONS = (perplexity, nlu, completion, ablation)
-COMMANDS = (demo, generate, chat, serve, train, finetune, count, info, bench, calibrate, report)
+COMMANDS = (demo, generate, chat, serve, train, finetune, count, info, export, bench, calibrate, report)
 for parent, commands in ((app, COMMANDS), (evaluation, EVALUATIONS)):
     for command in commands:
         parent.command()(command)

@@ -28,11 +28,6 @@ class TrainTextOptions(TextOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class NewHeadOptions(HeadOptions):
-    head: Annotated[
-        str | None,
-        "Kind of head: layer (decoder layers beside the last one: the method; default) or medusa (a residual block and an "
-        "output embedding of its own on the last layer's state, for comparison).",
-    ] = None
     layers_per_head: Annotated[int | None, "Decoder layers of each head, 1 or 2. Default: 1."] = None
     feed: Annotated[str | None, "Input of the heads: stem (the penultimate layer; default) or last (the last layer)."] = None
     own_output_embedding: Annotated[
@@ -63,24 +58,9 @@ class NewHeadOptions(HeadOptions):
             "num_heads": int(base.rpartition("-T")[2]) if preset and self.heads is None else self.heads,
             "own_output_embedding": self.own_output_embedding or None,
             **own,
-            **self._kind(any(value is not None for value in own.values())),
+            **self.kind(any(value is not None for value in own.values())),
             "coupling_rank": self._coupling_rank(base, config),
         }
-
-    def _kind(self, has_layer_options: bool) -> dict[str, Any]:
-        """Arguments of `DynaMoConfig` for a kind of head; none for the default, whose parts have options of their own."""
-        from dynamo_lm.model.configuration import MEDUSA
-
-        if self.head not in (None, "layer", "medusa"):
-            raise InputError(f'--head is "{self.head}"; give layer or medusa.')
-        if self.head != "medusa":
-            return {}
-        if has_layer_options:
-            raise InputError(
-                "Heads of the medusa kind have no layers; leave --layers-per-head out, and --feed, --init and "
-                "--adapter-rank."
-            )
-        return MEDUSA
 
     def _coupling_rank(self, base: str, config: PreTrainedConfig) -> int | None:
         """The rank of the coupling that the model is to have, or None for what it has."""

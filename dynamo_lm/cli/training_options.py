@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -52,6 +52,16 @@ class HeadOptions:
     heads: Annotated[
         int | None, "Number of heads, the base's own included: the most tokens a step can give. Default: 3."
     ] = None
+    head: Annotated[
+        str | None,
+        "Kind of head: layer (decoder layers beside the last one: the method; default), medusa (a residual block and an "
+        "output embedding of its own on the last layer's state, for comparison) or eagle3 (one sequential head, whose steps "
+        "see each other's tokens; other programs can serve it, see `dynamo-lm export`; the base is frozen).",
+    ] = None
+    draft_vocabulary: Annotated[
+        int | None,
+        "Tokens that an eagle3 head can draft: the commonest of the text, and all bytes and special tokens. Default: all.",
+    ] = None
     init: Annotated[
         str | None, "Initial weights of new heads: random (the paper; default) or copy (of the last layer; learns faster)."
     ] = None
@@ -62,6 +72,25 @@ class HeadOptions:
             help="Put this table, made by `dynamo-lm count`, into the finished model, in place of any of its own.",
         ),
     ] = None
+
+    def kind(self, has_layer_options: bool) -> dict[str, Any]:
+        """Arguments of `DynaMoConfig` for a kind of head; none for the default, whose parts have options of their own."""
+        from dynamo_lm.model.configuration import MEDUSA
+
+        if self.head not in (None, "layer", "medusa", "eagle3"):
+            raise InputError(f'--head is "{self.head}"; give layer, medusa or eagle3.')
+        if self.draft_vocabulary is not None and self.head != "eagle3":
+            raise InputError("--draft-vocabulary goes with --head eagle3.")
+        if self.head == "eagle3":
+            return {"head": "eagle3", "num_heads": self.heads or 4, "draft_vocab_size": self.draft_vocabulary}
+        if self.head != "medusa":
+            return {}
+        if has_layer_options:
+            raise InputError(
+                "Heads of the medusa kind have no layers; leave --layers-per-head out, and --feed, --init and "
+                "--adapter-rank."
+            )
+        return MEDUSA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +110,13 @@ class LearningOptions(OptimizerOptions):
     lr_b: Annotated[float | None, "Learning rate of the base, from its own loss. Default: 1e-5."] = None
     lr_m: Annotated[float | None, "Learning rate of the new heads. Default: 1e-3."] = None
     lr_mb: Annotated[float | None, "Learning rate of the base, from the new heads' losses. Default: 1e-6."] = None
+
+    kl: Annotated[  # type: ignore[assignment]
+        float | None,
+        "Share of the loss of heads 2.. that is the divergence from the base's own distribution at the predicted place; the "
+        "rest is the text's token. 0 is the paper; about 0.9 teaches a frozen base's heads faster. Default: 0, of the kind "
+        "eagle3 1.",
+    ] = None
 
     def __post_init__(self) -> None:
         if self.freeze and (self.lr_b or self.lr_mb):

@@ -16,6 +16,7 @@ from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.cli.progress import tokenizing, training
 from dynamo_lm.cli.training_options import Defaults, LearningOptions, LengthOptions, RunOptions, TextOptions
 from dynamo_lm.cooccurrence.table import Cooccurrence
+from dynamo_lm.data.draft_tokens import draft_tokens
 from dynamo_lm.data.packing import Blocks, WholeBlocks
 from dynamo_lm.data.token_store import TokenStore
 from dynamo_lm.errors import InputError
@@ -86,6 +87,8 @@ class Run:
         Raises:
             InputError: options out of range, or that the model does not allow.
         """
+        if heads.get("head") == "eagle3" or getattr(config, "sequential", False):
+            learning = replace(learning, freeze=True, kl=1.0 if learning.kl is None else learning.kl)
         device = output.torch_device()
         on_gpu = device.type == "cuda"
         decided: dict[str, Any] = {
@@ -94,6 +97,7 @@ class Run:
             "bf16": on_gpu if output.bf16 is None else output.bf16,
             "steps": 1 if length.steps is None else length.steps,
             "coupling_only": coupling_only,
+            "kl": learning.kl or 0.0,
         }
         given = asdict(learning) | asdict(length) | decided
         return cls(
@@ -338,6 +342,10 @@ def carry_out(
     """
     out = output.out
     assert out is not None
+    if model.config.draft_vocab_size and not isinstance(run.config, DynaMoConfig):
+        counts = text.blocks.learned_counts(run.vocab_size)
+        ids = draft_tokens(counts, model.config.draft_vocab_size, tokenizer)
+        model.sequential_head.set_draft_vocabulary(ids, model.output_weight())
     # 1. The record of the run, or that of the one that is resumed.
     record = provenance.begin(
         context.obj or [],

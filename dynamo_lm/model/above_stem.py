@@ -27,3 +27,16 @@ class AboveStem:
             return self.model.hidden(tokens, **kwargs)
         finally:
             self.entry.stem = None
+
+
+class AboveFeatures:
+    """A model with a sequential head whose `hidden` starts from the features and the base's final states."""
+
+    def __init__(self, model: DynaMoForCausalLM):
+        self.model = model
+
+    def hidden(self, stored: Tensor, tokens: Tensor, *, num_heads: int | None = None, **kwargs: Any) -> Tensor:
+        """`DynaMoForCausalLM.hidden` of tokens, (batch, length); stored: (batch, length, 4 hidden)."""
+        size, n = stored.shape[-1] // 4, self.model.num_heads if num_heads is None else num_heads
+        features, final = stored.to(self.model.dtype).split([3 * size, size], -1)
+        return final[None] if n == 1 else self.model.sequential_hidden(features, final, tokens, n, **kwargs)

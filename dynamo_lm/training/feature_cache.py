@@ -19,7 +19,7 @@ from dynamo_lm.backbone.last_layer import capture_stem
 from dynamo_lm.data.packing import Blocks, WholeBlocks
 from dynamo_lm.errors import InputError
 from dynamo_lm.files import write_text
-from dynamo_lm.model.above_stem import AboveStem
+from dynamo_lm.model.above_stem import AboveFeatures, AboveStem
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.training.loss import packed_mask
 
@@ -28,11 +28,18 @@ TOLERANCE = 0.02  # relative error of bfloat16 states that are continued, agains
 
 @torch.no_grad()
 def stem_states(model: DynaMoForCausalLM, batch: dict[str, Tensor], *, bf16: bool) -> Tensor:
-    """The stem's states of a batch of packed blocks, (batch, length, hidden) bfloat16; batch: as `Blocks.rows` gives it."""
+    """The stem's states of a batch of packed blocks, (batch, length, hidden) bfloat16; batch: as `Blocks.rows` gives it.
+
+    Of a model with a sequential head its features and the final states in their place, (batch, length, 4 hidden).
+    """
     mask = packed_mask(model, batch["segments"])
-    with capture_stem(model.base) as states, torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+    if model.config.sequential:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            states = model.features_and_final(batch["tokens"], attention_mask=mask, position_ids=batch["positions"])
+        return torch.cat(states, -1).to(torch.bfloat16)
+    with capture_stem(model.base) as stems, torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         model.body(input_ids=batch["tokens"], attention_mask=mask, position_ids=batch["positions"], use_cache=False)
-    return states[0].to(torch.bfloat16)
+    return stems[0].to(torch.bfloat16)
 
 
 class FeatureCache:
@@ -59,7 +66,7 @@ class FeatureCache:
                 "text is not; train without --feature-cache."
             )
         self.model, self.blocks, self.bf16 = model, blocks, bf16
-        self.hidden = model.output_weight().shape[1]
+        self.hidden = model.output_weight().shape[1] * (4 if model.config.sequential else 1)
         size = blocks.block_size * self.hidden * 2
         self.kept = min(blocks.num_blocks(), limit_bytes // size)
         self.record = {
@@ -83,7 +90,7 @@ class FeatureCache:
         if mode == "w+":
             self.done[:] = False
         self.states = np.memmap(states, dtype=np.uint16, mode=mode, shape=shape)  # type: ignore[call-overload]
-        self.above = AboveStem(model)
+        self.above = AboveFeatures(model) if model.config.sequential else AboveStem(model)
         self._check()
 
     def states_of(self, numbers: list[int], batch: dict[str, Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
 from dynamo_lm.data.packing import IGNORED, Blocks, targets
 from dynamo_lm.errors import InputError
-from dynamo_lm.model.above_stem import AboveStem
+from dynamo_lm.model.above_stem import AboveFeatures, AboveStem
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.training.options import TrainingOptions
 
@@ -31,7 +31,7 @@ def heads_loss(
     counts: list[int] | None = None,
     vocabulary: Tensor | None = None,
     stem: Tensor | None = None,
-    above: AboveStem | None = None,
+    above: AboveStem | AboveFeatures | None = None,
 ) -> Tensor:
     """The modified-CLM losses of one batch; with `options`, also their gradients.
 
@@ -240,7 +240,7 @@ def packed_hidden(
     *,
     gradient_scale: float = 1.0,
     stem: Tensor | None = None,
-    above: AboveStem | None = None,
+    above: AboveStem | AboveFeatures | None = None,
 ) -> Tensor:
     """`model.hidden` of packed blocks, (batch, length) each, in which no document sees another; from the stem's states on,
     with the model above them, where those are given."""

@@ -23,6 +23,8 @@ IDENTITY = {  # in what a resumed run must agree with the one it resumes; the tr
     "base": ("fingerprint",),
     "model": (
         "num_heads",
+        "head",
+        "draft_vocab_size",
         "layers_per_head",
         "feed",
         "init",
@@ -33,7 +35,12 @@ IDENTITY = {  # in what a resumed run must agree with the one it resumes; the tr
     ),
     "data": ("fingerprint", "tokenizer", "training_tokens", "validation_tokens", "block_size"),
 }
-BEFORE = {"residual_block": False, "coupling_rank": 0}  # values for records that are older than these keys
+BEFORE = {  # values for records that are older than these keys
+    "residual_block": False,
+    "coupling_rank": 0,
+    "head": "parallel",
+    "draft_vocab_size": 0,
+}
 
 
 def versions() -> dict[str, str]:

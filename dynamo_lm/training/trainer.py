@@ -90,6 +90,9 @@ def train(
             raise InputError("There is no coupling to train; add one with dynamo_lm.model.coupling.add_coupling.")
         model.requires_grad_(False)
         model.coupling.requires_grad_(True)
+    sequential = model.config.sequential
+    if sequential and not options.frozen:
+        raise InputError("A sequential head (eagle3) learns from a base that stays as it is; freeze the base (--freeze).")
     if options.frozen:
         model.freeze_base()
     elif features is not None:
@@ -106,7 +109,9 @@ def train(
         start = load_checkpoint(newest, model, optimizer, options)
     trained, coupling = [p for group in optimizer.param_groups for p in group["params"]], _coupling(model)
     clipped = [[p for p in trained if (id(p) in coupling) == of_coupling] for of_coupling in (False, True)]
-    vocabulary = loss_vocabulary(blocks.learned_counts(model.output_weight().shape[0]), options.loss_vocabulary)
+    drafted = model.sequential_head.draft_ids if sequential else None
+    learned = blocks.learned_counts(model.output_weight().shape[0])
+    vocabulary = loss_vocabulary(learned, options.loss_vocabulary) if drafted is None else drafted
     last: Perplexities | None = None
     step = start
     with _Log(folder, start) as log, _stop_between_steps() as stopped:

@@ -1,0 +1,1 @@
+"""A sequential head in the files of other programs: vLLM, SGLang, llama.cpp."""
