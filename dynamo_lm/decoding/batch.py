@@ -20,7 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -243,7 +243,8 @@ class Batch:
         draft_length, size, expected = sequences[0].draft_length, sequences[0].size, sequences[0].expected_accepted
 
         # 1. Prefill or decode: one forward over the prompts, or over what every sequence emitted (or drafted) last.
-        with captured_features(self.model.base) if self._drafter is not None else nullcontext([]) as features:
+        watching: Any = captured_features(self.model.base) if self._drafter is not None else nullcontext()
+        with watching as features:
             hidden = self._forward(sequences, cache, slots, first)
         candidates = Candidates(self.model, sequences, hidden, self._draft_vocabulary, self._embedding)
         scores = LogProbs(candidates.logits)

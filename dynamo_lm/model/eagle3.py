@@ -40,14 +40,15 @@ class Eagle3Head(nn.Module):
         self.fc = nn.Linear(3 * size, size, bias=False, **made)
         self.midlayer = _Layer(config, made)
         self.norm = _norm(config, made)
+        prepare: Any = base._init_weights
         for module in self.modules():
-            base._init_weights(module)
+            prepare(module)
         if init == "copy":
             self._copy(base)
         if draft_vocab_size:
             if draft_vocab_size > len(output):
                 raise InputError(f"The draft vocabulary of {draft_vocab_size} is larger than the base's {len(output)}.")
-            self.lm_head = nn.Linear(size, draft_vocab_size, bias=False, **made)
+            self.lm_head: Any = nn.Linear(size, draft_vocab_size, bias=False, **made)
             self.register_buffer("d2t", torch.zeros(draft_vocab_size, dtype=torch.long, device=output.device))
             self.register_buffer("t2d", torch.zeros(len(output), dtype=torch.bool, device=output.device))
             self.set_draft_vocabulary(torch.arange(draft_vocab_size), output)
@@ -57,15 +58,16 @@ class Eagle3Head(nn.Module):
         """Drafts these tokens alone, (draft_vocab_size,) ascending, read with their rows of the base's `output`."""
         ids = ids.to(output.device)
         self.lm_head.weight.copy_(output[ids])
-        self.d2t.copy_(ids - torch.arange(len(ids), device=ids.device))
-        self.t2d.zero_()[ids] = True
+        self.get_buffer("d2t").copy_(ids - torch.arange(len(ids), device=ids.device))
+        self.get_buffer("t2d").zero_()[ids] = True
 
     @property
     def draft_ids(self) -> Tensor | None:
         """The tokens that it can draft, ascending; None for all."""
         if not hasattr(self, "lm_head"):
             return None
-        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+        offsets = self.get_buffer("d2t")
+        return offsets + torch.arange(len(offsets), device=offsets.device)
 
     def first(self, features: Tensor) -> Tensor:
         """Features of the three layers, (batch, length, 3 hidden) -> the state that the layer begins with."""
@@ -134,9 +136,9 @@ class Eagle3Head(nn.Module):
                 parameter.copy_(source)
             else:  # q, k and v: the token's embedding comes first
                 parameter.zero_()[:, size:] = source
-        norm = getattr(getattr(base, base.base_model_prefix), "norm", None)
+        norm: Any = getattr(getattr(base, base.base_model_prefix), "norm", None)
         if norm is not None:
-            self.norm.weight.copy_(norm.weight)
+            self.norm.get_parameter("weight").copy_(norm.weight)
 
 
 class _Layer(nn.Module):
