@@ -350,8 +350,8 @@ def test_a_damaged_table_is_refused(tmp_path):
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    assert "no model: it has no config.json" in refused(tmp_path)
-    assert "no model" in refused(tmp_path / "nothing")
+    assert "is not a model folder: it has no config.json" in refused(tmp_path)
+    assert "is not a model folder" in refused(tmp_path / "nothing")
 
 
 def test_a_model_of_another_type_is_refused(tmp_path):

@@ -275,7 +275,7 @@ def test_an_encoder_decoder_is_refused():
 
 @pytest.mark.parametrize("kind", [BertModel, BertLMHeadModel])
 def test_an_encoder_is_refused(kind):
-    with pytest.raises(InputError, match=f"{kind.__name__} is (an encoder|no causal language model)"):
+    with pytest.raises(InputError, match=f"{kind.__name__} is (an encoder|not a causal language model)"):
         DynaMoForCausalLM.from_base(kind(BertConfig(**_bert)))
 
 
