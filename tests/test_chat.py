@@ -306,7 +306,7 @@ class Screen:
         self.seen = ""
         os.write(self.end, text.encode())
 
-    def wait_for(self, text: str, seconds: float = 60) -> str:
+    def wait_for(self, text: str, seconds: float = 300) -> str:
         """What was shown since something was typed, up to `text`."""
         give_up = time.monotonic() + seconds
         while text not in self.seen:
