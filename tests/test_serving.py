@@ -544,6 +544,8 @@ def brief():
         yield running
 
 
+# CPython 3.11 raises a SystemError of its own now and then where the test tool parses source (ast.py), not the server.
+@pytest.mark.xfail(raises=SystemError, strict=False, reason="AST constructor recursion depth, a fault of CPython 3.11")
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/dynamo/joint"])
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 def test_no_body_that_schemathesis_thinks_of_breaks_the_server(brief, path, mode):
