@@ -177,6 +177,19 @@ def test_a_cache_of_other_data_or_of_running_text_is_refused(tmp_path):
         train(model, blocks, None, replace(FROZEN, lr_b=1e-3), tmp_path / "run", features=cache)
 
 
+def test_a_damaged_record_and_a_full_disk_are_refused(tmp_path, monkeypatch):
+    model, blocks = tiny("llama"), conversations()
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
+    with pytest.raises(InputError, match="more than is free"):
+        FeatureCache(tmp_path, model, blocks, limit_bytes=10**6, bf16=False)
+    monkeypatch.undo()
+    FeatureCache(tmp_path, model, blocks, limit_bytes=10**6, bf16=False).save()
+    for damaged in ("{", "[]", '{"of": {}}'):
+        (tmp_path / "cache.json").write_text(damaged)
+        with pytest.raises(InputError, match="is damaged"):
+            FeatureCache(tmp_path, model, blocks, limit_bytes=10**6, bf16=False)
+
+
 # --- expected acceptance ----------------------------------------------------------
 
 

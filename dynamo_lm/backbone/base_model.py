@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -42,6 +44,35 @@ class _OnlyHidden(BaseModelOutputWithPast):
 
 def layer_input(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
+
+
+def copy_attributes(target: nn.Module, layer: nn.Module) -> None:
+    """Give a module in a layer's place the attributes that the base's body reads from layers, where it has none itself."""
+    for name, value in vars(layer).items():
+        if name not in vars(target) and not isinstance(value, (nn.Module, nn.Parameter)):
+            setattr(target, name, value)
+
+
+@contextmanager
+def captured_inputs(base: PreTrainedModel, layers: Sequence[int]) -> Iterator[list[Tensor]]:
+    """Yields a list that receives the inputs of these decoder layers, side by side, at each forward of the base.
+
+    layers: ascending; each forward appends (batch, length, hidden * len(layers)).
+    """
+    captured: list[Tensor] = []
+    parts: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        parts.append(layer_input(args, kwargs))
+        if len(parts) == len(layers):
+            captured.append(torch.cat(parts, -1))
+            parts.clear()
+
+    every = decoder_layers(base)
+    with ExitStack() as hooks:
+        for index in layers:
+            hooks.enter_context(every[index].register_forward_pre_hook(keep, with_kwargs=True))
+        yield captured
 
 
 def body_name(base: PreTrainedModel) -> str:

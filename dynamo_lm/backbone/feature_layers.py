@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from dynamo_lm.backbone.base_model import decoder_layers, layer_input
+from dynamo_lm.backbone.base_model import captured_inputs, decoder_layers
 from dynamo_lm.errors import InputError
 
 LEAST_LAYERS = 7  # with fewer two of the three layers coincide, and readers count a layer once
@@ -29,22 +27,6 @@ def feature_layers(num_layers: int) -> tuple[int, int, int]:
     return 2, num_layers // 2, num_layers - 3
 
 
-@contextmanager
-def captured_features(base: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Yields a list that receives the features of each forward of the base, (batch, length, 3 hidden)."""
-    layers = decoder_layers(base)
-    found: list[Tensor] = []
-    parts: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        parts.append(layer_input(args, kwargs))
-        if len(parts) == 3:
-            found.append(torch.cat(parts, -1))
-            parts.clear()
-
-    hooks = [layers[i].register_forward_pre_hook(keep, with_kwargs=True) for i in feature_layers(len(layers))]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+def captured_features(base: PreTrainedModel) -> AbstractContextManager[list[Tensor]]:
+    """A context whose list receives the features of each forward of the base, (batch, length, 3 hidden)."""
+    return captured_inputs(base, feature_layers(len(decoder_layers(base))))

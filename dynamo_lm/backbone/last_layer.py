@@ -8,15 +8,13 @@ bodies read off them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dynamo_lm.backbone.base_model import decoder_layers, layer_input
+from dynamo_lm.backbone.base_model import body_name, copy_attributes, decoder_layers, layer_input
 
 
 class SkippedLayer(nn.Module):
@@ -26,9 +24,7 @@ class SkippedLayer(nn.Module):
         super().__init__()
         self.as_tuple = as_tuple
         self.stem: Tensor | None = None  # (batch, length, hidden)
-        for name, value in vars(layer).items():
-            if name not in vars(self) and not isinstance(value, (nn.Module, nn.Parameter)):
-                setattr(self, name, value)
+        copy_attributes(self, layer)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden = layer_input(args, kwargs) if self.stem is None else self.stem
@@ -56,22 +52,10 @@ def _holds(module: nn.Module | None, layers: nn.ModuleList) -> bool:
     return module is not None and any(part is layers for part in module.modules())
 
 
-@contextmanager
-def capture_stem(base: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Yields a list that receives the stem's states, (batch, length, hidden), of each forward of the base."""
-    states: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        states.append(layer_input(args, kwargs))
-
-    with decoder_layers(base)[-1].register_forward_pre_hook(keep, with_kwargs=True):
-        yield states
-
-
 def _returns_tuple(base: PreTrainedModel) -> bool:
     """Whether the base's decoder layers return a tuple, as one forward of one token shows."""
     outputs: list[Any] = []
-    body = getattr(base, base.base_model_prefix)
+    body = getattr(base, body_name(base))
     with decoder_layers(base)[0].register_forward_hook(lambda module, args, output: outputs.append(output)), torch.no_grad():
         body(input_ids=torch.zeros(1, 1, dtype=torch.long, device=base.device), use_cache=False)
     return isinstance(outputs[0], tuple)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynamo_lm.backbone.base_model import copy_attributes
+
 
 class StackedHeads(nn.Module):
     """n decoder layers of one class, called as one: (rows, width, hidden) -> (n * rows, width, hidden), head by head."""
@@ -23,10 +25,7 @@ class StackedHeads(nn.Module):
     def __init__(self, layers: Sequence[nn.Module]):
         super().__init__()
         self.layer, self.copies = stack_modules(layers), len(layers)
-        # Attributes that the base's body reads from its layers.
-        for name, value in vars(layers[0]).items():
-            if name not in vars(self) and not isinstance(value, (nn.Module, nn.Parameter)):
-                setattr(self, name, value)
+        copy_attributes(self, layers[0])
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows = hidden_states.shape[0]

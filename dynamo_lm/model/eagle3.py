@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from dynamo_lm.backbone.base_model import decoder_layers
+from dynamo_lm.backbone.base_model import body_name, decoder_layers
 from dynamo_lm.backbone.feature_layers import feature_layers
 from dynamo_lm.decoding.sequential import DraftCache
 from dynamo_lm.errors import InputError
@@ -136,7 +136,7 @@ class Eagle3Head(nn.Module):
                 parameter.copy_(source)
             else:  # q, k and v: the token's embedding comes first
                 parameter.zero_()[:, size:] = source
-        norm: Any = getattr(getattr(base, base.base_model_prefix), "norm", None)
+        norm: Any = getattr(getattr(base, body_name(base)), "norm", None)
         if norm is not None:
             self.norm.get_parameter("weight").copy_(norm.weight)
 

@@ -9,13 +9,14 @@ every epoch and cannot be kept.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dynamo_lm.backbone.last_layer import capture_stem
+from dynamo_lm.backbone.base_model import captured_inputs
 from dynamo_lm.data.packing import Blocks, WholeBlocks
 from dynamo_lm.errors import InputError
 from dynamo_lm.files import write_text
@@ -37,7 +38,7 @@ def stem_states(model: DynaMoForCausalLM, batch: dict[str, Tensor], *, bf16: boo
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             states = model.features_and_final(batch["tokens"], attention_mask=mask, position_ids=batch["positions"])
         return torch.cat(states, -1).to(torch.bfloat16)
-    with capture_stem(model.base) as stems, torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+    with captured_inputs(model.base, [-1]) as stems, torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         model.body(input_ids=batch["tokens"], attention_mask=mask, position_ids=batch["positions"], use_cache=False)
     return stems[0].to(torch.bfloat16)
 
@@ -80,15 +81,17 @@ class FeatureCache:
         folder.mkdir(parents=True, exist_ok=True)
         self.done = np.zeros(blocks.num_blocks(), dtype=bool)
         if self.path.exists():
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            if found["of"] != self.record:
-                raise InputError(f'The feature cache "{folder}" belongs to another base or other data; name another folder.')
-            self.done[[number for number in found["done"] if number < self.kept]] = True
+            self.done[self._recorded()] = True
         shape = (max(self.kept, 1), blocks.block_size, self.hidden)
         states = folder / "states.bin"
         mode = "r+" if states.exists() and states.stat().st_size == int(np.prod(shape)) * 2 else "w+"
         if mode == "w+":
             self.done[:] = False
+            if shutil.disk_usage(folder).free < self.kept * size:  # a full disk would end the process later, without a word
+                raise InputError(
+                    f'The feature cache needs {self.kept * size / 1e9:.2f} GB in "{folder}", more than is free; give a '
+                    "smaller --feature-cache."
+                )
         self.states = np.memmap(states, dtype=np.uint16, mode=mode, shape=shape)  # type: ignore[call-overload]
         self.above = AboveFeatures(model) if model.config.sequential else AboveStem(model)
         self._check()
@@ -114,6 +117,18 @@ class FeatureCache:
         """Records what is finished; called with every checkpoint."""
         self.states.flush()
         write_text(self.path, json.dumps({"of": self.record, "done": np.flatnonzero(self.done).tolist()}))
+
+    def _recorded(self) -> list[int]:
+        """The blocks that the record calls finished. Raises InputError: it is damaged, or of another base or other data."""
+        folder = self.path.parent
+        try:
+            record = json.loads(self.path.read_text(encoding="utf-8"))
+            of, done = record["of"], [number for number in record["done"] if number < self.kept]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f'The record of the feature cache "{folder}" is damaged; delete that folder.') from error
+        if of != self.record:
+            raise InputError(f'The feature cache "{folder}" belongs to another base or other data; name another folder.')
+        return done
 
     def _check(self) -> None:
         """Refuses a base whose last states differ when they are continued from its stem."""
