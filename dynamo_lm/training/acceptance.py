@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynamo_lm.data.packing import Blocks, targets
-from dynamo_lm.errors import InputError
+from dynamo_lm.data.packing import Blocks
 from dynamo_lm.model.modeling import DynaMoForCausalLM
-from dynamo_lm.training.loss import CHUNK, coupled_logits, packed_hidden, scored_positions
+from dynamo_lm.training.loss import coupled_logits, visit_scored
 
 
 @dataclass(frozen=True)
@@ -42,39 +41,26 @@ class Acceptance:
         return f"{greedy:.2f} tokens per step expected when greedy ({by_head}), {sampled:.2f} when sampled"
 
 
-@torch.no_grad()
 def acceptance(model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, bf16: bool, limit: int = 32) -> Acceptance:
     """Acceptance by head on the first `limit` blocks; with a coupling, drafts know the token before their own.
 
     Raises:
         InputError: no document has as many tokens as the model has heads.
     """
-    was_training, n = model.training, model.num_heads
-    model.eval()
-    stands = torch.zeros(2, n)  # greedy and sampled; entry 0 counts the positions
-    device, total = model.device, min(limit, blocks.num_blocks(0))
-    for start in range(0, total, batch_size):
-        batch = {name: value.to(device) for name, value in blocks.rows(range(start, min(start + batch_size, total))).items()}
-        tokens, segments, positions = (batch[name] for name in ("tokens", "segments", "positions"))
-        scored = scored_positions(tokens, segments, n, batch.get("responses")).flatten()
-        before = [targets(tokens, segments, head).flatten() for head in range(1, n)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            states = packed_hidden(model, tokens, segments, positions).flatten(1, 2)
-            for at in range(0, len(scored), CHUNK):
-                places = at + scored[at : at + CHUNK].nonzero()[:, 0]
-                if len(places):
-                    stands += _chains(model, states, places, before)
-    model.train(was_training)
-    if not stands[0, 0]:
-        raise InputError("The validation text has no document with as many tokens as the model has heads.")
+    stands = torch.zeros(2, model.num_heads)  # greedy and sampled; entry 0 counts the positions
+
+    def visit(states: Tensor, places: Tensor, labels: list[Tensor]) -> None:
+        stands.add_(_chains(model, states, places, labels))
+
+    visit_scored(model, blocks, visit, batch_size=batch_size, bf16=bf16, limit=limit)
     shares = stands[:, 1:] / stands[:, :-1].clamp(min=1e-9)
     return Acceptance(*(tuple(line) for line in shares.tolist()))
 
 
-def _chains(model: DynaMoForCausalLM, states: Tensor, places: Tensor, before: list[Tensor]) -> Tensor:
+def _chains(model: DynaMoForCausalLM, states: Tensor, places: Tensor, labels: list[Tensor]) -> Tensor:
     """(2, n): how many positions there are, and how many drafts of heads 2.. stand, greedy and in expectation.
 
-    states: (n, all positions, hidden); places: (positions,) with all targets in the same document.
+    Arguments as `visit_scored` hands them out.
     """
     n = len(states)
     count = torch.zeros(2, n)
@@ -85,7 +71,7 @@ def _chains(model: DynaMoForCausalLM, states: Tensor, places: Tensor, before: li
         base = model.readout(states[0, places + head - 1][None])[0].float()
         drafts = model.readout(states[head - 1, places][None], head)[0].float()
         if model.coupling is not None:
-            drafts = coupled_logits(model, head, states[head - 1, places], before[head - 2][places], drafts)
+            drafts = coupled_logits(model, head, states[head - 1, places], labels[head - 2][places], drafts)
         greedy &= drafts.argmax(-1) == base.argmax(-1)
         sampled = sampled * torch.minimum(F.softmax(base, -1), F.softmax(drafts, -1)).sum(-1)
         count[0, head - 1], count[1, head - 1] = greedy.sum(), sampled.sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -99,8 +100,8 @@ def heads_loss(
                     gradient[head - 1].flatten(0, 1)[chunk] = at_states * part.grad  # type: ignore[operator]
                 if coupling is not None and head > 1:
                     with torch.set_grad_enabled(learn):
-                        correction = coupling.hidden_correction(head, part.detach(), before[head - 2][chunk].clamp(min=0))
-                        corrected = logits.detach() + F.linear(correction, read.weight(head))
+                        known = (part.detach(), before[head - 2][chunk], logits.detach())
+                        corrected = coupled_logits(model, head, *known, read.weight(head))
                         sums[n + head - 2] += goal.backward(corrected, of_kl, 1 / count)
     if gradient is not None:
         hidden.backward(gradient)
@@ -125,11 +126,14 @@ class _Readout:
 
     def logits(self, states: Tensor, head: int) -> Tensor:
         """(positions, hidden) -> (positions, s); head 1 and models without a vocabulary: all tokens."""
-        if self.ids is None or head == 1:
-            return self.model.readout(states[None], head)[0]
+        return self.model.readout(states[None], head)[0] if head == 1 else self._restricted(states, head)
+
+    def _restricted(self, states: Tensor, head: int) -> Tensor:
+        """Logits of these tokens alone, of any head: (positions, hidden) -> (positions, s)."""
         if self.rows is not None:
             return F.linear(states, self.rows)
-        return self.model.readout(states[None], head)[0][:, self.ids]
+        logits = self.model.readout(states[None], head)[0]
+        return logits if self.ids is None else logits[:, self.ids]
 
     def weight(self, head: int) -> Tensor:
         """The output embedding of these tokens, (s, hidden), without gradient."""
@@ -144,12 +148,7 @@ class _Readout:
         last = len(states) - 1
         ahead = torch.arange(self.model.num_heads, device=chunk.device)
         places = (chunk[:, None] + ahead).clamp(max=last).unique()
-        if self.rows is not None:
-            logits = F.linear(states[places], self.rows)
-        else:
-            logits = self.model.readout(states[places][None], 1)[0]
-            logits = logits if self.ids is None else logits[:, self.ids]
-        logp = logits.float().log_softmax(-1)
+        logp = self._restricted(states[places], 1).float().log_softmax(-1)
         probs = logp.exp()
         return _Teacher(places, probs, (probs * logp).sum(-1))
 
@@ -218,7 +217,9 @@ def loss_vocabulary(counts: Tensor, share: float) -> Tensor | None:
     return order[:size].sort().values
 
 
-def coupled_logits(model: DynaMoForCausalLM, head: int, states: Tensor, before: Tensor, logits: Tensor) -> Tensor:
+def coupled_logits(
+    model: DynaMoForCausalLM, head: int, states: Tensor, before: Tensor, logits: Tensor, weight: Tensor | None = None
+) -> Tensor:
     """Head `head`'s logits given the true tokens one place before: (positions, vocabulary), float32.
 
     Args:
@@ -226,10 +227,11 @@ def coupled_logits(model: DynaMoForCausalLM, head: int, states: Tensor, before: 
         states: its final hidden states, (positions, hidden).
         before: labels of head `head` - 1, (positions,); where there is none the result has no meaning.
         logits: its own logits, (positions, vocabulary).
+        weight: the output embedding of the tokens that the logits are over, (vocabulary, hidden); the head's by default.
     """
     assert model.coupling is not None
     correction = model.coupling.hidden_correction(head, states, before.clamp(min=0))
-    return logits + F.linear(correction, model.output_weight(head).detach()).float()
+    return logits + F.linear(correction, model.output_weight(head).detach() if weight is None else weight).float()
 
 
 def packed_hidden(
@@ -294,14 +296,50 @@ class Perplexities:
 
 
 @torch.no_grad()
+def visit_scored(
+    model: DynaMoForCausalLM,
+    blocks: Blocks,
+    visit: Callable[[Tensor, Tensor, list[Tensor]], None],
+    *,
+    batch_size: int,
+    bf16: bool,
+    limit: int,
+) -> None:
+    """Show `visit` the positions of the first `limit` blocks where all n targets exist in the same document and, in
+    conversations, all are of the response.
+
+    Args:
+        visit: called for at most `CHUNK` positions at a time with the final hidden states of a batch, (n, all positions,
+            hidden), the chosen positions, (positions,), and by head the labels of all positions, (all positions,).
+
+    Raises:
+        InputError: there is no such position.
+    """
+    was_training, n, device, found = model.training, model.num_heads, model.device, False
+    model.eval()
+    total = min(limit, blocks.num_blocks(0))
+    for start in range(0, total, batch_size):
+        batch = {name: value.to(device) for name, value in blocks.rows(range(start, min(start + batch_size, total))).items()}
+        tokens, segments, positions = (batch[name] for name in ("tokens", "segments", "positions"))
+        places = scored_positions(tokens, segments, n, batch.get("responses")).flatten().nonzero()[:, 0]
+        labels = [targets(tokens, segments, head).flatten() for head in range(1, n + 1)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            states = packed_hidden(model, tokens, segments, positions).flatten(1, 2)
+            for chunk in places.split(CHUNK) if len(places) else ():
+                found = True
+                visit(states, chunk, labels)
+    model.train(was_training)
+    if not found:
+        raise InputError("The validation text has no document with as many tokens as the model has heads.")
+
+
 def perplexities(model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, bf16: bool, limit: int = 64) -> Perplexities:
     """PPL_1..PPL_n and PPL_1:1..PPL_1:n on the first `limit` blocks, and PPL_i|i-1 of a model with a coupling.
 
-    Comparable between models with the same tokenizer, heads and blocks: every head is scored at the positions where all n
-    targets exist in the same document and, in conversations, all are of the response.
+    Comparable between models with the same tokenizer, heads and blocks: every head is scored at the positions of
+    `visit_scored`.
     """
-    was_training, n = model.training, model.num_heads
-    model.eval()
+    n = model.num_heads
     lines = n if model.coupling is None else 2 * n - 1  # as in heads_loss
     sums, hits, count = torch.zeros(lines, dtype=torch.float64), torch.zeros(lines, dtype=torch.float64), 0
 
@@ -309,27 +347,17 @@ def perplexities(model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, b
         sums[line] += F.cross_entropy(logits, labels, reduction="sum").double().cpu()
         hits[line] += (logits.argmax(-1) == labels).sum().cpu()
 
-    device = model.device
-    total = min(limit, blocks.num_blocks(0))
-    for start in range(0, total, batch_size):
-        batch = {name: value.to(device) for name, value in blocks.rows(range(start, min(start + batch_size, total))).items()}
-        tokens, segments, positions = (batch[name] for name in ("tokens", "segments", "positions"))
-        scored = scored_positions(tokens, segments, n, batch.get("responses")).flatten()
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            hidden = packed_hidden(model, tokens, segments, positions)
-            for head in range(1, n + 1):
-                states, labels = hidden[head - 1].flatten(0, 1)[scored], targets(tokens, segments, head).flatten()[scored]
-                for at in range(0, len(labels), CHUNK):
-                    here = slice(at, at + CHUNK)
-                    logits = model.readout(states[here][None], head)[0].float()
-                    score(head - 1, logits, labels[here])
-                    if model.coupling is not None and head > 1:
-                        before = targets(tokens, segments, head - 1).flatten()[scored][here]
-                        score(n + head - 2, coupled_logits(model, head, states[here], before, logits), labels[here])
-        count += int(scored.sum())
-    model.train(was_training)
-    if count == 0:
-        raise InputError("The validation text has no document with as many tokens as the model has heads.")
+    def visit(states: Tensor, places: Tensor, labels: list[Tensor]) -> None:
+        nonlocal count
+        count += len(places)
+        for head in range(1, n + 1):
+            own, wanted = states[head - 1, places], labels[head - 1][places]
+            logits = model.readout(own[None], head)[0].float()
+            score(head - 1, logits, wanted)
+            if model.coupling is not None and head > 1:
+                score(n + head - 2, coupled_logits(model, head, own, labels[head - 2][places], logits), wanted)
+
+    visit_scored(model, blocks, visit, batch_size=batch_size, bf16=bf16, limit=limit)
     means, shares = sums / count, (hits / count).tolist()
     joint = means[:n].cumsum(0) / torch.arange(1, n + 1)
     ppl = means.exp().tolist()

@@ -109,9 +109,10 @@ def train(
         start = load_checkpoint(newest, model, optimizer, options)
     trained, coupling = [p for group in optimizer.param_groups for p in group["params"]], _coupling(model)
     clipped = [[p for p in trained if (id(p) in coupling) == of_coupling] for of_coupling in (False, True)]
-    drafted = model.sequential_head.draft_ids if sequential else None
-    learned = blocks.learned_counts(model.output_weight().shape[0])
-    vocabulary = loss_vocabulary(learned, options.loss_vocabulary) if drafted is None else drafted
+    vocabulary = model.sequential_head.draft_ids if sequential else None
+    if vocabulary is None and options.loss_vocabulary < 1:  # counting reads all of the text
+        learned = blocks.learned_counts(model.output_weight().shape[0])
+        vocabulary = loss_vocabulary(learned, options.loss_vocabulary)
     last: Perplexities | None = None
     step = start
     with _Log(folder, start) as log, _stop_between_steps() as stopped:
