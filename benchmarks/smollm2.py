@@ -11,7 +11,6 @@ prompts run in batches. Finished configurations stay in the results file, so tha
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from dynamo_lm.decoding.batch import Batch
 from dynamo_lm.decoding.settings import resolve
 from dynamo_lm.files import write_text
 from dynamo_lm.kernels.linear import arrange_for_batches
+from recipes.smollm2.prompts import json_lines
 
 NEW_TOKENS = 128
 ROWS = 16  # prompts at a time
@@ -42,20 +42,15 @@ REDRAWS = 2000
 
 def groups(data: Path, held_out: Path, count: int) -> dict[str, list[str]]:
     """Prompts by group, the first `count` of each."""
-
-    def lines(path: Path) -> list[dict[str, Any]]:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
-
     bench = data / "bench"
-    found: dict[str, list[str]] = {"mt_bench": [record["turns"][0] for record in lines(bench / "mt_bench.jsonl")]}
-    for record in lines(bench / "spec_bench.jsonl"):
+    found: dict[str, list[str]] = {"mt_bench": [record["turns"][0] for record in json_lines(bench / "mt_bench.jsonl")]}
+    for record in json_lines(bench / "spec_bench.jsonl"):
         if record["category"] in SPEC_GROUPS:
             found.setdefault(SPEC_GROUPS[record["category"]], []).append(record["turns"][0])
-    found["gsm8k"] = [record["question"] for record in lines(bench / "gsm8k_test.jsonl")]
-    code = lines(bench / "HumanEval.jsonl.gz")
+    found["gsm8k"] = [record["question"] for record in json_lines(bench / "gsm8k_test.jsonl")]
+    code = json_lines(bench / "HumanEval.jsonl.gz")
     found["human_eval"] = ["Complete this Python function.\n\n" + record["prompt"] for record in code]
-    found["dolly_held_out"] = [record["prompt"] for record in lines(held_out)]
+    found["dolly_held_out"] = [record["prompt"] for record in json_lines(held_out)]
     return {name: prompts[:count] if name != "mt_bench" else prompts for name, prompts in found.items()}
 
 

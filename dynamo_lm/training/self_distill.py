@@ -43,11 +43,13 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """An answer that has ended, by itself or at its limit."""
+    """An answer that has ended."""
 
     question: Question
     text: str
     tokens: int
+    ids: Sequence[int] = ()  # its tokens, where this process wrote it
+    finish: str = ""  # "stop", "length" or "loop", likewise
 
 
 class Answerer(Protocol):
@@ -82,10 +84,11 @@ class BatchAnswerer:
         self.open: dict[SequenceState, Question] = {}
         self.steps = 0
 
-    def ask(self, question: Question) -> None:
+    def ask(self, question: Question, temperature: float | None = None) -> None:
+        """temperature: of this answer alone."""
         options = resolve(
             self.model,
-            {"temperature": self.temperature, "num_heads": 1},
+            {"temperature": self.temperature if temperature is None else temperature, "num_heads": 1},
             max_new_tokens=question.room,
             end_tokens=self.ends,
         )
@@ -95,14 +98,14 @@ class BatchAnswerer:
         ended = []
         self.steps += 1
         for sequence in self.batch.step():
-            tokens = sequence.new_tokens
-            if not sequence.finished and self.steps % LOOK_EVERY == 0 and (extra := repeated(tokens)):
+            tokens, finish = sequence.new_tokens, sequence.finished
+            if finish is None and self.steps % LOOK_EVERY == 0 and (extra := repeated(tokens)):
                 self.batch.leave(sequence)
-                tokens = tokens[:-extra]
-            elif not sequence.finished:
+                tokens, finish = tokens[:-extra], "loop"
+            if finish is None:
                 continue
             text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            ended.append(Answer(self.open.pop(sequence), text, len(tokens)))
+            ended.append(Answer(self.open.pop(sequence), text, len(tokens), tokens, finish))
         return ended
 
 

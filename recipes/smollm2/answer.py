@@ -8,11 +8,9 @@ answers that the shipped heads learned are in answers.jsonl.gz beside this file.
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dynamo_lm import DynaMoForCausalLM
-from dynamo_lm.data.chat_template import encode_chat, end_of_turn
-from dynamo_lm.decoding.batch import Batch
-from dynamo_lm.decoding.sequence import SequenceState
-from dynamo_lm.decoding.settings import resolve
-from dynamo_lm.kernels.linear import arrange_for_batches
-from dynamo_lm.training.self_distill import LOOK_EVERY, repeated
+from dynamo_lm.data.chat_template import encode_chat
+from dynamo_lm.jsonl_cache import JsonlLog
+from dynamo_lm.training.self_distill import BatchAnswerer, Question
+from recipes.smollm2.prompts import json_lines
 
 NEW_TOKENS, LONGEST, LEAST_ROOM = 384, 1024, 32
 GROUP = 8  # prompts that are read together, so neighbours are alike in length
@@ -40,36 +36,28 @@ class Turn(NamedTuple):
     finish: str
 
 
-def load(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """Answers by prompt and place in the conversation; a line that was cut off counts as never written."""
-    known = {}
-    if path.exists():
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                if line.endswith("\n"):
-                    record = json.loads(line)
-                    known[record["id"], record["turn"]] = record
-    return known
+def by_turn(answers: Iterable[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Answers by prompt and place in the conversation."""
+    return {(answer["id"], answer["turn"]): answer for answer in answers}
 
 
 def records(prompts: Path, answers: Path, tokenizer: Any) -> Iterator[list[Turn]]:
     """The answered turns of each conversation."""
-    known = load(answers)
-    with prompts.open(encoding="utf-8") as lines:
-        for line in lines:
-            record, messages, turns = json.loads(line), [], []
-            for place, message in enumerate(record["messages"]):
-                if message["role"] == "user":
-                    messages.append(message)
-                    continue
-                answer = known.get((record["id"], place))
-                if answer is None or not answer["answer_ids"]:
-                    break
-                turns.append(Turn(encode_chat(tokenizer, messages), answer["answer_ids"], answer["finish"]))
-                text = tokenizer.decode(answer["answer_ids"], skip_special_tokens=True)
-                messages.append({"role": "assistant", "content": text})
-            if turns:
-                yield turns
+    known = by_turn(json_lines(answers))
+    for record in json_lines(prompts):
+        messages, turns = [], []
+        for place, message in enumerate(record["messages"]):
+            if message["role"] == "user":
+                messages.append(message)
+                continue
+            answer = known.get((record["id"], place))
+            if answer is None or not answer["answer_ids"]:
+                break
+            turns.append(Turn(encode_chat(tokenizer, messages), answer["answer_ids"], answer["finish"]))
+            text = tokenizer.decode(answer["answer_ids"], skip_special_tokens=True)
+            messages.append({"role": "assistant", "content": text})
+        if turns:
+            yield turns
 
 
 def order(prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -85,15 +73,14 @@ def order(prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class Writer:
     """Answers conversations turn by turn and appends each answer to the file as it ends."""
 
-    def __init__(self, base: str, answers: Path):
+    def __init__(self, base: str, answers: Path, rows: int):
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-        self.model = DynaMoForCausalLM.from_base(loaded, 1).eval()
-        self.batch, self.known = Batch(self.model, 1), load(answers)
-        arrange_for_batches(self.batch.model, 64)
-        self.ends = [end_of_turn(self.tokenizer), self.tokenizer.eos_token_id]
-        self.open: dict[SequenceState, tuple[dict[str, Any], list[dict[str, str]]]] = {}
-        self.file = answers.open("a", encoding="utf-8")
+        model = DynaMoForCausalLM.from_base(loaded, 1).eval()
+        self.answerer = BatchAnswerer(model, self.tokenizer, batch_size=rows)
+        self.log = JsonlLog(answers)
+        self.known = by_turn(self.log.records)
+        self.asked: dict[int, tuple[dict[str, Any], list[dict[str, str]]]] = {}  # by number of the question
         self.tokens = 0
 
     def ask(self, record: dict[str, Any], messages: list[dict[str, str]]) -> None:
@@ -112,27 +99,19 @@ class Writer:
             prompt = encode_chat(self.tokenizer, messages)
             room = min(NEW_TOKENS, LONGEST - len(prompt))
             if room >= LEAST_ROOM:
-                settings = {"temperature": record["temperature"], "num_heads": 1}
-                options = resolve(self.model, settings, max_new_tokens=room, end_tokens=self.ends)
-                sequence = self.batch.join(prompt, options, seed=random.Random(f"{record['id']} {place}").randrange(2**31))
-                self.open[sequence] = record, messages
+                number, seed = len(self.known) + len(self.asked), random.Random(f"{record['id']} {place}").randrange(2**31)
+                self.asked[number] = record, messages
+                self.answerer.ask(Question(number, messages, prompt, room, seed), record["temperature"])
             return
 
-    def step(self, look: bool) -> None:
+    def step(self) -> None:
         """One token of every open answer."""
-        for sequence in self.batch.step():
-            tokens, finish = sequence.new_tokens, sequence.finished
-            if finish is None and look and (extra := repeated(tokens)):
-                self.batch.leave(sequence)
-                tokens, finish = tokens[:-extra], "loop"
-            if finish is None:
-                continue
-            record, messages = self.open.pop(sequence)
-            answer = {"id": record["id"], "turn": len(messages), "answer_ids": tokens, "finish": finish}
-            self.file.write(json.dumps(answer) + "\n")
-            self.file.flush()
-            self.known[record["id"], len(messages)] = answer
-            self.tokens += len(tokens)
+        for answer in self.answerer.answers():
+            record, messages = self.asked.pop(answer.question.number)
+            entry = {"id": record["id"], "turn": len(messages), "answer_ids": list(answer.ids), "finish": answer.finish}
+            self.log.append(entry)
+            self.known[record["id"], len(messages)] = entry
+            self.tokens += answer.tokens
             self.ask(record, messages)
 
 
@@ -146,19 +125,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    with arguments.prompts.open(encoding="utf-8") as lines:
-        waiting = iter(order([json.loads(line) for line in lines]))
-    writer, began, steps = Writer(arguments.base, arguments.answers), time.monotonic(), 0
+    waiting = iter(order(list(json_lines(arguments.prompts))))
+    writer, began, steps = Writer(arguments.base, arguments.answers, arguments.rows), time.monotonic(), 0
     more = True
-    while (more or writer.batch.running) and writer.tokens < arguments.tokens:
-        while more and len(writer.batch.running) <= arguments.rows - GROUP:
+    while (more or writer.asked) and writer.tokens < arguments.tokens:
+        while more and len(writer.asked) <= arguments.rows - GROUP:
             for _ in range(GROUP):
                 record = next(waiting, None)
                 more = more and record is not None
                 if record is not None:
                     writer.ask(record, [])
-        if writer.batch.running:
-            writer.step(look=steps % LOOK_EVERY == 0)
+        if writer.asked:
+            writer.step()
         steps += 1
         if steps % 100 == 0:
             rate = writer.tokens / (time.monotonic() - began)

@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 HELD_OUT = 184
 PASSAGES = 2600
@@ -120,6 +121,14 @@ def choices(text: str) -> list[str]:
     return [" ".join(part.split()) for part in text.split("|")]
 
 
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file of JSON lines, packed by gzip or not; a last line without its end was cut off by a crash."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n") and line.strip():
+                yield json.loads(line)
+
+
 def dolly(data: Path) -> Iterator[str]:
     """Every Dolly prompt once."""
     seen = set()
@@ -128,11 +137,13 @@ def dolly(data: Path) -> Iterator[str]:
         if record["instruction"] not in seen:
             seen.add(record["instruction"])
             yield text
-    for line in (data / "instruct/dolly_hhrlhf_train_small.jsonl").read_text(encoding="utf-8").split("\n"):
-        if not line:
-            continue
-        prompt = json.loads(line)["prompt"]
-        text = prompt.split("### Instruction:\n")[-1].split("\n\n### Response:")[0].replace("\n\n### Input:\n", "\n\n")
+    for record in json_lines(data / "instruct/dolly_hhrlhf_train_small.jsonl"):
+        text = (
+            record["prompt"]
+            .split("### Instruction:\n")[-1]
+            .split("\n\n### Response:")[0]
+            .replace("\n\n### Input:\n", "\n\n")
+        )
         if text not in seen and text.split("\n\n")[0] not in seen:
             seen.add(text)
             yield text.strip()[:2600]
@@ -177,17 +188,11 @@ def templated(rng: random.Random) -> Iterator[str]:
 def bench_prompts(data: Path) -> Iterator[str]:
     """The text of every benchmark's prompts."""
     bench = data / "bench"
-    for path in (bench / "spec_bench.jsonl", bench / "mt_bench.jsonl", bench / "vicuna_bench.jsonl", bench / "ifeval.jsonl"):
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            if line:
-                record = json.loads(line)
-                yield from record.get("turns") or [record.get("prompt") or record["text"]]
-    for line in (bench / "gsm8k_test.jsonl").read_text(encoding="utf-8").split("\n"):
-        if line:
-            yield json.loads(line)["question"]
-    with gzip.open(bench / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)["prompt"]
+    for name in ("spec_bench", "mt_bench", "vicuna_bench", "ifeval"):
+        for record in json_lines(bench / f"{name}.jsonl"):
+            yield from record.get("turns") or [record.get("prompt") or record["text"]]
+    yield from (record["question"] for record in json_lines(bench / "gsm8k_test.jsonl"))
+    yield from (record["prompt"] for record in json_lines(bench / "HumanEval.jsonl.gz"))
 
 
 def grams(text: str, size: int = 13) -> set[tuple[str, ...]]:
