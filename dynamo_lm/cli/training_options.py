@@ -110,13 +110,11 @@ class LearningOptions(OptimizerOptions):
     lr_b: Annotated[float | None, "Learning rate of the base, from its own loss. Default: 1e-5."] = None
     lr_m: Annotated[float | None, "Learning rate of the new heads. Default: 1e-3."] = None
     lr_mb: Annotated[float | None, "Learning rate of the base, from the new heads' losses. Default: 1e-6."] = None
-
     kl: Annotated[
         float | None,
         "Share of the loss of heads 2.. that is the divergence from the base's own distribution at the predicted place; the "
-        "rest is the text's token. 0 is the paper; about 0.9 teaches a frozen base's heads faster. Default: 0, of the kind "
-        "eagle3 1.",
-    ] = None  # type: ignore[assignment]
+        "rest is the text's token. Default: 0, which is the paper; of the kind eagle3 1.",
+    ] = None
 
     def __post_init__(self) -> None:
         if self.freeze and (self.lr_b or self.lr_mb):

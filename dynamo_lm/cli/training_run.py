@@ -89,6 +89,8 @@ class Run:
         """
         if heads.get("head") == "eagle3" or getattr(config, "sequential", False):
             learning = replace(learning, freeze=True, kl=1.0 if learning.kl is None else learning.kl)
+        if output.feature_cache is not None and not learning.freeze:
+            raise InputError("--feature-cache keeps what a frozen base computes; give --freeze as well.")
         device = output.torch_device()
         on_gpu = device.type == "cuda"
         decided: dict[str, Any] = {
@@ -346,6 +348,10 @@ def carry_out(
         counts = text.blocks.learned_counts(run.vocab_size)
         ids = draft_tokens(counts, model.config.draft_vocab_size, tokenizer)
         model.sequential_head.set_draft_vocabulary(ids, model.output_weight())
+    features = None
+    if output.feature_cache is not None:
+        limit = int(output.feature_cache * 1e9)
+        features = FeatureCache(out / "features", model, text.blocks, limit_bytes=limit, bf16=run.options.bf16)
     # 1. The record of the run, or that of the one that is resumed.
     record = provenance.begin(
         context.obj or [],
@@ -367,12 +373,6 @@ def carry_out(
     provenance.write(out, record)
 
     # 2. Train; the same command resumes.
-    features = None
-    if output.feature_cache is not None:
-        if not run.options.frozen:
-            raise InputError("--feature-cache keeps what a frozen base computes; give --freeze as well.")
-        limit = int(output.feature_cache * 1e9)
-        features = FeatureCache(out / "features", model, text.blocks, limit_bytes=limit, bf16=run.options.bf16)
     try:
         with training(run.options.steps) as report:
             train(model, text.blocks, text.validation, run.options, out, features=features, report=report)

@@ -21,15 +21,10 @@ class OptimizerOptions:
     weight_decay: Annotated[float, "Weight decay of matrices."] = 0.01
     clip: Annotated[float, "Largest norm of a step's gradient; 0 for no limit."] = 1.0
     seed: Annotated[int, "Seed of the new heads and of the order of the text."] = 0
-    kl: Annotated[
-        float,
-        "Share of the loss of heads 2.. that is the divergence from the base's own distribution at the predicted place; the "
-        "rest is the text's token. 0 is the paper; about 0.9 teaches a frozen base's heads faster.",
-    ] = 0.0
     loss_vocabulary: Annotated[
         float,
-        "Train heads 2.. over the commonest tokens that make up this share of the text; 0.99 saves most of the readout's "
-        "time. 1 is the whole vocabulary.",
+        "Train heads 2.. over the commonest tokens that make up this share of the text: 0.99 are some thousand tokens, and "
+        "less arithmetic. 1 is the whole vocabulary.",
     ] = 1.0
 
 
@@ -57,6 +52,7 @@ class TrainingOptions(ScheduleOptions, OptimizerOptions):
     bf16: bool = True  # autocast; weights and optimizer stay in float32
     keep: int = 2  # checkpoints kept
     coupling_only: bool = False  # base and heads stay as they are; their coupling alone learns
+    kl: float = 0.0  # share of the divergence from the base's own distribution in the loss of heads 2..; the rest: the token
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "validate_every", "checkpoint_every", "keep"):

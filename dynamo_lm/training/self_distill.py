@@ -21,7 +21,7 @@ from dynamo_lm.data.conversations import Messages
 from dynamo_lm.decoding.batch import Batch
 from dynamo_lm.decoding.sequence import SequenceState
 from dynamo_lm.decoding.settings import resolve
-from dynamo_lm.errors import InputError
+from dynamo_lm.errors import InputError, first_line
 from dynamo_lm.jsonl_cache import JsonlCache, key_of
 from dynamo_lm.kernels.linear import arrange_for_batches
 from dynamo_lm.model.checkpoint import identity
@@ -145,7 +145,8 @@ class EndpointAnswerer:
         except self.errors as error:
             self.pool.shutdown(wait=False, cancel_futures=True)
             raise InputError(
-                f"The server at {self.client.base_url} gave no answer: {error}. What it said is kept."
+                f"The server at {self.client.base_url} gave no answer ({first_line(error)}); earlier answers are kept, so run "
+                "the same command again when it does."
             ) from error
 
     def _request(self, question: Question) -> Answer:
