@@ -28,6 +28,7 @@ from dynamo_lm.model.base_check import check_contract
 from dynamo_lm.model.base_location import describe_base, open_base
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.model_card import model_card
+from dynamo_lm.model.resizing import check_vocabulary
 
 TABLE_FILE = "cooccurrence.safetensors"
 HEADS_FILE = "heads.safetensors"
@@ -44,14 +45,19 @@ def save(model: Any, folder: str | os.PathLike, weights: str = "full", **kwargs:
         **kwargs: handed to transformers' `save_pretrained` (push_to_hub, repo_id, max_shard_size, ...).
 
     Raises:
-        InputError: the base was trained too but only heads are to be saved, or the disk is full.
+        InputError: the base was trained or resized too but only heads are to be saved, the heads have a vocabulary of
+            another size than the base, or the disk is full.
     """
     if weights not in ("full", "heads"):
         raise InputError(f'weights is "{weights}"; give "full" or "heads".')
+    check_vocabulary(model)
     now = fingerprint(model.base)
     if weights == "heads":
         if model.config.base_fingerprint not in (None, now):
-            raise InputError('The base was changed by training, so heads alone would not fit it; save with weights="full".')
+            raise InputError(
+                "The base was changed by training or by resizing its vocabulary, so heads alone would not fit it; save with "
+                'weights="full".'
+            )
         if not model.config.base_name_or_path:
             raise InputError('The base has no name or path to be found again by; save with weights="full".')
     push = kwargs.pop("push_to_hub", False)
@@ -144,7 +150,7 @@ def load(cls: type[PreTrainedModel], name: str, *args: Any, **kwargs: Any) -> An
     table = _find(name, TABLE_FILE)
     if table is not None:
         model.cooccurrence = Cooccurrence.load(table)
-        if model.cooccurrence.vocab_size != config.vocab_size:
+        if model.cooccurrence.vocab_size > config.vocab_size:
             raise InputError(
                 f'The tables in "{name}" were counted with a vocabulary of {model.cooccurrence.vocab_size}, '
                 f"the model has {config.vocab_size}; count again with this model's tokenizer."

@@ -40,6 +40,7 @@ from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.coupling import Coupling
 from dynamo_lm.model.eagle3 import Eagle3Head, sequential_states
 from dynamo_lm.model.heads import TokenHead
+from dynamo_lm.model.resizing import check_new_size, resize_heads
 from dynamo_lm.private_interfaces import cache_argument
 
 
@@ -139,6 +140,22 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.base.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(  # type: ignore[override]
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        """Resizes the vocabulary of the base, as its own `resize_token_embeddings` does, and of the heads.
+
+        A new token is read by heads with an output embedding of their own as the base reads it.
+
+        Raises:
+            InputError: the tables or a draft vocabulary have tokens beyond the new size.
+        """
+        if new_num_tokens is not None:
+            check_new_size(self, new_num_tokens)
+        embeddings = self.base.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        resize_heads(self)
+        return embeddings
 
     def output_weight(self, head: int = 1) -> Tensor:
         """The output embedding that head 1..n reads its logits with, (vocabulary or draft vocabulary, hidden)."""
