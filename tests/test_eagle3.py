@@ -193,6 +193,19 @@ def test_the_gradient_is_that_of_the_mean_losses():
     assert (values[0] - values[1]) / 2e-3 == pytest.approx((taken * change).sum().item(), rel=0.02)
 
 
+@pytest.mark.parametrize("short", [False, True])
+def test_a_copy_of_the_last_layer_begins_as_it(short):
+    base = copy.deepcopy(_base(8, 2, False))
+    ids = VOCABULARY // 2 if short else 0
+    head = DynaMoForCausalLM.from_base(base, 4, head="eagle3", init="copy", draft_vocab_size=ids).heads[0]
+    last = base.model.layers[-1]
+    assert torch.equal(head.midlayer.mlp["up_proj"].weight, last.mlp.up_proj.weight)
+    assert torch.equal(head.midlayer.self_attn["q_proj"].weight[:, 32:], last.self_attn.q_proj.weight)
+    assert torch.equal(head.fc.weight, torch.eye(32).repeat(1, 3) * (torch.arange(96) >= 64))
+    if short:
+        assert torch.equal(head.lm_head.weight, base.lm_head.weight[:ids])
+
+
 # ---------------------------------------------------------------- decoding
 
 

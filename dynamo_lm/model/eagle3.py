@@ -20,6 +20,7 @@ from dynamo_lm.backbone.base_model import body_name, decoder_layers
 from dynamo_lm.backbone.feature_layers import feature_layers
 from dynamo_lm.decoding.sequential import DraftCache
 from dynamo_lm.errors import InputError
+from dynamo_lm.model.chain_attention import chain_attention
 
 
 class Eagle3Head(nn.Module):
@@ -52,6 +53,8 @@ class Eagle3Head(nn.Module):
             self.register_buffer("d2t", torch.zeros(draft_vocab_size, dtype=torch.long, device=output.device))
             self.register_buffer("t2d", torch.zeros(len(output), dtype=torch.bool, device=output.device))
             self.set_draft_vocabulary(torch.arange(draft_vocab_size), output)
+        for module in self.modules():
+            module._is_hf_initialized = True  # type: ignore[assignment]  # or transformers' post_init draws it anew
 
     @torch.no_grad()
     def set_draft_vocabulary(self, ids: Tensor, output: Tensor) -> None:
@@ -97,14 +100,7 @@ class Eagle3Head(nn.Module):
             q, k, v = layer.project(embedding, state, positions + step)
             keys.append(k)
             values.append(v)
-            # (batch, kv heads, group, length, length), and one column for each later step of the chain
-            scores = [(q @ keys[0][:, :, None].mT).masked_fill(~visible[:, :, None], -torch.inf)]
-            scores += [(q * own[:, :, None]).sum(-1, keepdim=True) for own in keys[1:]]
-            shares = (torch.cat(scores, -1) * layer.scale).float().softmax(-1).to(v.dtype)
-            length = positions.shape[1]
-            mixed = shares[..., :length] @ values[0][:, :, None]
-            for place, own in enumerate(values[1:]):
-                mixed = mixed + shares[..., length + place, None] * own[:, :, None]
+            mixed = chain_attention(q, keys, values, visible, layer.scale)
             state = layer.finish(state, mixed)
             normed.append(self.norm(state))
         return normed

@@ -115,11 +115,11 @@ class _Readout:
         """vocabulary: as in `heads_loss`; frozen: the output embedding does not learn, so its rows may be copied."""
         self.model, self.ids = model, None if vocabulary is None else vocabulary.to(model.device)
         self.rows: Tensor | None = None  # of the output embedding, where logits are their product with the states
+        self.own = model.config.own_output_embedding
         if self.ids is not None:
             self.places = torch.full((model.output_weight().shape[0],), IGNORED, device=model.device)
             self.places[self.ids] = torch.arange(len(self.ids), device=model.device)
-            plain = model.reads_plainly() and getattr(model.get_output_embeddings(), "bias", None) is None
-            if frozen and plain and not model.config.own_output_embedding:
+            if frozen and model.reads_plainly() and getattr(model.get_output_embeddings(), "bias", None) is None:
                 self.rows = model.output_weight().detach()[self.ids]
                 if torch.is_autocast_enabled(model.device.type):
                     self.rows = self.rows.to(torch.bfloat16)
@@ -130,14 +130,16 @@ class _Readout:
 
     def _restricted(self, states: Tensor, head: int) -> Tensor:
         """Logits of these tokens alone, of any head: (positions, hidden) -> (positions, s)."""
-        if self.rows is not None:
+        if head > 1 and self.own and self.model.config.sequential:
+            return self.model.sequential_head.lm_head(states)
+        if self.rows is not None and (head == 1 or not self.own):
             return F.linear(states, self.rows)
         logits = self.model.readout(states[None], head)[0]
         return logits if self.ids is None else logits[:, self.ids]
 
     def weight(self, head: int) -> Tensor:
         """The output embedding of these tokens, (s, hidden), without gradient."""
-        if self.rows is not None:
+        if self.rows is not None and (head == 1 or not self.own):
             return self.rows
         weight = self.model.output_weight(head).detach()
         return weight if self.ids is None else weight[self.ids]

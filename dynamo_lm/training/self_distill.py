@@ -145,8 +145,8 @@ class EndpointAnswerer:
         except self.errors as error:
             self.pool.shutdown(wait=False, cancel_futures=True)
             raise InputError(
-                f"The server at {self.client.base_url} gave no answer ({first_line(error)}); earlier answers are kept, so run "
-                "the same command again when it does."
+                f"The server at {self.client.base_url} gave no answer ({first_line(error)}); earlier answers are kept, so "
+                "run the same command again when it does."
             ) from error
 
     def _request(self, question: Question) -> Answer:

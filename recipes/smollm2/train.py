@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm.data.draft_tokens import draft_tokens
 from dynamo_lm.data.packing import WholeBlocks
 from dynamo_lm.data.token_store import TokenStore, build_store, digest
 from dynamo_lm.files import write_text
@@ -26,8 +26,6 @@ from dynamo_lm.training.log import Progress
 from dynamo_lm.training.options import TrainingOptions
 from dynamo_lm.training.trainer import train
 from recipes.smollm2.answer import Turn, records
-
-BATCH = 64  # conversations at a time
 
 
 def encoded(turns: list[Turn], longest: int) -> tuple[list[int], list[bool]]:
@@ -44,15 +42,10 @@ def encoded(turns: list[Turn], longest: int) -> tuple[list[int], list[bool]]:
 def store_of(prompts: Path, answers: Path, tokenizer: Any, folder: Path, longest: int) -> TokenStore:
     """The token store of these answers."""
 
-    def batches() -> Iterator[tuple[list[list[int]], list[list[bool]]]]:
-        pairs = [encoded(turns, longest) for turns in records(prompts, answers, tokenizer)]
-        pairs = [(ids, learned) for ids, learned in pairs if any(learned)]
-        for start in range(0, len(pairs), BATCH):
-            ids, learned = zip(*pairs[start : start + BATCH], strict=True)
-            yield list(ids), list(learned)
-
+    pairs = (encoded(turns, longest) for turns in records(prompts, answers, tokenizer))
+    documents = ((ids, learned) for ids, learned in pairs if any(learned))
     inputs = digest([[str(path.resolve()), path.stat().st_size] for path in (prompts, answers)] + [longest])
-    return build_store(folder, inputs, batches(), tokenizer)
+    return build_store(folder, inputs, documents, tokenizer)
 
 
 def main() -> None:
@@ -62,6 +55,8 @@ def main() -> None:
     parser.add_argument("answers", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head", default="parallel", help="parallel, or eagle3")
+    parser.add_argument("--draft-vocabulary", type=int, default=0, help="tokens that an eagle3 head drafts; 0 for all")
     parser.add_argument("--init", default="copy")
     parser.add_argument("--coupling-rank", type=int, default=0)
     parser.add_argument("--from-model", default=None, help="a trained DynaMo folder to go on from")
@@ -92,11 +87,17 @@ def main() -> None:
         model = DynaMoForCausalLM.from_base(
             arguments.base,
             arguments.heads,
+            head=arguments.head,
+            draft_vocab_size=arguments.draft_vocabulary,
             init=arguments.init,
             coupling_rank=arguments.coupling_rank,
             dtype=torch.float32,
         )
     model.freeze_base()
+    counts = blocks.learned_counts(model.output_weight().shape[0])
+    if arguments.draft_vocabulary and not arguments.from_model:
+        ids = draft_tokens(counts, arguments.draft_vocabulary, tokenizer)
+        model.sequential_head.set_draft_vocabulary(ids, model.output_weight())
     steps = arguments.steps or round(arguments.epochs * blocks.num_blocks() / arguments.batch_size)
     options = TrainingOptions(
         steps=steps,
@@ -111,8 +112,7 @@ def main() -> None:
         validate_every=arguments.validate_every,
         checkpoint_every=50,
     )
-    answer_tokens = int(blocks.learned_counts(model.output_weight().shape[0]).sum())
-    facts = {"answer_tokens": answer_tokens, "epochs": steps * arguments.batch_size / blocks.num_blocks()}
+    facts = {"answer_tokens": int(counts.sum()), "epochs": steps * arguments.batch_size / blocks.num_blocks()}
     write_text(arguments.out / "facts.json", json.dumps(facts) + "\n")
     limit = int(arguments.cache_gb * 1e9)
     features = FeatureCache(arguments.out / "features", model, blocks, limit_bytes=limit, bf16=True) if limit else None
