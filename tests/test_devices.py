@@ -160,7 +160,7 @@ def test_a_coupling_elsewhere(mode):
 MIXED = [
     {"tree": 0},
     {"tree": 6},
-    {"sample": True, "draft_temperature": 0.8},
+    {"sample": True, "temperature": 0.8},
     {"sample": True, "algorithm": Algorithm1(alpha_c=0.0, top_k=5)},
     {"verify": "off", "sample": True, "algorithm": Algorithm1(top_k=9, eps_b=0.1)},
 ]

@@ -380,7 +380,7 @@ def test_what_is_no_place_on_the_dial_is_refused(verify):
         DecodingOptions(5, 2, verify=verify)
 
 
-def test_a_draft_temperature_that_divides_by_nothing_is_refused():
-    options = DecodingOptions(5, 2, sample=True, draft_temperature=0.0)
+def test_a_temperature_that_divides_by_nothing_is_refused():
+    options = DecodingOptions(5, 2, sample=True, temperature=0.0)
     with pytest.raises(InputError, match="temperature must be above 0"):
         decode(dynamo_of("llama"), random_tokens(1, 5).tolist(), options, seeds=[0])

@@ -33,7 +33,7 @@ def test_without_a_word_off_is_the_papers_algorithm_and_strict_shapes_its_drafts
     assert off.sample and off.logits_processors == ()
     strict = resolve(model, max_new_tokens=5)
     assert strict.algorithm == Algorithm1(alpha_c=VERIFIED_ALPHA_C[0], top_k=50, temperature=1.0)
-    assert strict.sample and strict.draft_temperature == 1.0 and strict.logits_processors == ()
+    assert strict.sample and strict.temperature == 1.0 and strict.logits_processors == ()
 
 
 @pytest.mark.parametrize("verify", ["strict", 0.1, "off"])
@@ -42,7 +42,7 @@ def test_a_temperature_near_zero_is_greedy_and_leaves_the_rest_out(verify: str |
         dynamo_of("gpt_neox", 3), {"verify": verify, "temperature": 0.001, "top_k": 3, "top_p": 0.5}, max_new_tokens=5
     )
     assert not options.sample
-    assert options.logits_processors == () and options.draft_temperature == 1.0
+    assert options.logits_processors == () and options.temperature == 1.0
     assert options.algorithm.temperature == (0.7 if verify == "off" else 1.0)
 
 
@@ -50,7 +50,7 @@ def test_verified_sampling_takes_the_processors_that_the_settings_ask_for() -> N
     model = dynamo_of("gpt_neox", 3)
     asked = {"temperature": 0.5, "top_k": 2, "top_p": 1.0, "repetition_penalty": 4.0}
     options = resolve(model, asked, max_new_tokens=5)
-    assert options.draft_temperature == 0.5
+    assert options.temperature == 0.5
     logits = torch.tensor([4.0, 3.0, 2.0, 1.0])
     for processor in options.logits_processors:
         logits = processor(0, torch.tensor([0]), logits)

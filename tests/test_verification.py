@@ -105,7 +105,7 @@ def draw_and_accept(rule, runs: int) -> list[tuple[int, ...]]:
     return outcomes
 
 
-def always_accept(logits, drafts, proposals, generator, regret_budgets=()):
+def always_accept(logits, drafts, proposals, generator, regret_budgets=(), **_):
     token = int(torch.multinomial(logits[len(drafts)].softmax(-1), 1, generator=generator))
     return len(drafts), token, [0.0] * len(drafts), list(range(1, len(drafts) + 1))
 
@@ -348,3 +348,42 @@ def test_no_budget_keeps_what_the_base_cannot_say():
     assert accept_greedy(logits, [2], [1e308]).accepted == 0
     certain = (torch.tensor([2]), torch.tensor([1.0], dtype=torch.float64))
     assert accept_sampled(logits, [2], [certain], torch.Generator().manual_seed(0), [1e308]).accepted == 0
+
+
+# ---------------------------------------------------------------- regret is taken at temperature 1
+
+
+@pytest.mark.parametrize("kernels", [pytest.param(True, marks=needs_kernel), False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
+def test_a_rejected_draft_costs_what_the_base_loses_at_temperature_1(temperature, kernels):
+    logits = torch.tensor([[3.0, 1.0, -torch.inf], [0.0, 0.0, 0.0]]) / temperature
+    certain = (torch.tensor([1]), torch.tensor([1.0], dtype=torch.float64))
+
+    def accepted(budget: float, draft: int = 1):
+        generator = torch.Generator().manual_seed(2)  # its first number is 0.61: the draft is rejected
+        with patch.object(loader, "_sampler", loader._sampler if kernels else None):
+            return accept_sampled(logits, [draft], [certain], generator, [budget], temperature=temperature)
+
+    assert (accepted(2.01).accepted, accepted(1.99).accepted) == (1, 0)
+    assert accepted(2.01).costs == pytest.approx([2.0])
+
+
+@pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
+def test_generates_regret_is_the_same_unit_at_every_temperature(temperature):
+    transition = torch.tensor([[0.9, 0.1], [0.9, 0.1]])  # a draft of token 1 in place of token 0 costs log 9
+    model = markov_dynamo(transition, torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    options = {"do_sample": True, "temperature": temperature, "top_k": 0, "seed": 0, "eos_token_id": None}
+    output = model.generate(
+        torch.zeros(1, 1, dtype=torch.long), verify=1e6, max_new_tokens=60, return_dict_in_generate=True, **options
+    )
+    statistics = output.statistics[0]
+    assert statistics.unverified > 10
+    assert statistics.regret == pytest.approx(statistics.unverified * math.log(9), rel=1e-4)
+
+
+def test_no_budget_keeps_what_top_k_cuts_off_however_likely_the_base_finds_it():
+    transition = torch.tensor([[0.6, 0.4], [0.6, 0.4]])
+    model = markov_dynamo(transition, torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    options = {"do_sample": True, "temperature": 2.0, "top_k": 1, "seed": 0, "eos_token_id": None}
+    text = model.generate(torch.zeros(1, 1, dtype=torch.long), verify=1e6, max_new_tokens=20, **options)
+    assert not text.any()

@@ -7,7 +7,8 @@ every mode:
 * `verify="strict"`: the base's own next token, verified, and a draft of the following ones from the masked joint. The next
   forward, which takes them in, also yields the base's distribution after each: drafts that pass the exact rejection rule
   are accepted, and the others are dropped by not counting them in the cache.
-* `verify=B`: the same, but a rejected draft is accepted while the log-likelihood lost so far is at most B nats per token.
+* `verify=B`: the same, but a rejected draft is accepted while the log-likelihood lost so far (at temperature 1) is at most
+  B nats per token.
   Under greedy decoding drafts may be a small tree (`dynamo_lm.decoding.draft_tree`) in place of a chain, where that pays.
 * one head (`num_heads=1`): the base model, one token a step, by the same code.
 
@@ -311,7 +312,14 @@ class Batch:
         options = sequence.options
         processed = _process_logits(sequence, logits, first) if options.logits_processors else logits
         if options.sample:
-            verification = accept_sampled(processed, drafts, sequence.proposals, sequence.generator, sequence.regret_budgets)
+            verification = accept_sampled(
+                processed,
+                drafts,
+                sequence.proposals,
+                sequence.generator,
+                sequence.regret_budgets,
+                temperature=options.temperature,
+            )
         elif sequence.draft_length is None:
             verification = accept_greedy(processed, drafts, sequence.regret_budgets)
         else:
@@ -357,7 +365,7 @@ class Batch:
         room = self._room(sequence, emitted)
         if heads is None or room <= 0:
             return
-        alpha_c, temperature, table = options.algorithm.alpha_c, options.draft_temperature, self.model.cooccurrence
+        alpha_c, temperature, table = options.algorithm.alpha_c, options.temperature, self.model.cooccurrence
         how = {"alpha_c": alpha_c, "temperature": temperature}
         if sequence.draft_length is not None and (alone or options.tree is not None):
             tree = grow(

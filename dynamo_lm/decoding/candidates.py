@@ -167,7 +167,7 @@ def _groups(sequences: Sequence[SequenceState], draft_vocabulary: DraftVocabular
                 or draft_vocabulary is None
                 or algorithm.top_k >= len(draft_vocabulary.ids)
             )
-            temperature = algorithm.temperature if options.off else options.draft_temperature
+            temperature = algorithm.temperature if options.off else options.temperature
             alike.setdefault((options.off, None if whole else draft_vocabulary, algorithm.top_k, temperature), []).append(r)
     return [_Group(*how, members) for how, members in alike.items()]
 

@@ -25,14 +25,14 @@ class DecodingOptions:
 
     max_new_tokens: int
     num_heads: int  # heads used, 1..n: the ceiling on tokens per step
-    verify: str | float = "strict"  # or "off", or a budget in nats per token, of which 0 is "strict"
+    verify: str | float = "strict"  # or "off", or a budget in nats per token at temperature 1; 0 is "strict"
     sample: bool = False  # else the most likely: of the base under "strict", of the joint under "off"
     algorithm: Algorithm1 = field(default_factory=Algorithm1)  # under "off"; its alpha_c and top_k shape drafts, too
     compile: bool = (
         False  # steps of one fixed shape, compiled: one sequence, a C++ compiler on CPUs, a minute the first time
     )
     tree: int | None = None  # greedy, verified: drafts a forward carries as a tree; 0: a chain; None: measured, if exact
-    draft_temperature: float = 1.0  # under "strict" with sampling: near the temperature that the base samples at
+    temperature: float = 1.0  # verified, with sampling: what logits_processors divide by, and drafts are drawn at
     end_tokens: frozenset[int] = frozenset()
     logits_processors: tuple[
         LogitsProcessor, ...

@@ -48,6 +48,6 @@ def check_sequence(model: MultiHeadLM, prompt: Sequence[int], options: DecodingO
             'Logits processors do not apply to the joint that verify="off" draws from; set Algorithm 1\'s own knobs.'
         )
     if options.num_heads > 1 or options.off:
-        check_weighting(options.algorithm.alpha_c, options.algorithm.top_k, options.draft_temperature)
+        check_weighting(options.algorithm.alpha_c, options.algorithm.top_k, options.temperature)
         needed = options.num_heads if options.off else 1  # drafts back off to what the tables hold
         check(options.algorithm, needed, model.config.vocab_size, model.cooccurrence)

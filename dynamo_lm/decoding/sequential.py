@@ -81,7 +81,7 @@ class SequentialDrafter:
 
     def _proposal(self, row: SequenceState, state: Tensor, history: list[int]) -> tuple[Any, Any]:
         """Candidates of the next token and their probabilities, (k,) each; state: (1, 1, hidden)."""
-        algorithm, temperature = row.options.algorithm, row.options.draft_temperature
+        algorithm, temperature = row.options.algorithm, row.options.temperature
         weighted = self.model.cooccurrence is not None and algorithm.alpha_c != 0
         normed, ids = self.head.norm(state), self.ids
         if ids is not None:

@@ -102,7 +102,7 @@ def resolve(
         tree=get("tree"),
         compile=get("compile", False),
         algorithm=algorithm_of(model, *sources, verify=verify),
-        draft_temperature=temperature if sample and not off else 1.0,
+        temperature=temperature if sample and not off else 1.0,
         end_tokens=frozenset(token_ids(end_tokens)),
         logits_processors=logits_processors,
         **options,

@@ -22,7 +22,8 @@ class Statistics:
     accepted: list[int] = field(default_factory=list)  # of those, accepted
     log_likelihood: float = 0.0  # of the emitted tokens that were scored
     scored: int = 0  # emitted tokens whose base distribution was seen; the last step's drafts never are
-    regret: float = 0.0  # what unverified tokens cost: log p(the base's choice) - log p(the token), summed
+    regret: float = 0.0  # what unverified tokens cost: log p(the base's choice) - log p(the token), summed; on a budget
+    # p is after penalties and a user's own logits processors, which are part of the base then
     unverified: int = 0  # scored tokens that were emitted without verification, or in spite of it (on a budget)
     seconds: float = 0.0  # from the first forward to this sequence's end; shared by the sequences of a batch
 

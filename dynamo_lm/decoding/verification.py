@@ -5,7 +5,8 @@ if it is the base's first choice; under sampling by the rejection rule of specul
 Chen et al. 2023), after which the emitted tokens have the base's own distribution, whatever the draft was.
 
 With regret budgets a rejected draft is accepted while the log-likelihood that the base loses by it, summed over the tokens
-so far, is within the budget at its place.
+so far, is within the budget at its place. The loss is taken at temperature 1, whatever temperature is sampled at
+(docs/method.md section 8).
 """
 
 from __future__ import annotations
@@ -95,6 +96,8 @@ def accept_sampled(
     proposals: Sequence[Proposal],
     generator: torch.Generator,
     regret_budgets: Sequence[float] = (),
+    *,
+    temperature: float = 1.0,
 ) -> Verification:
     """The exact rejection rule: how many drafts are accepted, and the token after them.
 
@@ -104,10 +107,12 @@ def accept_sampled(
         proposals: the distribution that each was drawn from, given the ones before it.
         generator: one uniform number a draft looked at, and one for the token after or in place of a rejected draft.
         regret_budgets: as in `accept_greedy`.
+        temperature: what the logits were divided by.
 
     Returns:
         Without regret budgets drafts[:accepted] and token are distributed as the base's own samples. A draft that the rule
-        rejects in favour of a token x costs log p(x) - log p(draft), at least 0.
+        rejects in favour of a token x costs log p(x) - log p(draft), at least 0, with p at temperature 1; it costs infinity
+        if it cannot be sampled at all (top-k, top-p).
     """
     fast = loader.sampler_of(logits)
     costs: list[float] = []
@@ -115,6 +120,7 @@ def accept_sampled(
         line, cost = _Dense(logits[position]) if fast is None else _Compiled(logits[position], fast), 0.0
         if line.is_rejected(token, proposal, _uniform(generator)):
             own, cost = line.sample_residual(token, proposal, _uniform(generator))
+            cost *= temperature  # so many times the difference of two logits is the difference before they were divided
             if not _allowed(cost, costs, regret_budgets):
                 return Verification(position, own, costs, _chain(costs))
         costs.append(cost)

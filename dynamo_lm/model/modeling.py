@@ -287,7 +287,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             verify: "strict" (default: exactly the base model, token for token or in distribution), "off" (Algorithm 1), or a
-                budget: the nats per token that the base model's log-likelihood may lose, 0 being "strict".
+                budget: the nats per token that the base model's log-likelihood may lose at temperature 1, whatever
+                temperature is sampled at, 0 being "strict".
             num_heads: heads to use, the ceiling on tokens per step; all by default, 1 is the base model.
             eps_b, alpha_c, otsu, blur: Algorithm 1's switches; see `sampling.options.Algorithm1`. alpha_c shapes drafts
                 that are verified, too: 0.5 by default, 0.25 with a learned coupling. Under "off" top_k, temperature and
