@@ -26,9 +26,10 @@ from dynamo_lm.decoding.batch import Batch, DecodingOptions, decode
 from dynamo_lm.model.configuration import MEDUSA
 from dynamo_lm.sampling.options import Algorithm1
 from dynamo_lm.sampling.top_k import highest
-from dynamo_lm.training.loss import heads_loss, perplexities
+from dynamo_lm.training.loss import heads_loss
 from dynamo_lm.training.options import TrainingOptions
 from dynamo_lm.training.trainer import train
+from dynamo_lm.training.validation import perplexities
 
 N = 4
 PROMPTS = [random_tokens(length, seed=length).tolist() for length in (6, 9, 3, 12, 7)]

@@ -15,10 +15,10 @@ from dynamo_lm.data.packing import Blocks, WholeBlocks
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.above_stem import AboveStem
 from dynamo_lm.model.coupling import add_coupling
-from dynamo_lm.training.acceptance import Acceptance, acceptance
 from dynamo_lm.training.feature_cache import FeatureCache, stem_states
 from dynamo_lm.training.loss import heads_loss, loss_vocabulary
 from dynamo_lm.training.trainer import train
+from dynamo_lm.training.validation import Acceptance, validate
 
 BATCH = pack(*ROWS)
 DOCUMENTS = [document for row in ROWS for document in row]
@@ -223,7 +223,7 @@ def test_acceptance_is_that_of_a_loop_over_positions(coupled):
                 sampled *= float(torch.minimum(p.softmax(-1), q.softmax(-1)).sum())
                 stands[:, head - 1] += (greedy, sampled)
     expected = stands[:, 1:] / stands[:, :-1]
-    found = acceptance(model, blocks, batch_size=2, bf16=False)
+    found = validate(model, blocks, batch_size=2, bf16=False)[1]
     assert found.greedy == pytest.approx(expected[0].tolist(), rel=1e-5)
     assert found.sampled == pytest.approx(expected[1].tolist(), rel=1e-4)
 

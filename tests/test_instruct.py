@@ -31,8 +31,9 @@ from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation.judges.filter import best, scores, turns
 from dynamo_lm.training.answer_table import add_answers, answers
 from dynamo_lm.training.lora import TrunkLora
-from dynamo_lm.training.loss import heads_loss, perplexities, scored_positions, target_counts
+from dynamo_lm.training.loss import heads_loss, target_counts
 from dynamo_lm.training.self_distill import BatchAnswerer, EndpointAnswerer, distill, repeated
+from dynamo_lm.training.validation import perplexities, scored_positions
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"

@@ -29,11 +29,12 @@ from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.data.packing import Blocks
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.configuration import MEDUSA
-from dynamo_lm.training import log, loss, trainer
+from dynamo_lm.training import log, loss, trainer, validation
 from dynamo_lm.training.checkpoints import latest_checkpoint, load_checkpoint
-from dynamo_lm.training.loss import heads_loss, perplexities, target_counts
+from dynamo_lm.training.loss import heads_loss, target_counts
 from dynamo_lm.training.options import TrainingOptions
 from dynamo_lm.training.trainer import learning_rate_factor, parameter_groups, train
+from dynamo_lm.training.validation import perplexities
 
 VOCABULARY = 11
 PLAIN = TrainingOptions(steps=4, lr_b=1e-3, lr_m=1e-2, lr_mb=2.5e-4, batch_size=4, bf16=False)  # LR_MB / LR_B = 1/4
@@ -289,6 +290,7 @@ def test_a_batch_without_a_target_for_the_last_head_is_no_error():
 @pytest.mark.parametrize("learn", [True, False])
 def test_logits_exist_for_one_chunk_of_one_head_at_a_time(learn, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK", 5)
+    monkeypatch.setattr(validation, "CHUNK", 5)
     model = tiny()
     shapes, alive, most = [], weakref.WeakSet(), 0
     embedding = model.get_output_embeddings()

@@ -9,8 +9,7 @@ from itertools import count
 from pathlib import Path
 
 from dynamo_lm.files import write_text
-from dynamo_lm.training.acceptance import Acceptance
-from dynamo_lm.training.loss import Perplexities
+from dynamo_lm.training.validation import Acceptance, Perplexities
 
 
 @dataclass

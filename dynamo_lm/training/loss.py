@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
-from dynamo_lm.data.packing import IGNORED, Blocks, targets
-from dynamo_lm.errors import InputError
+from dynamo_lm.data.packing import IGNORED, targets
 from dynamo_lm.model.above_stem import AboveFeatures, AboveStem
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.training.options import TrainingOptions
@@ -264,103 +260,3 @@ def packed_mask(model: DynaMoForCausalLM, segments: Tensor) -> Tensor | dict[str
 def target_counts(tokens: Tensor, segments: Tensor, num_heads: int, responses: Tensor | None = None) -> list[int]:
     """How many positions have a target `i` ahead in the same document (and response), for i = 1..num_heads."""
     return [int((targets(tokens, segments, head, responses) != IGNORED).sum()) for head in range(1, num_heads + 1)]
-
-
-def scored_positions(tokens: Tensor, segments: Tensor, num_heads: int, responses: Tensor | None = None) -> Tensor:
-    """Where every head has a target: bool (batch, length)."""
-    each = [targets(tokens, segments, head, responses) != IGNORED for head in range(1, num_heads + 1)]
-    return torch.stack(each).all(0)
-
-
-@dataclass(frozen=True)
-class Perplexities:
-    """Multi-token perplexities over the same positions: those with all n targets (method.md section 5)."""
-
-    heads: tuple[float, ...]  # PPL_1 .. PPL_n
-    joint: tuple[float, ...]  # PPL_1:1 .. PPL_1:n, the product of heads as the joint, per token
-    top1: tuple[float, ...]  # share of the targets that are head i's most likely token
-    coupled: tuple[float, ...] = ()  # PPL_2|1 .. PPL_n|n-1: heads 2..n given the true token one place before
-    coupled_top1: tuple[float, ...] = ()
-
-    @property
-    def coupled_joint(self) -> float:
-        """PPL_1:n per token with the coupled heads as a chain."""
-        chain = (self.heads[0], *self.coupled)
-        return math.exp(sum(map(math.log, chain)) / len(chain))
-
-    def __str__(self) -> str:
-        n = len(self.joint)
-        said = [f"PPL_{i} {p:.2f}" for i, p in enumerate(self.heads, start=1)] + [f"PPL_1:{n} {self.joint[-1]:.2f}"]
-        if self.coupled:
-            said += [f"PPL_{i}|{i - 1} {p:.2f}" for i, p in enumerate(self.coupled, start=2)]
-            said += [f"coupled PPL_1:{n} {self.coupled_joint:.2f}"]
-        return "  ".join(said)
-
-
-@torch.no_grad()
-def visit_scored(
-    model: DynaMoForCausalLM,
-    blocks: Blocks,
-    visit: Callable[[Tensor, Tensor, list[Tensor]], None],
-    *,
-    batch_size: int,
-    bf16: bool,
-    limit: int,
-) -> None:
-    """Show `visit` the positions of the first `limit` blocks where all n targets exist in the same document and, in
-    conversations, all are of the response.
-
-    Args:
-        visit: called for at most `CHUNK` positions at a time with the final hidden states of a batch, (n, all positions,
-            hidden), the chosen positions, (positions,), and by head the labels of all positions, (all positions,).
-
-    Raises:
-        InputError: there is no such position.
-    """
-    was_training, n, device, found = model.training, model.num_heads, model.device, False
-    model.eval()
-    total = min(limit, blocks.num_blocks(0))
-    for start in range(0, total, batch_size):
-        batch = {name: value.to(device) for name, value in blocks.rows(range(start, min(start + batch_size, total))).items()}
-        tokens, segments, positions = (batch[name] for name in ("tokens", "segments", "positions"))
-        places = scored_positions(tokens, segments, n, batch.get("responses")).flatten().nonzero()[:, 0]
-        labels = [targets(tokens, segments, head).flatten() for head in range(1, n + 1)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            states = packed_hidden(model, tokens, segments, positions).flatten(1, 2)
-            for chunk in places.split(CHUNK) if len(places) else ():
-                found = True
-                visit(states, chunk, labels)
-    model.train(was_training)
-    if not found:
-        raise InputError("The validation text has no document with as many tokens as the model has heads.")
-
-
-def perplexities(model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, bf16: bool, limit: int = 64) -> Perplexities:
-    """PPL_1..PPL_n and PPL_1:1..PPL_1:n on the first `limit` blocks, and PPL_i|i-1 of a model with a coupling.
-
-    Comparable between models with the same tokenizer, heads and blocks: every head is scored at the positions of
-    `visit_scored`.
-    """
-    n = model.num_heads
-    lines = n if model.coupling is None else 2 * n - 1  # as in heads_loss
-    sums, hits, count = torch.zeros(lines, dtype=torch.float64), torch.zeros(lines, dtype=torch.float64), 0
-
-    def score(line: int, logits: Tensor, labels: Tensor) -> None:
-        sums[line] += F.cross_entropy(logits, labels, reduction="sum").double().cpu()
-        hits[line] += (logits.argmax(-1) == labels).sum().cpu()
-
-    def visit(states: Tensor, places: Tensor, labels: list[Tensor]) -> None:
-        nonlocal count
-        count += len(places)
-        for head in range(1, n + 1):
-            own, wanted = states[head - 1, places], labels[head - 1][places]
-            logits = model.readout(own[None], head)[0].float()
-            score(head - 1, logits, wanted)
-            if model.coupling is not None and head > 1:
-                score(n + head - 2, coupled_logits(model, head, own, labels[head - 2][places], logits), wanted)
-
-    visit_scored(model, blocks, visit, batch_size=batch_size, bf16=bf16, limit=limit)
-    means, shares = sums / count, (hits / count).tolist()
-    joint = means[:n].cumsum(0) / torch.arange(1, n + 1)
-    ppl = means.exp().tolist()
-    return Perplexities(tuple(ppl[:n]), tuple(joint.exp().tolist()), tuple(shares[:n]), tuple(ppl[n:]), tuple(shares[n:]))

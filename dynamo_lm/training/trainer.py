@@ -24,12 +24,12 @@ from torch import Tensor
 from dynamo_lm.data.packing import Blocks
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.modeling import DynaMoForCausalLM
-from dynamo_lm.training.acceptance import acceptance
 from dynamo_lm.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from dynamo_lm.training.feature_cache import FeatureCache
 from dynamo_lm.training.log import Progress, _Log
-from dynamo_lm.training.loss import Perplexities, heads_loss, loss_vocabulary, perplexities, target_counts
+from dynamo_lm.training.loss import heads_loss, loss_vocabulary, target_counts
 from dynamo_lm.training.options import TrainingOptions
+from dynamo_lm.training.validation import Perplexities, validate
 
 logger = logging.getLogger(__name__)
 
@@ -153,8 +153,7 @@ def train(
             done = step + 1 == options.steps
             if validation is not None and (done or (step + 1) % options.validate_every == 0):
                 size = max(1, options.batch_size // options.accumulation)
-                last = perplexities(model, validation, batch_size=size, bf16=options.bf16)
-                accepted = acceptance(model, validation, batch_size=size, bf16=options.bf16) if n > 1 else None
+                last, accepted = validate(model, validation, batch_size=size, bf16=options.bf16)
                 _train_mode(model, options)
                 progress = replace(progress, validation=last, acceptance=accepted)
             log.write(progress, factor)
