@@ -3,9 +3,10 @@
     python -m benchmarks.smollm2 models/smollm2-135m-instruct ../shared/data results/smollm2 [--prompts 24]
 
 Greedy and sampled at temperature 1, verified strictly, chains of drafts, on the six groups of Spec-Bench, on HumanEval,
-GSM8K and on Dolly prompts that are in no training line (`recipes.smollm2.prompts` writes them). First turns only; 128 new
-tokens. Tokens per step are all tokens over all steps; the interval is a bootstrap over prompts. No time is measured:
-prompts run in batches. Finished configurations stay in the results file, so that a stopped run goes on.
+GSM8K and on Dolly prompts that are in no training line (`recipes.smollm2.prompts` writes them). `--contexts` adds
+questions about passages of novels that long; novels are not trained on, either. First turns only; 128 new tokens. Tokens
+per step are all tokens over all steps; the interval is a bootstrap over prompts. No time is measured: prompts run in
+batches. Finished configurations stay in the results file, so that a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ SPEC_GROUPS = {
     "math_reasoning": "math",
     "rag": "rag",
 }
-LONGEST = 2048  # tokens of a prompt; longer ones keep their end
+LONGEST = 8064  # tokens of a prompt; longer ones keep their end
+ROOM = 64  # tokens of a prompt beside its passage
 REDRAWS = 2000
 
 
@@ -52,6 +54,18 @@ def groups(data: Path, held_out: Path, count: int) -> dict[str, list[str]]:
     found["human_eval"] = ["Complete this Python function.\n\n" + record["prompt"] for record in code]
     found["dolly_held_out"] = [record["prompt"] for record in json_lines(held_out)]
     return {name: prompts[:count] if name != "mt_bench" else prompts for name, prompts in found.items()}
+
+
+def contexts(data: Path, tokenizer: Any, lengths: list[int], count: int) -> dict[str, list[str]]:
+    """Prompts of so many tokens by group: passages of novels, with a question that is answered from them."""
+    novels = sorted((data / "novels").glob("*.txt"))[:count]
+    found: dict[str, list[str]] = {f"context_{length}": [] for length in lengths}
+    for novel in novels:
+        ids = tokenizer(novel.read_text(encoding="utf-8", errors="ignore")[20_000:80_000])["input_ids"]
+        for length in lengths:
+            passage = tokenizer.decode(ids[: length - ROOM])
+            found[f"context_{length}"].append(f"{passage}\n\nDescribe in detail what happens in this passage.")
+    return found
 
 
 def run(
@@ -113,6 +127,8 @@ def main() -> None:
     parser.add_argument("--base", default=None)
     parser.add_argument("--held-out", type=Path, default=Path("runs/smollm2/heldout.jsonl"))
     parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--contexts", type=int, nargs="*", default=[], help="tokens of prompts behind passages of novels")
+    parser.add_argument("--label", default="", help="before the names of the columns, such as 'eagle3 '")
     parser.add_argument("--only", nargs="*", default=None, help="groups")
     parser.add_argument("--heads", type=int, nargs="*", default=[4])
     parser.add_argument("--temperatures", type=float, nargs="*", default=[0.0, 1.0])
@@ -127,6 +143,7 @@ def main() -> None:
     file = arguments.out / "tokens_per_step.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"new_tokens": NEW_TOKENS, "runs": {}}
     prompts = groups(arguments.data, arguments.held_out, arguments.prompts)
+    prompts |= contexts(arguments.data, tokenizer, arguments.contexts, arguments.prompts)
     parts = {"": (model.coupling, model.cooccurrence)}
     if arguments.plain:
         parts |= {" heads alone": (None, None)}
@@ -136,7 +153,7 @@ def main() -> None:
         for label, (model.coupling, model.cooccurrence) in parts.items():
             for num_heads in arguments.heads:
                 for temperature in arguments.temperatures:
-                    name = f"n={num_heads} T={temperature:g}{label}"
+                    name = f"{arguments.label}n={num_heads} T={temperature:g}{label}"
                     if group in results["runs"].setdefault(name, {}):
                         continue
                     model.runtime = type(model.runtime)()
