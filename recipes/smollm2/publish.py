@@ -29,12 +29,14 @@ def learned_tokens(run: Path) -> str:
     return f"{facts['answer_tokens']:,} tokens of answers, {facts['epochs']:.1f} times"
 
 
-def acceptance_table() -> str:
-    """Tokens per step by group, in Markdown."""
+def acceptance_table(label: str) -> str:
+    """Tokens per step by group, in Markdown; label: of the columns, as benchmarks.smollm2 names them."""
     if not RESULTS.exists():
         return "Not measured yet."
     runs: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]
-    names = [name for name in runs if name in ("n=4 T=0", "n=4 T=1")]
+    names = [name for name in (f"{label}n=4 T=0", f"{label}n=4 T=1") if name in runs]
+    if not names:
+        return "Not measured yet."
     lines = ["| prompts | greedy | temperature 1 |", "|---|---|---|"]
     for group in runs[names[0]]:
         cells = [runs[name].get(group) for name in names]
@@ -42,12 +44,47 @@ def acceptance_table() -> str:
             f"{c['tokens_per_step']:.2f} ({c['interval_95'][0]:.2f} to {c['interval_95'][1]:.2f})" if c else ""
             for c in cells
         ]
-        lines.append(f"| {group} | " + " | ".join(texts) + " |")
+        count = runs[names[0]][group]["prompts"]
+        lines.append(f"| {group}, {count} prompts | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
-def card(model: DynaMoForCausalLM, run: Path) -> str:
-    """The model card."""
+PARALLEL = """# DynaMo heads for SmolLM2-135M-Instruct
+
+{count} extra token heads beside the last decoder layer, {more} more parameters than the base. With
+`verify="strict"` the text is the base's own, in fewer forward passes.
+
+## Use
+
+```
+make chat
+```
+
+or `DynaMoForCausalLM.from_pretrained("{folder}")`, with the base that
+`python -m recipes.smollm2.base` makes."""
+SEQUENTIAL = """# EAGLE-3 head for SmolLM2-135M-Instruct
+
+One sequential head that drafts {count} tokens, {more} more parameters than the base. It drafts {listed:,} of the base's
+tokens. With `verify="strict"` the text is the base's own, in fewer forward passes.
+
+## Use
+
+`DynaMoForCausalLM.from_pretrained("{folder}")`, with the base that
+`python -m recipes.smollm2.base` makes. For llama.cpp, vLLM and SGLang see `dynamo-lm export`
+(docs/serving-elsewhere.md)."""
+
+
+def card(model: DynaMoForCausalLM, run: Path, folder: Path) -> str:
+    """The model card of the heads in `folder`."""
+    sequential = model.config.sequential
+    what = (SEQUENTIAL if sequential else PARALLEL).format(
+        count=model.num_heads - 1,
+        more=f"{model.overhead():.1%}",
+        folder=folder,
+        listed=model.config.draft_vocab_size or model.output_weight().shape[0],
+    )
+    loss = "the divergence" if sequential else "0.9 of the divergence"
+    rest = "" if sequential else " and 0.1 of the log-likelihood"
     return f"""---
 library_name: dynamo-lm
 pipeline_tag: text-generation
@@ -56,19 +93,7 @@ base_model: {HUB_ID}
 tags: [dynamo, multi-token-prediction, speculative-decoding]
 ---
 
-# DynaMo heads for SmolLM2-135M-Instruct
-
-{model.num_heads - 1} extra token heads beside the last decoder layer, {model.overhead():.1%} more parameters than
-the base. With `verify="strict"` the text is the base's own, in fewer forward passes.
-
-## Use
-
-```
-make chat
-```
-
-or `DynaMoForCausalLM.from_pretrained("models/smollm2-135m-instruct")`, with the base that `python -m
-recipes.smollm2.base` makes. The heads were trained beside the base's Q4_1 weights. Beside the hub's bfloat16
+{what} The heads were trained beside the base's Q4_1 weights. Beside the hub's bfloat16
 weights they need `allow_base_mismatch=True`, and fewer drafts are accepted.
 
 ## Training
@@ -77,15 +102,15 @@ On {learned_tokens(run)}.
 The base wrote the answers itself, greedily and at temperatures 0.7 and 1. The questions
 are Databricks Dolly's (CC-BY-SA-3.0), passages of public-domain fairy-tale books and templates of this project. No
 benchmark prompt is among them: prompts that share 13 words in a row with one were left out
-(`recipes/smollm2/prompts.py`). The base stayed frozen. The loss is 0.9 divergence from the base's own distribution
-and 0.1 log-likelihood (`recipes/smollm2/train.py`), on two CPU cores.
+(`recipes/smollm2/prompts.py`). The base stayed frozen. The loss is {loss} from the base's own distribution{rest}
+(`recipes/smollm2/train.py`). Two CPU cores trained it.
 
 ## Tokens per step
 
 Strict, chains of {model.num_heads - 1} drafts, first turns, 128 new tokens, bfloat16; 95 % intervals by prompt
 (`python -m benchmarks.smollm2`).
 
-{acceptance_table()}
+{acceptance_table("eagle3 " if sequential else "")}
 
 ## Limits
 
@@ -110,7 +135,7 @@ def main() -> None:
     config |= {"base_name_or_path": BASE, "base_hub_id": HUB_ID, "base_path": None}
     config["base_config"]["_name_or_path"] = HUB_ID
     write_text(file, json.dumps(config, indent=2) + "\n")
-    write_text(target / "README.md", card(model, run))
+    write_text(target / "README.md", card(model, run, target))
     size = sum(path.stat().st_size for path in target.iterdir())
     print(f"{target}: {size / 1e6:.1f} MB")
 
