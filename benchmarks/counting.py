@@ -94,17 +94,17 @@ def main() -> None:
             texts[name] = {"documents": len(store), "tokens": store.num_tokens, "vocab_size": VOCABULARY[name]}
             texts[name] |= {"tokenized_per_second": round(rate)}
 
-        found: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+        runs_of: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
         settings = list(itertools.product(arguments.tokenizers, arguments.orders, arguments.threads))
         for repetition, setting in itertools.product(range(arguments.repetitions), settings):
             print(f"repetition {repetition + 1}: {setting}", file=sys.stderr)
             command = [sys.executable, "-m", "benchmarks.counting", "--tokens", str(folder), "--one", *map(str, setting)]
             command += ["--memory-mb", str(arguments.memory_mb)]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-            found.setdefault(setting, []).append(json.loads(output))
+            runs_of.setdefault(setting, []).append(json.loads(output))
 
     counts = []
-    for (name, order, threads), runs in found.items():
+    for (name, order, threads), runs in runs_of.items():
         tokens = texts[name]["tokens"]
         row = {"tokenizer": name, "order": order, "threads": threads}
         row["tokens_per_second"] = _rounded(tokens / run["seconds"] for run in runs)

@@ -1,9 +1,9 @@
 """Heads alone, counted mask, learned coupling, both: `python -m benchmarks.coupling --model .. > results/coupling.json`.
 
-Four kinds of draft on the same weights, over the dial: "no coupling" is the same model with its coupling taken out. Counts
+Four kinds of draft on the same weights, at several settings: "no coupling" is the same model without its coupling. Counts
 tokens and forwards, which do not depend on the machine. Without verification likelier text may only be duller text: read
 log-likelihood beside distinct bigrams, and both at equal tokens per step. `held_out` scores the drafts' distributions
-where nothing is decoded: on true texts, behind true tokens.
+where nothing is decoded: on true texts, after true tokens.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ EPS_B = (0.7, 0.5, 0.3, 0.1)
 
 
 def settings(num_heads: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The places on the dial: names and arguments of `generate`."""
+    """The settings compared: names and arguments of `generate`."""
     for n in range(2, num_heads + 1):
         yield f"strict, greedy, n={n}, chain", {"verify": "strict", "num_heads": n, "tree": 0}
     for tree in (7, 15):
@@ -112,7 +112,7 @@ class Run:
 
 @torch.inference_mode()
 def held_out(model: DynaMoForCausalLM, store: TokenStore, texts: int) -> dict[str, Any]:
-    """The drafts' distributions on texts held out from training, behind true tokens, where head i has the true token.
+    """The drafts' distributions on texts held out from training, after true tokens, where head i has the true token.
 
     Returns:
         Per draft and head 2..n: nats per token (of q mixed with 1 % of the uniform), the share of positions at which the
@@ -122,7 +122,7 @@ def held_out(model: DynaMoForCausalLM, store: TokenStore, texts: int) -> dict[st
     """
     extra = range(model.num_heads - 1)
     sums = {draft: {name: [0.0 for _ in extra] for name in ("nats", "top_1", "overlap")} for draft in DRAFTS}
-    found, positions = [0 for _ in extra], 0
+    in_top_k, positions = [0 for _ in extra], 0
     learned, weights = model.coupling, [model.output_weight(head) for head in range(2, model.num_heads + 1)]
     for index in store.split(0.01, seed=0)[1][:texts].tolist():
         tokens = torch.from_numpy(store.document(index).astype("int64"))[: model.config.max_context]
@@ -138,7 +138,7 @@ def held_out(model: DynaMoForCausalLM, store: TokenStore, texts: int) -> dict[st
             positions += 1
             for i in extra:
                 hit = (heads.ids[i] == true[i + 1]).nonzero()[0]
-                found[i] += len(hit)
+                in_top_k[i] += len(hit)
                 p = base[at + 1 + i, heads.ids[i]].numpy()
                 for draft, row in sums.items():
                     coupling = pairwise if draft.coupled else None
@@ -150,10 +150,10 @@ def held_out(model: DynaMoForCausalLM, store: TokenStore, texts: int) -> dict[st
     return {
         "texts": texts,
         "positions": positions,
-        "in_top_k": [count / positions for count in found],
+        "in_top_k": [count / positions for count in in_top_k],
         "drafts": {
             draft.name: {
-                name: [value / (positions if name == "overlap" else count) for value, count in zip(row, found, strict=True)]
+                name: [v / (positions if name == "overlap" else count) for v, count in zip(row, in_top_k, strict=True)]
                 for name, row in rows.items()
             }
             for draft, rows in sums.items()
@@ -175,8 +175,8 @@ def main() -> None:
     coupling = model.coupling
     lines = PROMPTS.read_text().splitlines()[: arguments.prompts]
     run = Run(model, tokenizer, lines, arguments.new_tokens, arguments.seeds)
-    truth, one = run({"verify": "strict", "num_heads": 1})
-    rows = [{"draft": "none", "setting": "one token, greedy", **one}]
+    truth, one_token = run({"verify": "strict", "num_heads": 1})
+    rows = [{"draft": "none", "setting": "one token, greedy", **one_token}]
     rows.append({"draft": "none", "setting": "one token, sampled", **run({"num_heads": 1, "do_sample": True})[1]})
     off = {"verify": "off", "num_heads": 1, "do_sample": True}  # temperature 0.7 and penalty 1.1, as Algorithm 1 has them
     rows.append({"draft": "none", "setting": "one token, off", **run(off)[1]})

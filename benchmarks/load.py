@@ -34,7 +34,7 @@ LENGTHS = (16, 32, 48, 64)  # new tokens of an answer
 
 
 def plan(model: str) -> dict[str, Any]:
-    """Prompts with what the model writes behind them, one at a time and offline."""
+    """Prompts with the model's continuations, one at a time and offline."""
     network, tokenizer = open_for_evaluation(model, tokenizer=None, dtype="float32", device="cpu")
     texts = []
     for number, prompt in enumerate(PROMPTS.read_text().splitlines()):
@@ -61,13 +61,13 @@ class Server:
 
     def numbers(self) -> dict[str, float]:
         """The server's metrics, labels summed up."""
-        found: dict[str, float] = {}
+        totals: dict[str, float] = {}
         with urllib.request.urlopen(f"{self.url}/metrics") as answer:
             for line in answer.read().decode().splitlines():
                 if not line.startswith("#"):
                     name, value = line.split()
-                    found[name.partition("{")[0]] = found.get(name.partition("{")[0], 0.0) + float(value)
-        return found
+                    totals[name.partition("{")[0]] = totals.get(name.partition("{")[0], 0.0) + float(value)
+        return totals
 
     def megabytes(self) -> float:
         """Resident memory."""
@@ -96,13 +96,13 @@ def throughput(server: Server, number: int, seconds: float, folder: Path) -> dic
     time.sleep(seconds * 0.1)
     before, began = server.numbers(), time.perf_counter()
     time.sleep(seconds * 0.7)
-    after, spent = server.numbers(), time.perf_counter() - began
+    after, elapsed = server.numbers(), time.perf_counter() - began
     running.wait()
     gained = {key: after[f"dynamo_{key}_total"] - before[f"dynamo_{key}_total"] for key in ("tokens", "steps", "forwards")}
     return {
         "clients": number,
-        "seconds": round(spent, 1),
-        "tokens_per_second": round(gained["tokens"] / spent, 1),
+        "seconds": round(elapsed, 1),
+        "tokens_per_second": round(gained["tokens"] / elapsed, 1),
         "tokens_per_step": round(gained["tokens"] / gained["steps"], 3),
         "texts_per_forward": round(gained["steps"] / gained["forwards"], 2),
         **json.loads((folder / "report.json").read_text()),
@@ -179,7 +179,7 @@ def main() -> None:
         server = Server([options.model, "--dtype", "float32", *limits], folder / "server.log")
         try:
             short = max(8.0, options.seconds / 10)
-            one = throughput(server, 1, short, folder)
+            single = throughput(server, 1, short, folder)
             many = throughput(server, options.batch, short, folder)
             rush = overload(server, options.clients, options.seconds, folder)
         finally:
@@ -189,8 +189,8 @@ def main() -> None:
         "versions": versions() | generator,
         "machine": machine(torch.device("cpu")),
         "settings": vars(options),
-        "throughput": {"one": one, "batch": many},
-        "ratio": round(many["tokens_per_second"] / one["tokens_per_second"], 2),
+        "throughput": {"one": single, "batch": many},
+        "ratio": round(many["tokens_per_second"] / single["tokens_per_second"], 2),
         "overload": rush,
     }
     print(json.dumps(record, indent=1))

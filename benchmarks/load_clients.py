@@ -116,6 +116,6 @@ def report(environment, **kwargs):
         for (name, _), entry in environment.stats.entries.items()
     }
     errors = {f"{error.name}: {error.error}": error.occurrences for error in environment.stats.errors.values()}
-    found = {"counts": dict(counts), "wrong": wrong[:5], "latency": latency, "errors": errors}
-    found["locust"] = {"requests": total.num_requests, "failures": total.num_failures, "per_second": total.total_rps}
-    Path(os.environ["LOAD_REPORT"]).write_text(json.dumps(found))
+    report = {"counts": dict(counts), "wrong": wrong[:5], "latency": latency, "errors": errors}
+    report["locust"] = {"requests": total.num_requests, "failures": total.num_failures, "per_second": total.total_rps}
+    Path(os.environ["LOAD_REPORT"]).write_text(json.dumps(report))

@@ -73,12 +73,12 @@ def measure(shape: tuple[int, int], dtype: torch.dtype, repetitions: int) -> lis
                     way(weight, x)
                 if repetition:  # the first one warms up
                     seconds.setdefault((rows, name), []).append((time.perf_counter() - began) / len(weights))
-    one = seconds[1, "plain"]
-    found = []
+    plain = seconds[1, "plain"]
+    lines = []
     for rows in ROWS:
-        ratios = {name: [a / b for a, b in zip(seconds[rows, name], one, strict=True)] for name in ways}
-        found.append({"rows": rows} | {name: round(statistics.median(values), 2) for name, values in ratios.items()})
-    return found
+        ratios = {name: [a / b for a, b in zip(seconds[rows, name], plain, strict=True)] for name in ways}
+        lines.append({"rows": rows} | {name: round(statistics.median(values), 2) for name, values in ratios.items()})
+    return lines
 
 
 def main() -> None:

@@ -45,15 +45,15 @@ REDRAWS = 2000
 def groups(data: Path, held_out: Path, count: int) -> dict[str, list[str]]:
     """Prompts by group, the first `count` of each."""
     bench = data / "bench"
-    found: dict[str, list[str]] = {"mt_bench": [record["turns"][0] for record in json_lines(bench / "mt_bench.jsonl")]}
+    prompts: dict[str, list[str]] = {"mt_bench": [record["turns"][0] for record in json_lines(bench / "mt_bench.jsonl")]}
     for record in json_lines(bench / "spec_bench.jsonl"):
         if record["category"] in SPEC_GROUPS:
-            found.setdefault(SPEC_GROUPS[record["category"]], []).append(record["turns"][0])
-    found["gsm8k"] = [record["question"] for record in json_lines(bench / "gsm8k_test.jsonl")]
+            prompts.setdefault(SPEC_GROUPS[record["category"]], []).append(record["turns"][0])
+    prompts["gsm8k"] = [record["question"] for record in json_lines(bench / "gsm8k_test.jsonl")]
     code = json_lines(bench / "HumanEval.jsonl.gz")
-    found["human_eval"] = ["Complete this Python function.\n\n" + record["prompt"] for record in code]
-    found["dolly_held_out"] = [record["prompt"] for record in json_lines(held_out)]
-    return {name: prompts[:count] if name != "mt_bench" else prompts for name, prompts in found.items()}
+    prompts["human_eval"] = ["Complete this Python function.\n\n" + record["prompt"] for record in code]
+    prompts["dolly_held_out"] = [record["prompt"] for record in json_lines(held_out)]
+    return {name: lines[:count] if name != "mt_bench" else lines for name, lines in prompts.items()}
 
 
 def contexts(data: Path, tokenizer: Any, lengths: list[int], count: int) -> dict[str, list[str]]:

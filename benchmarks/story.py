@@ -1,4 +1,4 @@
-"""Tokens per step and quality of the bundled model over the dial: `python -m benchmarks.story > results/story.json`.
+"""Tokens per step and quality of the bundled model at several settings: `python -m benchmarks.story > results/story.json`.
 
 Story openings that are in no training text. Counts tokens and forwards, which do not depend on
 the machine; for seconds see `dynamo-lm demo`.

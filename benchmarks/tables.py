@@ -155,7 +155,7 @@ def shares_table(profiles: dict[str, dict[str, Any]]) -> str:
 
 
 def quality_table(results: dict[str, Any], dials: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9)) -> str:
-    """What the text is worth at some settings of the dial: both win rates of the paper's method, and strict sampling."""
+    """Quality of the text at some settings: both win rates of the paper's method, and strict sampling."""
     lines = [
         f"| `eps_b` | tokens per step (of {results['ceiling']}) | speed-up | win rate, base as it is "
         "| win rate, base at the same diversity | that temperature |",

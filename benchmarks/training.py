@@ -16,7 +16,7 @@ other programs slow parts at random it scatters, beyond 1 too; `share_of_least`,
 repetition, is the one to believe there. The optimizer (clipping, AdamW, clearing) and the making of a batch are timed
 beside it; `share_of_all` counts them, too.
 
-Memory: bytes of live tensors, seen at every operation (workspace inside one is not), parameters not counted.
+Memory: bytes of live tensors, calls at every operation (workspace inside one is not), parameters not counted.
 `vocabulary_wide` is what has one entry per token of the vocabulary: logits, log-softmax, their gradients. `loss` is the
 peak while losses are taken on stored hidden states, without those states and their gradients. `all_logits` is what the
 float32 logits of all heads and positions alone would take. Here the base learns, so that head 1 has a loss.
@@ -92,15 +92,15 @@ class Step:
 
     def _store(self) -> None:
         """What the parts start from: the last layer's inputs, the heads' final states, a gradient for them."""
-        seen: list[tuple[tuple, dict]] = []
+        calls: list[tuple[tuple, dict]] = []
         hook = self.model.last_layer.register_forward_hook(
-            lambda module, args, kwargs, output: seen.append((args, kwargs)), with_kwargs=True
+            lambda module, args, kwargs, output: calls.append((args, kwargs)), with_kwargs=True
         )
         with torch.no_grad(), self.autocast:
             self.model.body(**self.inputs)
             hook.remove()
             self.states = self.model.hidden(**self.inputs)[1:]  # (n - 1, batch, length, hidden)
-        (self.args, self.kwargs), *_ = seen
+        (self.args, self.kwargs), *_ = calls
         self.gradient = torch.randn_like(self.states) * 1e-3
         self.labels = [targets(self.batch["tokens"], self.batch["segments"], i + 2) for i in range(len(self.states))]
 
@@ -145,7 +145,7 @@ class Step:
 
 PARTS: dict[str, Callable[[Step], None]] = {
     "step": Step.step,
-    "optimizer": Step.optimize,  # behind a step, whose gradients it uses
+    "optimizer": Step.optimize,  # after a step, whose gradients it uses
     "batch": Step.make_batch,
     "trunk": Step.trunk,
     "heads": Step.heads,
@@ -259,7 +259,7 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(bundled())
         store = tokenize([str(DATA / "stories" / "tinystories.jsonl")], tokenizer, folder, limit_tokens=200_000)
         blocks = Blocks(store, store.split(0.0, 0)[0], arguments.block_size, seed=0)
-        found = {
+        facts = {
             "versions": versions(),
             "machine": machine(torch.device("cpu")),
             "batch_size": arguments.batch_size,
@@ -271,7 +271,7 @@ def main() -> None:
             "speed": speed(blocks, arguments.batch_size, arguments.repetitions, arguments.bf16),
             "load_average": round(os.getloadavg()[1], 2),
         }
-    print(json.dumps(found, indent=1))
+    print(json.dumps(facts, indent=1))
 
 
 def _rounded(values: Any) -> dict[str, float]:

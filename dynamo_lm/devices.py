@@ -8,7 +8,7 @@ from torch import Tensor
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on a device, without waiting for what is queued there: when the call returns, CUDA has read what
-    lies in ordinary memory. Nobody promises that of Apple's GPUs, nor of the way back, so these wait."""
+    lies in ordinary memory. That is not documented for Apple's GPUs, nor for the way back, so these wait."""
     return tensor.to(device, non_blocking=tensor.is_cpu and device.type != "mps")
 
 

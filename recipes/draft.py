@@ -72,8 +72,8 @@ def main() -> None:
 
     def report(progress: Progress) -> None:
         if progress.step % 50 == 0 or progress.validation:
-            said = f"step {progress.step} loss {progress.losses[0]:.3f} {progress.tokens_per_second:.0f} tok/s"
-            print(said, progress.validation or "", flush=True)
+            line = f"step {progress.step} loss {progress.losses[0]:.3f} {progress.tokens_per_second:.0f} tok/s"
+            print(line, progress.validation or "", flush=True)
 
     model = untrained(len(tokenizer), arguments.layers, arguments.hidden)
     validation = Blocks(store, held_out, 256, seed=0, shuffle=False)

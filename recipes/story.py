@@ -73,7 +73,7 @@ def untrained(vocab_size: int, num_heads: int) -> DynaMoForCausalLM:
 
 
 class Curriculum:
-    """Blocks of one corpus up to a step, of another behind it; still a function of the step alone."""
+    """Blocks of one corpus up to a step, of another after it; still a function of the step alone."""
 
     def __init__(self, first: Blocks, then: Blocks, switch: int):
         self.first, self.then, self.switch = first, then, switch

@@ -46,7 +46,7 @@ def test_without_a_judge_there_are_speeds_and_a_second_run_writes_nothing_new(as
     assert (tmp_path / "out" / "completion-mine.texts.jsonl").read_bytes() == texts
     assert again["methods"] == found["methods"]
     Run(capfd)("report", tmp_path / "out")
-    assert "No judge was asked" in (tmp_path / "out" / "report.md").read_text()
+    assert "No judge was used" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_a_judge_that_answers_garbage_is_reported_as_useless(ask, serve, monkeypatch, capfd, tmp_path):  # noqa: F811

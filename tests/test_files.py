@@ -140,7 +140,7 @@ def test_the_model_card_names_the_heads_the_base_and_the_tables(tmp_path):
 def test_the_model_card_names_a_coupling_and_heads_of_the_medusa_kind(tmp_path):
     model_on_disk(tmp_path, **MEDUSA, coupling_rank=4).save_pretrained(tmp_path / "model", weights="heads")
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "2 extra token heads of the Medusa kind, behind the last" in card
+    assert "2 extra token heads of the Medusa kind, after the last" in card
     assert "a learned coupling of rank 4 (" in card
 
 

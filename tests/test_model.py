@@ -212,7 +212,7 @@ def test_fewer_heads_can_be_asked_for_but_not_more():
     assert torch.equal(model.hidden(TOKENS, num_heads=2), model.hidden(TOKENS)[:2])
     assert model.hidden(TOKENS, num_heads=1).shape == (1, 2, 20, 32)
     for wrong in (0, 4):
-        with pytest.raises(InputError, match=f"{wrong} heads were asked of a model that has 3"):
+        with pytest.raises(InputError, match=f"{wrong} heads were requested of a model that has 3"):
             model.hidden(TOKENS, num_heads=wrong)
 
 

@@ -547,4 +547,4 @@ def test_a_run_without_a_judge_is_shown_without_win_rates(story, tmp_path):
             point["plain"] = point["matched"] = None
     file.write_text(json.dumps(entry))
     page = render.markdown(assemble.assemble(tmp_path))
-    assert "No judge was asked" in page and "useless" not in page and "win rate, matched" not in page
+    assert "No judge was used" in page and "useless" not in page and "win rate, matched" not in page

@@ -279,7 +279,7 @@ def test_scanning_children_finds_what_searching_finds(case) -> None:
     ids = HeadCandidates.top(logits, options.top_k, 1.0).ids
     rows = ids[0]
     for order in range(2, table.order + 1):
-        found = table.lookup.seen(rows, ids[order - 1], order)
+        found = table.lookup.children(rows, ids[order - 1], order)
         searched = table.lookup._search(rows, ids[order - 1], order)
         assert sorted(zip(*map(np.ndarray.tolist, found), strict=True)) == list(
             zip(*map(np.ndarray.tolist, searched), strict=True)

@@ -71,21 +71,21 @@ class AttentionMaskBuilder:
             a dictionary of them by layer type where the configuration lists layer types.
         """
         distance = queries[:, :, None] - keys[:, None, :]  # (batch, q, k)
-        seen, start = distance >= 0, keys.new_zeros(1, 1, 1)  # start: where the query's document does, (batch, q, 1)
+        allowed, start = distance >= 0, keys.new_zeros(1, 1, 1)  # start: where the query's document does, (batch, q, 1)
         if query_segments is not None and key_segments is not None:
             same_document = query_segments[:, :, None] == key_segments[:, None, :]
-            seen = seen & same_document
+            allowed = allowed & same_document
             if self.chunk is not None:
                 start = keys[:, None, :].where(same_document, torch.iinfo(keys.dtype).max).amin(2, keepdim=True)
         if visible is not None:
-            seen = seen & visible
+            allowed = allowed & visible
         masks = {
-            kind: self._form(seen if window is None else seen & (distance < window), device)
+            kind: self._form(allowed if window is None else allowed & (distance < window), device)
             for kind, window in self.windows.items()
         }
         if self.chunk is not None:
             same = (queries[:, :, None] - start) // self.chunk == (keys[:, None, :] - start) // self.chunk
-            masks[CHUNKED] = self._form(seen & same, device)
+            masks[CHUNKED] = self._form(allowed & same, device)
         return masks.get(None, masks)  # type: ignore[return-value, arg-type]
 
     def next(self, start: int, width: int, slots: int, *, device: torch.device) -> Tensor | dict[str, Tensor]:
@@ -94,14 +94,16 @@ class AttentionMaskBuilder:
         The same in less time, because every decoding step needs one.
         """
         queries, keys = np.arange(start, start + width)[:, None], np.arange(slots)
-        seen = keys <= queries  # (width, slots)
+        allowed = keys <= queries  # (width, slots)
         masks = {
-            kind: self._form(torch.from_numpy(seen if window is None else seen & (keys > queries - window))[None], device)
+            kind: self._form(
+                torch.from_numpy(allowed if window is None else allowed & (keys > queries - window))[None], device
+            )
             for kind, window in self.windows.items()
         }
         if self.chunk is not None:
             same = queries // self.chunk == keys // self.chunk
-            masks[CHUNKED] = self._form(torch.from_numpy(seen & same)[None], device)
+            masks[CHUNKED] = self._form(torch.from_numpy(allowed & same)[None], device)
         return masks.get(None, masks)  # type: ignore[return-value, arg-type]
 
     def _form(self, mask: Tensor, device: torch.device | None) -> Tensor:

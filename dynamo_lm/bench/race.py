@@ -115,7 +115,7 @@ def race(
         time_limit: seconds, setting up included. The race ends before a batch that would exceed it, judged by the slowest
             one before. A first repetition keeps the batches that all methods have done, a later one counts only if it is
             whole.
-        progress: is told what is going on, how many calls are done and how many there are.
+        progress: called with the current activity, the calls done and their total number.
         show: is given every output of the first repetition, with the number of its batch.
 
     Raises:

@@ -162,7 +162,7 @@ def _transformers(method: Method, context: BenchmarkContext, **more: Any) -> Run
 def _compiled(method: Method, context: BenchmarkContext) -> Runner:
     """`generate` of the base with a static cache, whose steps transformers compiles with `torch.compile`.
 
-    On a GPU transformers does so by itself; on a CPU a static cache alone compiles nothing, so it is told to.
+    On a GPU transformers does so by itself; on a CPU a static cache alone compiles nothing, so compiling is requested.
     """
     if context.model.device.type == "cpu":
         check_compiler()

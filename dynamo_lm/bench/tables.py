@@ -16,7 +16,7 @@ FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx5
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What decides how fast this machine is, as far as it can be told without naming it."""
+    """What decides how fast this machine is, as far as it can be described without naming it."""
     facts: dict[str, Any] = {
         "processor": platform.machine(),
         "cores": os.cpu_count(),

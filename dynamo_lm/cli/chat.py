@@ -43,7 +43,7 @@ class AnswerOptions:
 
     PANEL: ClassVar[str] = "How answers are written"
 
-    system: Annotated[str | None, "What the model is told before the conversation begins."] = None
+    system: Annotated[str | None, "The system message: instructions to the model before the conversation."] = None
     verify: Annotated[
         str | None,
         typer.Option(
@@ -274,10 +274,10 @@ class Session:
 
 
 def read_message(ask: Callable[[bool], str]) -> str:
-    """One message: a line, lines that end in a backslash and the one behind them, or what stands between triple quotes.
+    """One message: a line, lines that end in a backslash and the one after them, or what stands between triple quotes.
 
     Args:
-        ask: gives the next line; told whether it continues a message. Its EOFError ends a message that has begun.
+        ask: gives the next line; called with whether it continues a message. Its EOFError ends a message that has begun.
     """
     lines = [ask(False)]
     try:

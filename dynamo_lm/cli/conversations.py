@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 
 def keep_best(sources: list[str], judge: Judge, keep: int, folder: Path, yes: bool, facts: dict[str, Any]) -> list[str]:
     """The file with the best conversations; every score is in `folder`/scores.jsonl."""
-    found = [messages for _, messages in conversations(sources)]
+    records = [messages for _, messages in conversations(sources)]
     if hasattr(judge, "estimate"):
-        items = [item for messages in found for item in turns(messages)]
+        items = [item for messages in records for item in turns(messages)]
         agree(judge.estimate(0, len(items), sum(len(p) + len(a) for p, a in items) / max(1, len(items))), yes)
     with counting() as say:
-        values = scores(judge, found, progress=lambda done, total: say("judging", done, total))
+        values = scores(judge, records, progress=lambda done, total: say("judging", done, total))
     kept = best(values, keep)
     chosen = set(kept)
     _write(folder / "scores.jsonl", ({"number": i, "score": v, "kept": i in chosen} for i, v in enumerate(values)))
-    known = [value for value in values if value is not None]
+    scored = [value for value in values if value is not None]
     facts |= {
-        "judge": judge.name, "judged": len(found), "without_score": len(found) - len(known), "kept": keep,
+        "judge": judge.name, "judged": len(records), "without_score": len(records) - len(scored), "kept": keep,
         "lowest_score_kept": min(values[index] for index in kept),  # type: ignore[type-var]
     }  # fmt: skip
-    typer.echo(f"dynamo-lm: {keep:,} of {len(found):,} conversations kept by {judge.name}. {judge.caveat}", err=True)
-    return [_write(folder / "kept.jsonl", ({"messages": found[i], "score": values[i]} for i in kept))]
+    typer.echo(f"dynamo-lm: {keep:,} of {len(records):,} conversations kept by {judge.name}. {judge.caveat}", err=True)
+    return [_write(folder / "kept.jsonl", ({"messages": records[i], "score": values[i]} for i in kept))]
 
 
 def distilled(
@@ -118,7 +118,7 @@ def account(facts: dict[str, Any], longest: int) -> str:
         f"{facts[key]:,} {why}"
         for key, why in (
             ("too_long", f"longer than {longest:,} tokens, left out"),
-            ("cut", f"longer than {longest:,} tokens, cut behind an earlier answer"),
+            ("cut", f"longer than {longest:,} tokens, cut after an earlier answer"),
             ("empty", "with an empty answer, left out"),
         )
         if facts[key]

@@ -29,9 +29,9 @@ Begin = Callable[[str], Callable[[int, int], None]]  # a task's name -> its prog
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """What is asked."""
+    """Tasks and documents."""
 
-    PANEL: ClassVar[str] = "What is asked"
+    PANEL: ClassVar[str] = "Tasks"
 
     tasks: Annotated[
         str,

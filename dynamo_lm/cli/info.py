@@ -150,7 +150,7 @@ def _training_lines(record: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _defaults(name: str) -> dict[str, Any]:
-    """What `generate` does unless told otherwise: the folder's generation_config.json over Algorithm 1's own."""
+    """What `generate` does by default: the folder's generation_config.json over Algorithm 1's own."""
     from transformers import GenerationConfig
 
     from dynamo_lm.sampling.options import Algorithm1

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
-    """Which judge is asked, if any."""
+    """The judge, if any."""
 
     PANEL: ClassVar[str] = "Who judges"
 
@@ -79,6 +79,6 @@ def agree(estimate: dict[str, Any], yes: bool) -> None:
         message += f", {estimate['cost']:.2f} at the prices given"
     if estimate["minutes"] is not None:
         message += f", {estimate['minutes']:.0f} minutes at the rate given"
-    typer.echo(f"{message}; verdicts of an earlier run are not asked for again.", err=True)
+    typer.echo(f"{message}; verdicts of an earlier run are reused.", err=True)
     if not yes and sys.stdin.isatty() and not typer.confirm("Ask them?", err=True):
         raise typer.Abort

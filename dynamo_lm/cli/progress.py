@@ -30,7 +30,7 @@ def tokenizing() -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar that is told how much is done."""
+    """A bar of the work done."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,} of {task.total:,} tokens"))
     with Progress(*columns, TimeRemainingColumn(), console=console(), transient=True) as progress:
         task = progress.add_task(name, total=total)
@@ -39,8 +39,8 @@ def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def counting() -> Iterator[Callable[..., None]]:
-    """A bar that is told what is being done, how much of it is done, of how much and perhaps a note, such as a rate. In a
-    file: a line now and then."""
+    """A bar: the current activity, the amount done, the total and perhaps a note, such as a rate. In a file: a line now
+    and then."""
     screen = console()
     done_of = TextColumn("{task.completed:,} of {task.total:,}{task.fields[note]}")
     columns = (TextColumn("{task.description}"), BarColumn(), done_of)

@@ -1,4 +1,4 @@
-"""`dynamo-lm serve`: a model behind OpenAI's HTTP interface."""
+"""`dynamo-lm serve`: a model with OpenAI's HTTP interface."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class LengthOptions(ScheduleOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(ComputeOptions):
-    """What to compute with, and what to leave behind."""
+    """What to compute with, and what to write."""
 
     PANEL: ClassVar[str] = "Machine and output"
 

@@ -1,8 +1,8 @@
 """One step's look-ups in a co-occurrence table, on the CPU and in microseconds.
 
-In: rows of the table's trie and candidate tokens. Out: which of them were seen, as rows, and their log frequencies. The
-arrays are the table's own where it lies on the CPU, plus the place where each row's children begin. `Cooccurrence.extend`
-and `.log_p` give the same by a binary search each, on any device; the tests compare the two.
+In: rows of the table's trie and candidate tokens. Out: the n-grams of both that are in the table, as rows, and
+their log frequencies. The arrays are the table's own where it lies on the CPU, plus where each row's children begin.
+`Cooccurrence.extend` and `.log_p` give the same by a binary search each, on any device; the tests compare the two.
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ class Lookup:
         logs[children.take(positions) != keys] = -np.inf
         return logs
 
-    def seen(self, rows: np.ndarray, ids: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Which of `rows` (h,) of level order - 1 were seen followed by which of the distinct tokens `ids` (k,).
+    def children(self, rows: np.ndarray, ids: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The table's n-grams that are one of `rows` (h,), of level order - 1, and one of the distinct tokens `ids` (k,).
 
-        Returns three arrays (hits,), in any order: for every n-gram that is in the table the index into `rows`, the index
-        into `ids` and its own row. The same as `Cooccurrence.extend(rows[:, None], ids)`, but most rows have few children,
+        Returns three arrays (hits,), in any order: for each n-gram the index into `rows`, the index into `ids` and its own
+        row. The same as `Cooccurrence.extend(rows[:, None], ids)`, but most rows have few children,
         and scanning all of them is far cheaper than k binary searches.
         """
         fast = loader.sampler()
@@ -111,13 +111,13 @@ class Lookup:
     def _compiled(
         self, fast: Any, rows: np.ndarray, ids: np.ndarray, order: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`seen` by the kernels."""
+        """`children` by the kernels."""
         offsets, tokens = self.offsets(order), self.tokens(order)
         rows, ids = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(ids, np.int64)
         room = rows.size * ids.size + 1
         output = np.empty(3 * room, np.int64)  # most of it is never touched
         at = loader.address(output)
-        hits = fast.dynamo_lm_seen(
+        hits = fast.dynamo_lm_children(
             loader.address(offsets),
             offsets.size - 1,
             loader.address(tokens),
@@ -133,7 +133,7 @@ class Lookup:
         return output[:hits], output[room : room + hits], output[2 * room : 2 * room + hits]
 
     def _scan(self, rows: np.ndarray, ids: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`seen` by a scan of every child, or by `_search` where there are too many."""
+        """`children` by a scan of every child, or by `_search` where there are too many."""
         offsets = self.offsets(order)
         start = offsets.take(rows, mode="clip")  # a token the table does not know has no children
         size = offsets.take(rows + 1, mode="clip") - start
@@ -151,7 +151,7 @@ class Lookup:
         return np.searchsorted(ends, hit, side="right"), rank.take(hit).astype(np.int64), row.take(hit)
 
     def _search(self, rows: np.ndarray, ids: np.ndarray, order: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """`seen` by one binary search per pair."""
+        """`children` by one binary search per pair."""
         keys = self.keys[order - 1]
         children = rows[:, None] * self.vocab_size + ids
         positions = np.minimum(keys.searchsorted(children), max(keys.size - 1, 0))

@@ -1,8 +1,8 @@
 """Records of instruction data in, lists of messages out.
 
-A record is told by its fields: OpenAI's `messages`, ShareGPT's `conversations`, Alpaca's `instruction`, `input`, `output`,
-Dolly's `instruction`, `context`, `response`, or a plain `prompt` with its `response`, `completion` or `output`. Knows no
-tokens.
+A record is recognised by its fields: OpenAI's `messages`, ShareGPT's `conversations`, Alpaca's `instruction`, `input`,
+`output`, Dolly's `instruction`, `context`, `response`, or a plain `prompt` with its `response`, `completion` or `output`.
+Knows no tokens.
 """
 
 from __future__ import annotations

@@ -97,9 +97,9 @@ class Blocks:
         """How often each token is a target, (vocab_size,) int64: in responses where there are any, else everywhere."""
         counts = np.zeros(vocab_size, dtype=np.int64)
         for document in self.documents:
-            here = slice(int(self.store.offsets[document]), int(self.store.offsets[document + 1]))
-            tokens = self._tokens[here]
-            learned = tokens if self.store.responses is None else tokens[np.asarray(self.store.responses[here], dtype=bool)]
+            span = slice(int(self.store.offsets[document]), int(self.store.offsets[document + 1]))
+            tokens = self._tokens[span]
+            learned = tokens if self.store.responses is None else tokens[np.asarray(self.store.responses[span], dtype=bool)]
             counts += np.bincount(np.asarray(learned, dtype=np.int64), minlength=vocab_size)
         return torch.from_numpy(counts)
 

@@ -73,7 +73,7 @@ class Candidates:
         self.states = states[1:] if at is None else states[1:].index_select(1, at)
         self.lines: Tensor | None = None  # logits of heads 2.. there, (n - 1, places, vocabulary), if read with the base's
         if any(group.draft_vocabulary is None for group in self.groups) and _pays_together(
-            model, states, known=at is not None
+            model, states, one_place=at is not None
         ):
             lines = model.readout(torch.cat([states[0], self.states.flatten(0, 1)])[None])[0]
             self.lines = lines[count * width :].view(*self.states.shape[:2], -1)
@@ -172,12 +172,12 @@ def _groups(sequences: Sequence[SequenceState], draft_vocabulary: DraftVocabular
     return [_Group(*how, members) for how, members in alike.items()]
 
 
-def _pays_together(model: MultiHeadLM, states: Tensor, *, known: bool) -> bool:
+def _pays_together(model: MultiHeadLM, states: Tensor, *, one_place: bool) -> bool:
     """Whether one reading of all states is faster than one of the base's and one of some heads'.
 
     Args:
         states: of all heads, (n, places, hidden).
-        known: heads 2.. are wanted at the one place of every sequence that is known beforehand, not at all of them.
+        one_place: heads 2.. are wanted at one place of every sequence, which is known beforehand, not at all of them.
     """
     if len(states) == 1 or not model.plain_readout or model.config.own_output_embedding:
         return False
@@ -187,7 +187,7 @@ def _pays_together(model: MultiHeadLM, states: Tensor, *, known: bool) -> bool:
         and output.weight.numel() >= HUGE
         and states[..., 0].numel() <= TOGETHER[states.dtype]
     )
-    return known or few
+    return one_place or few
 
 
 def _read_heads(model: MultiHeadLM, states: Tensor, draft_vocabulary: DraftVocabulary | None) -> Tensor:

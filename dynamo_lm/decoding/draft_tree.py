@@ -83,7 +83,7 @@ def depths(parents: Sequence[int]) -> list[int]:
 
 def ancestry(parents: Sequence[int], width: int) -> np.ndarray:
     """Which token sees which: itself and those before it on its path, (width, width) bool. Padding sees itself."""
-    seen = np.eye(width, dtype=bool)
+    visible = np.eye(width, dtype=bool)
     for index, parent in enumerate(parents, start=1):
-        seen[index] |= seen[parent]
-    return seen
+        visible[index] |= visible[parent]
+    return visible

@@ -1,7 +1,7 @@
 """`model.generate(...)` with transformers' signature and objects, carried out by `dynamo_lm.decoding.batch`.
 
 transformers prepares what it always does (configuration, defaults, processors, stopping criteria); this file translates
-those into `DecodingOptions`, refuses what a mode cannot honour, and puts the sequences back into a tensor.
+those into `DecodingOptions`, refuses what a mode does not support, and puts the sequences back into a tensor.
 """
 
 from __future__ import annotations

@@ -62,10 +62,10 @@ def grids(
     heads = HeadCandidates.top(logits[:2], k, options.temperature)
     masked = Joints(heads, table, options.alpha_c, least=0.0)[2]
     whole = dense(masked, k)
-    nobody = np.zeros(logits.shape[-1], bool)
+    none_present = np.zeros(logits.shape[-1], bool)
     otsu = Algorithm1(eps_b=0.0, alpha_c=options.alpha_c, top_k=k, temperature=options.temperature, repetition_penalty=1.0)
-    left = survivors(masked, heads, nobody, otsu, 2)
-    present = nobody.copy()
+    left = survivors(masked, heads, none_present, otsu, 2)
+    present = none_present.copy()
     present[list(context)] = True
     emits = options.eps_b < 1 and survivors(masked, heads, present, options, 2).cells.size > 0
     plain = np.multiply.outer(heads.probs[0], heads.probs[1])

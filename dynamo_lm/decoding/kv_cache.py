@@ -88,15 +88,15 @@ class RaggedKVCache(Cache):
         """
         num_slots, width = positions.shape
         depth = torch.zeros(num_slots, width, dtype=torch.long)
-        seen = torch.empty(num_slots, width, width, dtype=torch.bool)
+        ancestors = torch.empty(num_slots, width, width, dtype=torch.bool)
         for slot, each in enumerate(parents):
             depth[slot, : len(each) + 1] = torch.tensor(depths(each))
-            seen[slot] = torch.from_numpy(ancestry(each, width))
+            ancestors[slot] = torch.from_numpy(ancestry(each, width))
         entries = torch.arange(self.end).expand(num_slots, -1)
         queries = self.lengths[:, None] + depth
         keys = entries.scatter(1, positions, queries)
         visible = (entries < self.lengths[:, None])[:, None].repeat(1, width, 1)
-        return queries, keys, visible.scatter(2, positions[:, None].expand(-1, width, -1), seen)
+        return queries, keys, visible.scatter(2, positions[:, None].expand(-1, width, -1), ancestors)
 
     def gather(self, paths: Sequence[Sequence[int]]) -> None:
         """Before `commit`: moves the tokens just written at places 1, 2, .. of each slot there from the places in its path.

@@ -1,8 +1,8 @@
 """Drafts of a sequential head: each token is drafted with the ones before it in view, step after step.
 
-In: the features of what a row keeps, and its tokens. Out: a chain of drafts and the distribution each was drawn from, for
-the same verification as any draft. Each row has keys and values of its own in the head's one layer; rows are drafted for
-one after another.
+In: the features of a sequence's verified tokens, and these tokens. Out: a chain of drafts and the distribution each was
+drawn from, for the same verification as any draft. Each sequence has keys and values of its own in the head's one layer;
+sequences are drafted for one after another.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class SequentialDrafter:
         self.ids: Tensor | None = self.head.draft_ids
 
     def draft(self, row: SequenceState, features: Tensor, following: Sequence[int], count: int) -> tuple[list[int], list]:
-        """Drafts `count` tokens behind what is certain.
+        """Draft `count` tokens after the verified ones.
 
         Args:
-            features: of the positions that became certain with this step, (new, 3 hidden).
-            following: the token behind each of them; the last one is what the drafts follow.
+            features: of the positions that were verified in this step, (new, 3 hidden).
+            following: the token after each of them; the last one is what the drafts follow.
 
         Returns:
             Tokens, and the distribution that each was drawn from.
@@ -67,7 +67,7 @@ class SequentialDrafter:
             row.draft_cache = DraftCache()
         cache, history = row.draft_cache, [following[-1]]
         state = self.head.advance(self.head.first(features[None]), self._embedded(following), cache)[:, -1:]
-        certain = cache.length
+        verified = cache.length
         proposals: list[Proposal] = []
         while True:
             ids, q = self._proposal(row, state, history)
@@ -76,7 +76,7 @@ class SequentialDrafter:
             if len(proposals) == count:
                 break
             state = self.head.advance(state, self._embedded(history[-1:]), cache)
-        cache.length = certain
+        cache.length = verified
         return history[1:], proposals
 
     def _proposal(self, row: SequenceState, state: Tensor, history: list[int]) -> tuple[Any, Any]:

@@ -103,11 +103,11 @@ def _copy_tokens(writer: Any, base_gguf: Path, size: int) -> None:
 
     try:
         fields = gguf.GGUFReader(base_gguf).fields
-        found = len(fields["tokenizer.ggml.tokens"].data)
+        count = len(fields["tokenizer.ggml.tokens"].data)
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise InputError(f'"{base_gguf}" is not a GGUF file of a language model: {first_line(error)}') from error
-    if found != size:
-        raise InputError(f'"{base_gguf}" has {found} tokens, but the head\'s base has {size}; give the file of that base.')
+    if count != size:
+        raise InputError(f'"{base_gguf}" has {count} tokens, but the head\'s base has {size}; give the file of that base.')
     for name, field in fields.items():
         if name.startswith("tokenizer."):
             of = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None

@@ -1,8 +1,8 @@
 """Builds the library of compiled kernels for this very processor, once, and remembers how that went.
 
 torch's own compiler driver (which `torch.compile` uses) builds the C++ beside this file in some seconds up to a minute and
-keeps the result on disk. Unless it is told to wait, a process that finds no library starts another one that builds it, and
-goes without. A build that failed is not tried again by every process: it is said once, as a warning.
+keeps the result on disk. Unless it is to wait, a process that finds no library starts another one that builds it, and
+goes without. A failed build is logged once, as a warning, and is not tried again by every process.
 
 `python -m dynamo_lm.kernels.build` builds it now.
 """
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # A fused multiplication and addition rounds once; sums keep their order, because results must not depend on the batch.
 FLAGS = ("-ffp-contract=fast", "-fno-associative-math", "-Wno-pedantic")
 SOURCES = ("lanes.h", "skinny_matmul.cpp", "decode_attention.cpp", "sampler.cpp", "drafts.cpp", "draw.cpp")
-SLOW = 2.0  # seconds that loading a library may take before it is said that one is being built
+SLOW = 2.0  # seconds that loading a library may take before a message says that one is being built
 
 
 class BuildError(RuntimeError):
@@ -137,4 +137,4 @@ def _warn_if_slow() -> Iterator[None]:
 
 if __name__ == "__main__":
     os.nice(10)
-    library(wait=True, report=False)  # nobody reads what it logs
+    library(wait=True, report=False)  # its log goes nowhere

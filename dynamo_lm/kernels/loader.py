@@ -36,7 +36,7 @@ SAMPLER = {  # functions of arrays on the host: their names in C, result and arg
     "dynamo_lm_highest": (_N, (_P, _N, _N, _N, _P, _P)),
     "dynamo_lm_pick": (_N, (_P, _N, _P, _P, _N, _F, _N, _P)),
     "dynamo_lm_refuses": (_N, (_P, _N, _P, _P, _N, _N, _F)),
-    "dynamo_lm_seen": (_N, (_P, _N, _P, _N, _P, _N, _P, _N, _P, _P, _P)),
+    "dynamo_lm_children": (_N, (_P, _N, _P, _N, _P, _N, _P, _N, _P, _P, _P)),
 }
 _sampler: Any = None
 _decided: bool | None = None
@@ -48,7 +48,7 @@ def available(*, wait: bool = False) -> bool:
     """Whether this process uses the kernels, which the first call decides and loads.
 
     If they have not been built for this processor yet, a background process builds them and this one goes without, unless
-    it is told to wait. `DYNAMO_LM_KERNELS=0` switches the kernels off, `DYNAMO_LM_KERNELS=wait` waits for them.
+    it is to wait. `DYNAMO_LM_KERNELS=0` switches the kernels off, `DYNAMO_LM_KERNELS=wait` waits for them.
     """
     global _decided, _status
     with _lock:

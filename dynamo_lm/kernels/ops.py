@@ -1,4 +1,4 @@
-"""What torch is told of the custom ops: the shapes of their results, what they refuse, and that they have no gradients.
+"""Registers the custom ops with torch: the shapes of their results, what they refuse, and that they have no gradients.
 
 The checks are those of csrc/skinny_matmul.cpp and csrc/decode_attention.cpp, in the same words, so that a tracer refuses
 what the kernel would.
@@ -58,7 +58,7 @@ def _decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
     _require(query.dtype in DTYPES, "decode_attention: query must be float32 or bfloat16.")
     same = key.dtype == value.dtype == query.dtype
     _require(same, "decode_attention: key and value must have the dtype of query.")
-    _require(mask.dtype == torch.bool, "decode_attention: mask must be bool, true where a key is seen.")
+    _require(mask.dtype == torch.bool, "decode_attention: mask must be bool, true where a key is attended to.")
     _require(key.shape == value.shape, "decode_attention: key and value must have the same shape.")
     rows, heads, queries, width = query.shape
     _require(key.shape[0] == rows, "decode_attention: query and key must have as many rows.")

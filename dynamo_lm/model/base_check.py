@@ -130,7 +130,7 @@ def first_fault(model: MultiHeadLM) -> str:
 
 def can_run_stacked(model: MultiHeadLM) -> bool:
     """Whether a model with its heads' layers and its last layer as one computes the same. model: as above."""
-    return _fault(model, _arranged) is None
+    return _fault(model, _optimized) is None
 
 
 @torch.inference_mode()
@@ -165,7 +165,7 @@ def _cached(model: MultiHeadLM) -> Compared:
         yield from _step(model, cache, texts, [texts[0].tokens[start:end]], [end - start])
 
 
-def _arranged(model: MultiHeadLM) -> Compared:
+def _optimized(model: MultiHeadLM) -> Compared:
     yield from _cached(model.optimize_for_inference(model.num_heads))
 
 
@@ -221,7 +221,7 @@ def _unwritten(model: MultiHeadLM) -> Compared:
 CHECKS: dict[str, Callable[[MultiHeadLM], Compared]] = {
     "with a ready-made mask and position ids it computes other logits than from token ids": _whole,
     "it does not read the past from the cache that it is handed": _cached,
-    "with its layers arranged for decoding it computes other logits": _arranged,
+    "with its layers optimized for decoding it computes other logits": _optimized,
     "sequences of different lengths change one another in a batch (positions or masks go by the cache's slots)": _ragged,
     "drafts in a tree change one another (positions or masks go by the cache's slots)": _trees,
     "documents packed into one block change one another": _packed,

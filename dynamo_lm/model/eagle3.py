@@ -1,6 +1,6 @@
 """A sequential head of the EAGLE-3 form (arXiv 2503.01840): one decoder layer of Llama's form, unrolled on its own outputs.
 
-In: the states that enter three layers of the base, and the embedding of the token behind each. Out: a state per position
+In: the states that enter three layers of the base, and the embedding of the token after each. Out: a state per position
 from which the token after that is read, and which takes the features' place one position on. Names and computation are
 those of the weight files that vLLM, SGLang and llama.cpp read. Knows nothing of how tokens are chosen.
 """
@@ -106,7 +106,7 @@ class Eagle3Head(nn.Module):
         return normed
 
     def advance(self, state: Tensor, embedding: Tensor, cache: DraftCache) -> Tensor:
-        """One step over new positions of one sequence, (1, new, hidden) each, behind those in the cache, which grows."""
+        """One step over new positions of one sequence, (1, new, hidden) each, after those in the cache, which grows."""
         layer, held, new = self.midlayer, cache.length, state.shape[1]
         positions = torch.arange(held, held + new, device=state.device)[None]
         q, k, v = layer.project(embedding, state, positions)

@@ -15,7 +15,7 @@ def model_card(model: Any) -> str:
     tables = "none" if table is None else f"n-grams up to order {table.order}"
     more = model.overhead()
     medusa = all(getattr(config, key) == value for key, value in MEDUSA.items())
-    where = "of the Medusa kind, behind" if medusa else "beside"
+    where = "of the Medusa kind, after" if medusa else "beside"
     coupled = ""
     if model.coupling is not None:
         count = sum(p.numel() for p in model.coupling.parameters())

@@ -208,7 +208,9 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         """
         n = self.num_heads if num_heads is None else num_heads
         if not 1 <= n <= self.num_heads:
-            raise InputError(f"{n} heads were asked of a model that has {self.num_heads}; ask for 1 to {self.num_heads}.")
+            raise InputError(
+                f"{n} heads were requested of a model that has {self.num_heads}; ask for 1 to {self.num_heads}."
+            )
         kwargs.setdefault("use_cache", cache is not None)
         kwargs[self.cache_argument] = cache
         if n == 1 or isinstance(self.last_layer, StackedHeads):
@@ -305,7 +307,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
             (rows, length) token ids; with return_dict_in_generate=True a `DynaMoOutput` with statistics by row.
 
         Raises:
-            InputError: an option that the mode cannot honour, an empty or too long prompt.
+            InputError: an option that the mode does not support, an empty or too long prompt.
         """
         with ended(kwargs.get("streamer")):
             return generate(self, inputs, *args, **kwargs)

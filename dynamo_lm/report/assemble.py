@@ -21,7 +21,7 @@ from dynamo_lm.report.document import Headline, Page, Section, Texts, interval
 Record = dict[str, Any]
 Records = dict[str, Record]
 PROMPT = "Once upon a time, there was"
-MEASURED = {  # kind: what it is, and the command behind `dynamo-lm`
+MEASURED = {  # kind: what it is, and the command after `dynamo-lm`
     "completion": (
         "Speed at the base model's quality, decoding ablations, diversity",
         "eval completion {model} --out {folder}",

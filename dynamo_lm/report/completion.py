@@ -173,7 +173,7 @@ def _same_quality_table(record: Record) -> Table:
 def _judge(record: Record) -> list[Block]:
     judge = record["judge"]
     if judge is None:
-        return [Prose("No judge was asked: speeds and diversity only. Name one with --reference or --endpoint.")]
+        return [Prose("No judge was used: speeds and diversity only. Name one with --reference or --endpoint.")]
     sanity = judge["sanity"]
 
     def wins(key: str) -> str:

@@ -81,7 +81,7 @@ class Figure:
             return self.draw()
         except (TypeError, ValueError, IndexError) as error:
             raise InputError(
-                f'The figure "{self.name}" cannot be drawn ({error}); delete the results behind it and measure again.'
+                f'The figure "{self.name}" cannot be drawn ({error}); delete the results it shows and measure again.'
             ) from error
 
 

@@ -31,7 +31,7 @@ class Joint:
 
 
 class Joints:
-    """J for every length 1 .. m: `joints[m]`. Each length is computed when it is first asked for, on shared prefixes.
+    """J for every length 1 .. m: `joints[m]`. Each length is computed at its first use, on shared prefixes.
 
     The product of heads omits entries below `least` (it has k^m of them); the masked joint is always whole.
     """
@@ -81,7 +81,7 @@ class Joints:
                 values, grown = values[keep], grown[keep]
             self.scores.append(values)
         else:
-            parent, rank, rows = self.lookup.seen(self.rows[-1], self.heads.ids[m], m + 1)
+            parent, rank, rows = self.lookup.children(self.rows[-1], self.heads.ids[m], m + 1)
             before = cells.take(parent)
             grown = before * k + rank
             factor = self.heads.log_probs[m].take(rank) if pairwise is None else pairwise[before % k, rank]

@@ -72,7 +72,7 @@ def highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     torch.topk takes any of equal ones, in any order, which the host puts right where it matters. A device that it would have
     to wait for sorts whole numbers instead, no two alike: a logit's bits as an integer, turned round where it is negative,
-    rise with it, and the id stands behind them. So logits that differ behind their first 32 bits are equal there.
+    rise with it, and the id comes after them. So logits that differ after their first 32 bits are equal there.
     """
     if logits.device.type in HOSTS:
         logits = logits.cpu().contiguous()

@@ -47,7 +47,7 @@ class Conversation:
     ) -> None:
         """
         Args:
-            system: what the model is told before the first turn; never left out.
+            system: the system message before the first turn; never left out.
 
         Raises:
             InputError: the tokenizer has no chat template, and there can be none.

@@ -1,7 +1,7 @@
 """The JSON of requests and answers: OpenAI's fields for completions and chats, and this project's fields beside them.
 
 Knows no model and no network. Numbers that JSON cannot hold (NaN, infinities) are refused; unknown fields are ignored, as
-clients expect. The range of a field is checked here, whether the model can honour it in `dynamo_lm.serving.requests`.
+clients expect. The range of a field is checked here, whether the model supports it in `dynamo_lm.serving.requests`.
 """
 
 from __future__ import annotations

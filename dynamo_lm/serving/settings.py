@@ -1,4 +1,4 @@
-"""What a server or a conversation is told: how to decode where a request does not say, and who may ask for how much."""
+"""Settings of a server or a conversation: how to decode where a request leaves it open, and what clients may do."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ChatSettings(GenerationSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """What one server is told. Raises InputError for settings that do not go together."""
+    """Settings of one server. Raises InputError for settings that do not go together."""
 
     name: str  # of the model, as clients give it
     generation: GenerationSettings = field(default_factory=GenerationSettings)

@@ -1,6 +1,6 @@
 """Single tokens as text and as bytes, which is what OpenAI's log-probabilities are listed by.
 
-In: a tokenizer. A token may be part of a character; then only its bytes can be told. Knows byte-level alphabets (GPT-2
+In: a tokenizer. A token may be part of a character; then only its bytes can be given. Knows byte-level alphabets (GPT-2
 and what came after) and byte tokens written as <0x0A> (SentencePiece); any other token is what the tokenizer decodes it
 to.
 """
@@ -24,7 +24,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self._found: dict[int, tuple[str, bytes]] = {}
+        self._cache: dict[int, tuple[str, bytes]] = {}
 
     def text(self, token: int) -> str:
         """The token as text; "bytes:\\xe2\\x96" where it is part of a character."""
@@ -43,9 +43,9 @@ class Vocabulary:
         return self.tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
 
     def _of(self, token: int) -> tuple[str, bytes]:
-        if token not in self._found:
-            self._found[token] = self._look_up(token)
-        return self._found[token]
+        if token not in self._cache:
+            self._cache[token] = self._look_up(token)
+        return self._cache[token]
 
     def _look_up(self, token: int) -> tuple[str, bytes]:
         before = self._decoded(self._anchor)

@@ -36,8 +36,8 @@ def answers(store: TokenStore, documents: np.ndarray) -> Iterator[np.ndarray]:
     """What the assistant says in these documents, each answer as a document of its own, for counting n-grams."""
     assert store.responses is not None
     for index in documents.tolist():
-        here = slice(int(store.offsets[index]), int(store.offsets[index + 1]))
-        flags = np.concatenate([[False], store.responses[here], [False]]).astype(np.int8)
+        span = slice(int(store.offsets[index]), int(store.offsets[index + 1]))
+        flags = np.concatenate([[False], store.responses[span], [False]]).astype(np.int8)
         edges = np.flatnonzero(np.diff(flags))
         for begin, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
             yield store.document(index)[begin:end]

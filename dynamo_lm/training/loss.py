@@ -96,8 +96,8 @@ def heads_loss(
                     gradient[head - 1].flatten(0, 1)[chunk] = at_states * part.grad  # type: ignore[operator]
                 if coupling is not None and head > 1:
                     with torch.set_grad_enabled(learn):
-                        known = (part.detach(), before[head - 2][chunk], logits.detach())
-                        corrected = coupled_logits(model, head, *known, read.weight(head))
+                        read_from = (part.detach(), before[head - 2][chunk], logits.detach())
+                        corrected = coupled_logits(model, head, *read_from, read.weight(head))
                         sums[n + head - 2] += goal.backward(corrected, of_kl, 1 / count)
     if gradient is not None:
         hidden.backward(gradient)
@@ -154,14 +154,14 @@ class _Readout:
         """What head `head` is to say at the positions `chunk`, whose labels are token ids, (positions,)."""
         valid = labels != IGNORED
         if self.ids is None or head == 1:
-            known, places = valid, labels.clamp(min=0)
+            in_vocabulary, places = valid, labels.clamp(min=0)
         else:
             places = self.places[labels.clamp(min=0)]
-            known, places = valid & (places != IGNORED), places.clamp(min=0)
+            in_vocabulary, places = valid & (places != IGNORED), places.clamp(min=0)
         if teacher is None:
-            return _Goal(valid, known, places, None, None)
+            return _Goal(valid, in_vocabulary, places, None, None)
         index = torch.searchsorted(teacher.places, (chunk + head - 1).clamp(max=int(teacher.places[-1])))
-        return _Goal(valid, known, places, teacher.probs[index], teacher.negative_entropy[index])
+        return _Goal(valid, in_vocabulary, places, teacher.probs[index], teacher.negative_entropy[index])
 
 
 class _Teacher(NamedTuple):
@@ -176,7 +176,7 @@ class _Goal(NamedTuple):
     """Targets of some positions: tokens and, where a base teaches, its distributions."""
 
     valid: Tensor  # (positions,) bool
-    known: Tensor  # (positions,) bool: whether the label is in the vocabulary, too
+    in_vocabulary: Tensor  # (positions,) bool: whether the label is in the vocabulary, too
     labels: Tensor  # (positions,) places in the vocabulary, 0 where there is none
     soft: Tensor | None  # (positions, s) float32
     negative_entropy: Tensor | None  # (positions,)
@@ -188,7 +188,7 @@ class _Goal(NamedTuple):
         """
         with torch.no_grad():
             logq = logits.float().log_softmax(-1)
-            hard = self.known.float() * (1 - kl)
+            hard = self.in_vocabulary.float() * (1 - kl)
             losses = -logq.gather(1, self.labels[:, None])[:, 0] * hard
             soft = self.valid.float() * kl
             if self.soft is not None:

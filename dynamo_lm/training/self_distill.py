@@ -110,10 +110,10 @@ class BatchAnswerer:
 
 
 class EndpointAnswerer:
-    """The same model behind an OpenAI-compatible server (vLLM, llama.cpp), several requests at a time."""
+    """The same model on an OpenAI-compatible server (vLLM, llama.cpp), several requests at a time."""
 
     def __init__(self, base_url: str, model: str, *, temperature: float = 0.7, requests: int = 32, timeout: float = 600):
-        """Prepares the connection; nothing is asked yet.
+        """Prepare the connection; no request is sent yet.
 
         Args:
             base_url: such as http://localhost:8000/v1.
@@ -164,7 +164,7 @@ class EndpointAnswerer:
 def repeated(tokens: list[int]) -> int:
     """How many tokens at the end only repeat the ones before them: 0 unless the text has run into a loop.
 
-    Greedy decoding of small models ends in loops, which heads learn by heart and nobody wants.
+    Greedy decoding of small models ends in loops, which heads would learn by heart.
     """
     for period in range(1, LONGEST_PERIOD + 1):
         times = REPEATS if period > 8 else 2 * REPEATS
@@ -191,12 +191,12 @@ def distill(
         max_new_tokens: of an answer; one that reaches the limit is kept as far as it goes.
         seed: of all random numbers; an answer of a `BatchAnswerer` depends on it and on its prompt, not on the batch.
         cache: file of the answers (a `JsonlCache`), so that a stopped run resumes.
-        progress: is told how many answers there are, of how many, and how many tokens were written for them.
+        progress: called with the answers done, their total number and the tokens generated for them.
 
     Returns:
         None where an answer was empty or had no room.
     """
-    known = JsonlCache(cache)
+    answered = JsonlCache(cache)
     results: list[Messages | None] = [[] for _ in questions]
     total = sum(message["role"] == "assistant" for messages in questions for message in messages)
     done = tokens = pending = 0
@@ -204,7 +204,7 @@ def distill(
     waiting = deque(sorted(range(len(questions)), key=lambda i: sum(len(m["content"]) for m in questions[i][:2])))
 
     def advance(index: int) -> bool:
-        """Adds to a conversation what is known, up to an answer that must be asked for; returns whether one was."""
+        """Add the cached answers to a conversation; request the first that is missing and return whether there was one."""
         nonlocal done
         while (messages := results[index]) is not None and len(messages) < len(questions[index]):
             message = questions[index][len(messages)]
@@ -214,11 +214,11 @@ def distill(
             prompt = encode_chat(tokenizer, messages)
             room = min(max_new_tokens, longest - len(prompt))
             key = key_of(answerer.name, prompt, room, seed)
-            if room >= 1 and key not in known:
+            if room >= 1 and key not in answered:
                 answerer.ask(Question(index, list(messages), prompt, room, int(key[:7], 16)))
                 keys[index] = key
                 return True
-            text = known[key] if room >= 1 else None
+            text = answered[key] if room >= 1 else None
             done += 1 if text else sum(later["role"] == "assistant" for later in questions[index][len(messages) :])
             progress(done, total, tokens)
             if text:
@@ -234,6 +234,6 @@ def distill(
         for answer in answerer.answers() if pending else []:
             index = answer.question.number
             tokens += answer.tokens
-            known.put(keys.pop(index), answer.text or None)
+            answered.put(keys.pop(index), answer.text or None)
             pending += advance(index) - 1
     return results

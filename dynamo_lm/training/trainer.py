@@ -158,7 +158,7 @@ def train(
                 progress = replace(progress, validation=last, acceptance=accepted)
             log.write(progress, factor)
             report(progress)
-            interrupted = bool(stopped)  # asked once: a Ctrl-C from here on waits for the next step's checkpoint
+            interrupted = bool(stopped)  # read once: a Ctrl-C from here on waits for the next step's checkpoint
             if done or interrupted or (step + 1) % options.checkpoint_every == 0:
                 save_checkpoint(folder, step + 1, model, optimizer, options)
                 if features is not None:

@@ -81,7 +81,7 @@ def duels(completions: Completions, *, every_rung: bool) -> list[tuple[str, str]
 
     Args:
         every_rung: compare with the base at every temperature, so that the resampling may move the matched one; else only at
-            the two around the match, which a judge that costs money is asked for.
+            the two around the match, for a judge that costs money.
     """
     pairs = []
     rungs = [arm.name for arm in completions.rungs]
@@ -122,7 +122,7 @@ def compare(
     judge's own cache.
 
     Raises:
-        InputError: the judge cannot be asked any more; its answers so far are cached.
+        InputError: the judge does not answer any more; its answers so far are cached.
     """
     facts = describe(completions)
     base, again = completions.role("base")[0].name, completions.role("again")[0].name

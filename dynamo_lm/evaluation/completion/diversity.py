@@ -30,8 +30,8 @@ def pooled_distinct(texts: Sequence[Sequence[int]], n: int) -> float:
     would put copies into a pool.
     """
     total = sum(max(0, len(text) - n + 1) for text in texts)
-    seen = {gram for text in texts for gram in _grams(text, n)}
-    return len(seen) / total if total else 0.0
+    distinct_grams = {gram for text in texts for gram in _grams(text, n)}
+    return len(distinct_grams) / total if total else 0.0
 
 
 def repetition(tokens: Sequence[int], n: int = 4) -> float:

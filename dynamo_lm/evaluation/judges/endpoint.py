@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible chat endpoint.
+"""A judge at an OpenAI-compatible chat endpoint.
 
 The wording is this project's; the criteria and the answers (1-10; win, tie or lose) are the paper's (method.md section 5).
 Every answer is on disk before the next question is sent. The key comes from the environment and is sent to the endpoint
@@ -51,7 +51,7 @@ V = TypeVar("V")
 
 
 class EndpointJudge:
-    """A model at a URL, asked at temperature 0. One request at a time; each question is paid for once."""
+    """A model at a URL, asked at temperature 0. One request at a time; each answer is cached."""
 
     caveat = (
         "A model as judge reads for meaning, yet has tastes of its own: it favours its own family's style, length and "
@@ -172,7 +172,7 @@ class EndpointJudge:
         return verdicts[1] if verdicts[1] == verdicts[-1] else 0
 
     def _verdict(self, question: str, form: re.Pattern[str]) -> float | None:
-        """The parsed answer, from the cache if there is one; a first answer that cannot be parsed is asked for once more."""
+        """The parsed answer, cached. An answer that cannot be parsed is requested a second time."""
         key = key_of(self.name, self.base_url, question)
         if key not in self._cache:
             for _ in range(2):

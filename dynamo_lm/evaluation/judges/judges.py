@@ -29,7 +29,7 @@ from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 Verdict = int  # 1: the first is better, 0: tie, -1: the second is better
 Item = tuple[str, str]  # a prompt and its completion
-Progress = Callable[[int], None]  # is told how many of the items are done
+Progress = Callable[[int], None]  # called with the number of items done
 
 SHUFFLED_AT_LEAST = 0.8  # the lower bound of the share of texts that must beat their own shuffled words
 SAME_WITHIN = 0.1  # how far from one half the base model may be against itself before the judge is called partial

@@ -222,7 +222,7 @@ class Question:
     name: str  # what the user calls it
     identity: str  # what the harness calls it
     loaded: TaskDict  # with the documents
-    shots: dict[str, int | None]  # examples that each task takes unless told otherwise; 0 if it never takes any
+    shots: dict[str, int | None]  # examples that each task takes by default; 0 if it never takes any
     generative: bool  # texts are written, not likelihoods compared
 
 
@@ -341,7 +341,7 @@ def quiet() -> Iterator[None]:
 
 
 def _available(device: str) -> str:
-    """The harness's command line always asks for a GPU unless told otherwise."""
+    """The harness's command line asks for a GPU by default."""
     return "auto" if device.startswith("cuda") and not torch.cuda.is_available() else device
 
 

@@ -12,7 +12,7 @@ constexpr int64_t TOGETHER = 4;  // queries; more sums do not fit the registers
 template <int R>
 using Several = std::integral_constant<int, R>;
 
-struct Range {  // slots that are seen: all from one on
+struct Range {  // slots that are attended to: all from one on
   int64_t begin;
   int64_t operator()(int64_t c) const { return begin + c; }
 };
@@ -28,7 +28,7 @@ void gather(const T* values, int64_t value_step, const S& slot, const int64_t* c
             const float* scale, float* out, int64_t width) {
   Lanes total[R][2 * N] = {};
   const int64_t common = *std::min_element(counts, counts + R), most = *std::max_element(counts, counts + R);
-  const auto add = [&](int64_t c, auto seen) {
+  const auto add = [&](int64_t c, auto attended) {
     const T* value = values + slot(c) * value_step;
     Lanes v[2 * N];
     for (int j = 0; j < N; j++) {
@@ -36,7 +36,7 @@ void gather(const T* values, int64_t value_step, const S& slot, const int64_t* c
       v[2 * j + 1] = held(two(value + j * STRIDE));
     }
     for (int r = 0; r < R; r++) {
-      if (!seen(r)) continue;
+      if (!attended(r)) continue;
       const Lanes weight = Lanes{} + weights[r * step + c];
       for (int j = 0; j < 2 * N; j++) total[r][j] = fused(v[j], weight, total[r][j]);
     }
@@ -103,12 +103,12 @@ struct Span {  // what one query sees, if it is all from one slot on; count is -
 
 Span span_of(const bool* visible, int64_t step, int64_t slots) {
   if (step != 1) return {0, -1};
-  const auto* const found = static_cast<const bool*>(std::memchr(visible, 1, slots));
-  if (!found) return {0, 0};
-  const int64_t begin = found - visible;
-  const auto* const gap = static_cast<const bool*>(std::memchr(found, 0, slots - begin));
+  const auto* const first = static_cast<const bool*>(std::memchr(visible, 1, slots));
+  if (!first) return {0, 0};
+  const int64_t begin = first - visible;
+  const auto* const gap = static_cast<const bool*>(std::memchr(first, 0, slots - begin));
   if (!gap) return {begin, slots - begin};
-  return {begin, std::memchr(gap, 1, visible + slots - gap) ? -1 : gap - found};
+  return {begin, std::memchr(gap, 1, visible + slots - gap) ? -1 : gap - first};
 }
 
 template <typename T>
@@ -130,7 +130,7 @@ void attend_all(const View& query, const View& key, const View& value, const Vie
     for (int64_t place = first; place < last; place++) {  // (row, group, head)
       const int64_t h = place % heads, b = place / heads / groups, start = place / heads % groups * TOGETHER;
       const int64_t size = std::min(TOGETHER, count - start);
-      const Span* const seen = &spans[(mask.sizes[0] > 1 ? b * count : 0) + start];
+      const Span* const span = &spans[(mask.sizes[0] > 1 ? b * count : 0) + start];
       const T* const keys = k + b * key.strides[0] + h / sharing * key.strides[1];
       const T* const values = v + b * value.strides[0] + h / sharing * value.strides[1];
       const auto run = [&](auto size, int64_t i, const auto& slot, const int64_t* counts) {
@@ -143,16 +143,16 @@ void attend_all(const View& query, const View& key, const View& value, const Vie
       int64_t counts[TOGETHER];
       bool together = true;  // whether all begin at one slot
       for (int64_t r = 0; r < size; r++) {
-        counts[r] = seen[r].count;
-        together = together && counts[r] >= 0 && seen[r].begin == seen[0].begin;
+        counts[r] = span[r].count;
+        together = together && counts[r] >= 0 && span[r].begin == span[0].begin;
       }
-      if (together && size == 4) run(Several<4>{}, start, Range{seen[0].begin}, counts);
-      else if (together && size == 3) run(Several<3>{}, start, Range{seen[0].begin}, counts);
-      else if (together && size == 2) run(Several<2>{}, start, Range{seen[0].begin}, counts);
+      if (together && size == 4) run(Several<4>{}, start, Range{span[0].begin}, counts);
+      else if (together && size == 3) run(Several<3>{}, start, Range{span[0].begin}, counts);
+      else if (together && size == 2) run(Several<2>{}, start, Range{span[0].begin}, counts);
       else
         for (int64_t r = 0; r < size; r++) {
           if (counts[r] >= 0) {
-            run(Several<1>{}, start + r, Range{seen[r].begin}, counts + r);
+            run(Several<1>{}, start + r, Range{span[r].begin}, counts + r);
             continue;
           }
           const bool* const one = visible(b, start + r);
@@ -175,7 +175,7 @@ AtenTensorHandle decode_attention(AtenTensorHandle query, AtenTensorHandle key, 
           "decode_attention: query, key, value and mask must have four dimensions.");
   require(q.floating(), "decode_attention: query must be float32 or bfloat16.");
   require(k.dtype == q.dtype && v.dtype == q.dtype, "decode_attention: key and value must have the dtype of query.");
-  require(m.dtype == aoti_torch_dtype_bool(), "decode_attention: mask must be bool, true where a key is seen.");
+  require(m.dtype == aoti_torch_dtype_bool(), "decode_attention: mask must be bool, true where a key is attended to.");
   require(std::equal(k.sizes, k.sizes + 4, v.sizes), "decode_attention: key and value must have the same shape.");
   require(k.sizes[0] == q.sizes[0], "decode_attention: query and key must have as many rows.");
   require(k.sizes[1] > 0 && q.sizes[1] % k.sizes[1] == 0,

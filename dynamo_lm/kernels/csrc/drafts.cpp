@@ -1,7 +1,7 @@
 // Drafts, one row's at a time: drawing a chain of them from the masked conditionals, and the exact rejection rule that verifies
 // them.
 //
-// As in sampler.cpp pointers come from arrays, and the caller has seen to their types and sizes. The same is said without C++ by
+// As in sampler.cpp pointers come from arrays, and the caller checks their types and sizes. The same is computed without C++ by
 // `sampling.draft_from` and `verification._Dense`.
 
 namespace {
@@ -14,7 +14,7 @@ int64_t child(const Level& level, int64_t row, int64_t token) {
   return found < end && *found == token ? found - level.tokens : -1;
 }
 
-// q of k candidates behind the `length` tokens before `end`; false if none of them was seen there.
+// q of k candidates after the `length` tokens before `end`; false if the table has none of them there.
 bool weighted(
     const Level* levels, const int64_t* end, int64_t length, const int64_t* ids, const double* probs, int64_t k, double alpha_c,
     double* q) {
@@ -94,7 +94,7 @@ struct Line {
 
 }  // namespace
 
-// A token for each slot behind `first`, given those before it, from its candidates: (slots, k). levels: of the table's n-grams of
+// A token for each slot after `first`, given those before it, from its candidates: (slots, k). levels: of the table's n-grams of
 // up to `order` tokens; none: the candidates' own probabilities. uniforms: (slots,), or null for the largest -> tokens: (slots,),
 // and q: (slots, k), what they are from.
 extern "C" __attribute__((visibility("default"))) void dynamo_lm_chain(

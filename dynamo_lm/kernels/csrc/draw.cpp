@@ -1,8 +1,8 @@
 // A whole step of Algorithm 1 (method.md section 4) for heads without links. `sampling.draw_from` says the same with NumPy, but
 // on arrays of a few dozen entries calls cost more than what they do.
 //
-// As in sampler.cpp pointers come from arrays, and the caller has seen to their types and sizes. Cells always ascend, so that no
-// draw hangs on how its tuples were found. Sums have another order than NumPy's; the tolerances allow for that.
+// As in sampler.cpp pointers come from arrays, and the caller checks their types and sizes. Cells always ascend, so that no
+// draw hangs on how its tuples were matches. Sums have another order than NumPy's; the tolerances allow for that.
 
 #include <numeric>
 
@@ -28,8 +28,8 @@ struct Tuples {  // what may be drawn of one length, by ascending cell
 // the children of what is found, at the next level.
 void grow(const Tuples& from, const int64_t* ids, const double* factors, int64_t k, const Level* level, int64_t vocab_size,
           bool more, Tuples& to) {
-  // 1. Which were seen: no more than there are children.
-  thread_local std::vector<int64_t> found;
+  // 1. Which are in the table: no more than there are children.
+  thread_local std::vector<int64_t> matches;
   int64_t room = 1;
   for (const int64_t row : from.rows) {
     if (row >= level->parents) continue;  // a token that the table does not know
@@ -37,9 +37,9 @@ void grow(const Tuples& from, const int64_t* ids, const double* factors, int64_t
     room += std::min(k, children);
     for (int64_t c = 0; c < std::min(children, FETCHED); c += 16) __builtin_prefetch(level->tokens + begin + c);
   }
-  if (static_cast<int64_t>(found.size()) < 3 * room) found.resize(3 * room);
-  int64_t *const parent = found.data(), *const rank = parent + room, *const row = rank + room;
-  const int64_t hits = dynamo_lm_seen(
+  if (static_cast<int64_t>(matches.size()) < 3 * room) matches.resize(3 * room);
+  int64_t *const parent = matches.data(), *const rank = parent + room, *const row = rank + room;
+  const int64_t hits = dynamo_lm_children(
       level->offsets, level->parents, level->tokens, vocab_size, from.rows.data(), from.rows.size(), ids, k, parent, rank, row);
 
   // 2. Those of each parent, which are in the order of their tokens, in that of their ranks.

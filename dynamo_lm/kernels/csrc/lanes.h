@@ -64,7 +64,7 @@ inline void unpack(const T* from, float* to, int64_t count) {
 
 inline Lanes fused(Lanes a, Lanes b, Lanes sum) {
 #ifdef __FMA__
-  return (Lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);  // said, not left to the compiler: one rounding, always
+  return (Lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);  // explicit, not left to the compiler: always one rounding
 #else
   return a * b + sum;
 #endif

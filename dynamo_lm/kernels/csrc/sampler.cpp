@@ -2,7 +2,7 @@
 // which entries of a grid are foreground.
 //
 // Nothing here knows torch: pointers come from arrays, and the caller checks their types and sizes. Without C++ the same is done by
-// `top_k.highest`, `Lookup.seen` and `otsu.foreground`, whose tolerances allow for sums in another order.
+// `top_k.highest`, `Lookup.children` and `otsu.foreground`, whose tolerances allow for sums in another order.
 
 namespace {
 
@@ -65,7 +65,7 @@ class Blurred {
   }
 
   // Calls visit(line, low, high, own) for every line of cells along the last axis that may hold a value of `floor` or more:
-  // its values (k,), which are 0 before low and behind high, and the entries that lie on it.
+  // its values (k,), which are 0 before low and after high, and the entries that lie on it.
   template <typename Visit>
   void lines(const double& floor, const Visit& visit) {
     const Siblings all{0, static_cast<int64_t>(axes[0].at.size()), 1.0};
@@ -220,27 +220,27 @@ extern "C" __attribute__((visibility("default"))) void dynamo_lm_foreground(
   for (int64_t i = 0; i < count; i++) keep[i] = keep[i] > below;
 }
 
-// Which of `rows` (h,) were seen followed by which of the distinct tokens `ids` (k,): the children of row r of `parents` are
-// `tokens` offsets[r] .. offsets[r + 1] - 1, ascending and below vocab_size. -> how many, by rising row, then token: the index of
-// each into `rows`, into `ids` and into `tokens`; there is room for h * k + 1 of them.
-extern "C" __attribute__((visibility("default"))) int64_t dynamo_lm_seen(
+// The n-grams of `rows` (h,) followed by each of the distinct tokens `ids` (k,) that are in the table: the children of row r of
+// `parents` are `tokens` offsets[r] .. offsets[r + 1] - 1, ascending and below vocab_size. -> how many, by rising row, then token:
+// the index of each into `rows`, into `ids` and into `tokens`; there is room for h * k + 1 of them.
+extern "C" __attribute__((visibility("default"))) int64_t dynamo_lm_children(
     const int64_t* offsets, int64_t parents, const int32_t* tokens, int64_t vocab_size, const int64_t* rows, int64_t h,
-    const int64_t* ids, int64_t k, int64_t* parent, int64_t* rank, int64_t* found) {
+    const int64_t* ids, int64_t k, int64_t* parent, int64_t* rank, int64_t* row) {
   thread_local std::vector<int32_t> rank_of;  // per token its index into ids; -1 between calls
   if (rank_of.size() < static_cast<size_t>(vocab_size)) rank_of.assign(vocab_size, -1);
-  std::vector<int32_t> known;
+  std::vector<int32_t> sorted;
   for (int64_t i = 0; i < k; i++) {
     if (ids[i] < 0 || ids[i] >= vocab_size) continue;
     rank_of[ids[i]] = i;
-    known.push_back(ids[i]);
+    sorted.push_back(ids[i]);
   }
-  std::sort(known.begin(), known.end());
+  std::sort(sorted.begin(), sorted.end());
   int64_t hits = 0;
   const auto look = [&](int64_t r, int64_t c) {  // without a branch, which would be guessed wrong at every hit
     const int64_t at = rank_of[tokens[c]];  // kept: to read it back, every turn would wait for the one before
     parent[hits] = r;
     rank[hits] = at;
-    found[hits] = c;
+    row[hits] = c;
     hits += at >= 0;
   };
   for (int64_t r = 0; r < h; r++) {
@@ -248,7 +248,7 @@ extern "C" __attribute__((visibility("default"))) int64_t dynamo_lm_seen(
     int64_t c = offsets[rows[r]];
     const int64_t end = offsets[rows[r] + 1];
     if (end - c > SEARCH_FROM * k) {
-      for (const int32_t token : known) {
+      for (const int32_t token : sorted) {
         c = std::lower_bound(tokens + c, tokens + end, token) - tokens;
         if (c < end && tokens[c] == token) look(r, c);
       }
@@ -256,7 +256,7 @@ extern "C" __attribute__((visibility("default"))) int64_t dynamo_lm_seen(
       for (; c < end; c++) look(r, c);
     }
   }
-  for (const int32_t token : known) rank_of[token] = -1;
+  for (const int32_t token : sorted) rank_of[token] = -1;
   return hits;
 }
 
@@ -265,7 +265,7 @@ extern "C" __attribute__((visibility("default"))) int64_t dynamo_lm_seen(
 extern "C" __attribute__((visibility("default"))) int64_t dynamo_lm_highest(
     const float* logits, int64_t lines, int64_t size, int64_t most, int64_t* ids, double* values) {
   std::vector<float> tops;
-  std::vector<std::pair<float, int64_t>> found;
+  std::vector<std::pair<float, int64_t>> candidates;
   for (int64_t line = 0; line < lines; line++, logits += size) {
     // 1. The largest of each of some parts: of `most` different ones the least bounds what is sought from below.
     const int64_t part = std::max<int64_t>(8, size / (4 * most) / 8 * 8);
@@ -281,7 +281,7 @@ extern "C" __attribute__((visibility("default"))) int64_t dynamo_lm_highest(
     }
 
     // 2. Everything above it, in order.
-    found.clear();
+    candidates.clear();
     const Lanes least = Lanes{} + bound;
     int64_t i = 0;
     for (; i + 8 <= size; i += 8) {
@@ -289,18 +289,18 @@ extern "C" __attribute__((visibility("default"))) int64_t dynamo_lm_highest(
       const Pairs pairs = (Pairs)below;
       if ((pairs[0] & pairs[1] & pairs[2] & pairs[3]) == -1) continue;
       for (int j = 0; j < 8; j++)
-        if (!below[j]) found.emplace_back(logits[i + j], i + j);
+        if (!below[j]) candidates.emplace_back(logits[i + j], i + j);
     }
     for (; i < size; i++)
-      if (!(logits[i] < bound)) found.emplace_back(logits[i], i);
-    for (const auto& one : found)
-      if (std::isnan(one.first)) return 1;
-    std::partial_sort(found.begin(), found.begin() + most, found.end(), [](const auto& a, const auto& b) {
+      if (!(logits[i] < bound)) candidates.emplace_back(logits[i], i);
+    for (const auto& entry : candidates)
+      if (std::isnan(entry.first)) return 1;
+    std::partial_sort(candidates.begin(), candidates.begin() + most, candidates.end(), [](const auto& a, const auto& b) {
       return a.first != b.first ? a.first > b.first : a.second < b.second;
     });
     for (int64_t j = 0; j < most; j++) {
-      *values++ = found[j].first;
-      *ids++ = found[j].second;
+      *values++ = candidates[j].first;
+      *ids++ = candidates[j].second;
     }
   }
   return 0;
