@@ -31,7 +31,7 @@ from dynamo_lm.backbone.feature_layers import captured_features
 from dynamo_lm.backbone.rope_limits import length_limit
 from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.decoding.candidates import Candidates
-from dynamo_lm.decoding.draft_length import AdaptiveDraftLength
+from dynamo_lm.decoding.draft_length import draft_length_of
 from dynamo_lm.decoding.draft_tree import depths, grow
 from dynamo_lm.decoding.draft_vocabulary import draft_vocabulary_of
 from dynamo_lm.decoding.kv_cache import RaggedKVCache
@@ -156,7 +156,7 @@ class Batch:
             torch.Generator().manual_seed(seed),
             Statistics(n, proposed=[0] * (n - 1), accepted=[0] * (n - 1)),
             input_ids=list(prompt),
-            draft_length=_draft_length_of(self.model, options),
+            draft_length=draft_length_of(self.model, options),
             present=_present(prompt, self.model.config.vocab_size) if options.off else None,
             ending="length" if options.max_new_tokens == 0 else None,
         )
@@ -434,20 +434,6 @@ def _process_logits(sequence: SequenceState, logits: Tensor, first: bool) -> Ten
             line = processor(sequence.number, so_far, line)
         result.append(line)
     return torch.stack(result)
-
-
-def _draft_length_of(model: MultiHeadLM, options: DecodingOptions) -> AdaptiveDraftLength | None:
-    """How many drafts a step carries, if they are a tree: for greedy choices without logits processors."""
-    n = options.num_heads
-    if options.sample or options.off or options.logits_processors or n == 1 or options.tree == 0 or is_sequential(model):
-        return None
-    if options.tree is not None:
-        return AdaptiveDraftLength((options.tree + 1,))
-    # Sizes that change from run to run change the rounding: harmless in float32, not where close calls are ties.
-    if options.budget > 0 or model.dtype != torch.float32 or options.compile:
-        return None
-    key = (n, torch.get_num_threads(), model.device)
-    return model.runtime.draft_lengths.setdefault(key, AdaptiveDraftLength((n, 2 * n, 4 * n)))
 
 
 def _present(tokens: Sequence[int], vocab_size: int) -> np.ndarray:

@@ -28,8 +28,8 @@ class IncrementalDetokenizer:
         self._text = ""  # every complete character; begins with `text`
         self._window = list(prompt)  # decoded together: whatever is needed to know the next characters
         before = self._decoded(self._window)
-        self._characters = len(before.rstrip(INCOMPLETE))  # characters of the window that are in `_text`, or the prompt's
-        self._tokens = len(self._window) if self._characters == len(before) else 0  # of it, which end with a whole character
+        self._known = len(before.rstrip(INCOMPLETE))  # characters of the window that are in `_text`, or the prompt's
+        self._whole = len(self._window) if self._known == len(before) else 0  # tokens of it that end with a whole character
 
     def add(self, new: Sequence[int]) -> str:
         """The characters that these tokens complete."""
@@ -38,26 +38,26 @@ class IncrementalDetokenizer:
         self._window += new
         decoded = self._decoded(self._window)
         complete = decoded.rstrip(INCOMPLETE)
-        more = complete[self._characters :]
+        more = complete[self._known :]
         if more and complete == decoded:  # the next window begins where this step's tokens did; it needs some text in front,
-            del self._window[: self._tokens]  # since tokenizers may strip a space where decoding begins
-            self._characters, self._tokens = len(self._decoded(self._window)), len(self._window)
+            del self._window[: self._whole]  # since tokenizers may strip a space where decoding begins
+            self._known, self._whole = len(self._decoded(self._window)), len(self._window)
         else:
-            self._characters += len(more)
+            self._known += len(more)
         return self._release(more, last=False)
 
     def end(self) -> str:
         """The characters that were withheld while more could come."""
         if self.ended:
             return ""
-        return self._release(self._decoded(self._window)[self._characters :], last=True)
+        return self._release(self._decoded(self._window)[self._known :], last=True)
 
     def _release(self, more: str, *, last: bool) -> str:
-        before, self._text = len(self._text), self._text + more
+        seen, self._text = len(self._text), self._text + more
         reach = len(self._text)
         matches = []
         for stop in self.stops:
-            start = self._text.find(stop, max(0, before - len(stop) + 1))
+            start = self._text.find(stop, max(0, seen - len(stop) + 1))
             if start >= 0:
                 matches.append((start + len(stop), start))
         if matches:

@@ -7,6 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+
+from dynamo_lm.decoding.options import DecodingOptions
+from dynamo_lm.decoding.preconditions import is_sequential
+from dynamo_lm.decoding.protocol import MultiHeadLM
 
 TRIALS = 3  # steps of each size before the times count
 WINDOW = 15  # latest steps of each size, whose median counts
@@ -48,3 +53,17 @@ class AdaptiveDraftLength:
             return (1 + trust * sum(probabilities[: size - 1])) / float(np.median(self.seconds[size]))
 
         return max(self.candidates, key=rate)
+
+
+def draft_length_of(model: MultiHeadLM, options: DecodingOptions) -> AdaptiveDraftLength | None:
+    """How many drafts a step carries, if they are a tree: for greedy choices without logits processors."""
+    n = options.num_heads
+    if options.sample or options.off or options.logits_processors or n == 1 or options.tree == 0 or is_sequential(model):
+        return None
+    if options.tree is not None:
+        return AdaptiveDraftLength((options.tree + 1,))
+    # Sizes that change from run to run change the rounding: harmless in float32, not where close calls are ties.
+    if options.budget > 0 or model.dtype != torch.float32 or options.compile:
+        return None
+    key = (n, torch.get_num_threads(), model.device)
+    return model.runtime.draft_lengths.setdefault(key, AdaptiveDraftLength((n, 2 * n, 4 * n)))
