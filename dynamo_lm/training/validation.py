@@ -47,11 +47,11 @@ class Perplexities:
 
     def __str__(self) -> str:
         n = len(self.joint)
-        said = [f"PPL_{i} {p:.2f}" for i, p in enumerate(self.heads, start=1)] + [f"PPL_1:{n} {self.joint[-1]:.2f}"]
+        parts = [f"PPL_{i} {p:.2f}" for i, p in enumerate(self.heads, start=1)] + [f"PPL_1:{n} {self.joint[-1]:.2f}"]
         if self.coupled:
-            said += [f"PPL_{i}|{i - 1} {p:.2f}" for i, p in enumerate(self.coupled, start=2)]
-            said += [f"coupled PPL_1:{n} {self.coupled_joint:.2f}"]
-        return "  ".join(said)
+            parts += [f"PPL_{i}|{i - 1} {p:.2f}" for i, p in enumerate(self.coupled, start=2)]
+            parts += [f"coupled PPL_1:{n} {self.coupled_joint:.2f}"]
+        return "  ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def measure(
     Raises:
         InputError: there is no such position.
     """
-    was_training, n, device, found = model.training, model.num_heads, model.device, False
+    was_training, n, device, any_scored = model.training, model.num_heads, model.device, False
     model.eval()
     total = min(limit, blocks.num_blocks(0))
     for start in range(0, total, batch_size):
@@ -194,13 +194,13 @@ def measure(
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             states = packed_hidden(model, tokens, segments, positions).flatten(1, 2)
             for chunk in places.split(CHUNK) if len(places) else ():
-                found, scored = True, Scored(model, states, chunk, labels)
+                any_scored, scored = True, Scored(model, states, chunk, labels)
                 for head in range(1, n + 1):
                     logp_and_coupled = (scored.base(0)[0], None) if head == 1 else scored.drafts(head)
                     for each in measures:
                         each.add(scored, head, *logp_and_coupled)
     model.train(was_training)
-    if not found:
+    if not any_scored:
         raise InputError("The validation text has no document with as many tokens as the model has heads.")
 
 
@@ -209,9 +209,9 @@ def perplexities(model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, b
 
     Comparable between models with the same tokenizer, heads and blocks.
     """
-    found = PerplexityMeasure(model)
-    measure(model, blocks, [found], batch_size=batch_size, bf16=bf16, limit=limit)
-    return found.result()
+    measured = PerplexityMeasure(model)
+    measure(model, blocks, [measured], batch_size=batch_size, bf16=bf16, limit=limit)
+    return measured.result()
 
 
 def validate(
@@ -222,7 +222,7 @@ def validate(
     Raises:
         InputError: no document has as many tokens as the model has heads.
     """
-    found, accepted = PerplexityMeasure(model), AcceptanceMeasure(model)
-    measures: list[Measure] = [found, accepted] if model.num_heads > 1 else [found]
+    perplexity, accepted = PerplexityMeasure(model), AcceptanceMeasure(model)
+    measures: list[Measure] = [perplexity, accepted] if model.num_heads > 1 else [perplexity]
     measure(model, blocks, measures, batch_size=batch_size, bf16=bf16, limit=limit)
-    return found.result(), accepted.result() if model.num_heads > 1 else None
+    return perplexity.result(), accepted.result() if model.num_heads > 1 else None
