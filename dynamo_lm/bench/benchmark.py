@@ -32,6 +32,8 @@ def open_context(model: DynaMoForCausalLM) -> BenchmarkContext:
 def all_methods(context: BenchmarkContext, options: RaceOptions, more: Sequence[Method] = ()) -> list[Method]:
     """Every method for this model: greedy before sampled, one token per step before several.
 
+    With --synthetic-acceptance only one token per step, and drafts that are accepted by chance.
+
     Raises:
         InputError: --heads is not a number of heads that the model has.
     """
@@ -39,6 +41,8 @@ def all_methods(context: BenchmarkContext, options: RaceOptions, more: Sequence[
     heads = options.heads or model.num_heads
     if not 1 < heads <= model.num_heads:
         raise InputError(f"--heads is {heads}; this model has 2 to {model.num_heads}.")
+    if options.synthetic_acceptance is not None:
+        return [*methods.ONE_TOKEN, *methods.synthetic(heads, options.synthetic_acceptance)]
     off_heads = min(heads, model.cooccurrence.order) if model.cooccurrence is not None else 1
     eps_b = getattr(model.generation_config, "eps_b", None)
     candidates = [
@@ -75,7 +79,7 @@ def run(
         more: methods beside those of `all_methods`, by engines that are in `runners.ENGINES`.
         trained: whether the weights are, so that texts mean something.
     """
-    model = context.model
+    model, synthetic = context.model, options.synthetic_acceptance is not None
     candidates = all_methods(context, options, more)
     table = model.cooccurrence
     settings = {
@@ -116,7 +120,7 @@ def run(
                         "prompts": len(texts),
                         "cut_prompts": cut,
                         "repetitions": done.repetitions,
-                        "methods": summary.summaries(done, context, trained=trained),
+                        "methods": summary.summaries(done, context, trained=trained and not synthetic),
                         "skipped": [*done.skipped, *without],
                         "floor": summary.floor(done, context, max_new_tokens),
                     }

@@ -27,6 +27,11 @@ class Method:
     draft: bool = False  # needs a draft model
 
     @property
+    def synthetic(self) -> bool:
+        """Whether drafts are accepted by chance, so that texts mean nothing."""
+        return SYNTHETIC in self.arguments
+
+    @property
     def compiles(self) -> bool:
         """Whether it takes a compiler, and a minute before the first token."""
         return self.engine == "compiled" or bool(self.arguments.get("compile"))
@@ -37,6 +42,7 @@ COMPILED = {"compile": True}
 SAMPLED = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # from the base's whole distribution
 PAPER = {"do_sample": True, "temperature": 0.7, "top_k": 50, "repetition_penalty": 1.1}  # Algorithm 1's own settings
 LOOKUP = 10  # tokens that prompt lookup proposes, as transformers' documentation has it
+SYNTHETIC = "synthetic_acceptance"
 BUDGETS = (0.05, 0.2)  # nats per token, between strict and off
 
 
@@ -114,6 +120,21 @@ def heads(num_heads: int, *, off_heads: int, eps_b: float) -> list[Method]:
         )
         for name, arguments, counts, suffix, batched in rows
         for n in counts
+    ]
+
+
+def synthetic(num_heads: int, probability: float) -> list[Method]:
+    """DynaMo's loop whose drafts are accepted by chance: what steps cost, and no text that means anything."""
+    rows: list[tuple[dict[str, Any], str, bool]] = [({}, "", True), (COMPILED, ", compiled", False)]
+    return [
+        dynamo(
+            f"synthetic: {probability:g} of drafts accepted, n={n}{suffix}",
+            {"verify": "strict", "tree": 0, "num_heads": n, SYNTHETIC: probability, **how},
+            batched=batched,
+            lossless=False,
+        )
+        for how, suffix, batched in rows
+        for n in range(2, num_heads + 1)
     ]
 
 

@@ -37,6 +37,11 @@ class RaceOptions:
     heads: Annotated[int | None, "The most tokens a step may give. Default: all heads."] = None
     gguf: Annotated[Path | None, "The model as a GGUF file, for llama.cpp (needs the package xllamacpp)."] = None
     only: Annotated[list[str], "Race the methods whose name contains this, and the baselines."] = field(default_factory=list)
+    synthetic_acceptance: Annotated[
+        float | None,
+        "Accept each draft by chance, with this probability: what heads that are accepted so often would give on this "
+        "machine. A model without heads gets --heads (4) random ones. The texts mean nothing.",
+    ] = None
     sampled: Annotated[bool, typer.Option("--sampled/--greedy-only", help="Methods that sample, too.")] = True
     compile: Annotated[bool, typer.Option("--compile/--no-compile", help="Loops that must be compiled first.")] = True
     seed: Annotated[int, "Seed of all random numbers."] = 0
@@ -44,6 +49,9 @@ class RaceOptions:
     def __post_init__(self) -> None:
         _at_least(1, self.repetitions, "--repetitions")
         _ = self.batch_sizes
+        chance = self.synthetic_acceptance
+        if chance is not None and not 0 <= chance <= 1:
+            raise InputError(f"--synthetic-acceptance is {chance}; give a probability, 0 to 1.")
         if self.gguf is not None and not self.gguf.is_file():
             raise InputError(f'--gguf is "{self.gguf}", and there is no such file; give a GGUF file of the model.')
 

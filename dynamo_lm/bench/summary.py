@@ -33,6 +33,7 @@ def summaries(race: Race, context: BenchmarkContext, *, trained: bool = True) ->
 
 
 def _summary(race: Race, result: Result, context: BenchmarkContext, scores: Scores | None) -> dict[str, Any]:
+    meaningful = not result.method.synthetic
     method, baseline = result.method, race.baseline(result.method.kind)
     total, base = result.tally(), baseline.tally()
     per_step = total.tokens / total.steps
@@ -64,9 +65,12 @@ def _summary(race: Race, result: Result, context: BenchmarkContext, scores: Scor
         "setup_seconds": result.setup_seconds,
         "identical_to": method.identical_to,
         "identical": agreement(texts, same.texts()) if same is not None else None,
-        "identical_to_baseline": agreement(texts, baseline.texts()) if method.kind == "greedy" else None,
-        "regret": sum(output.regret for output in outputs) / max(1, sum(output.scored for output in outputs)),
-        "distinct_bigrams": statistics.mean(len(set(text)) / max(1, len(text)) for text in pairs),
+        "synthetic": method.synthetic,
+        "identical_to_baseline": agreement(texts, baseline.texts()) if method.kind == "greedy" and meaningful else None,
+        "regret": sum(output.regret for output in outputs) / max(1, sum(output.scored for output in outputs))
+        if meaningful
+        else None,
+        "distinct_bigrams": statistics.mean(len(set(text)) / max(1, len(text)) for text in pairs) if meaningful else None,
         "log_likelihood": _likelihood(race, result, context, scores) if scores is not None else None,
         "groups": {
             group: {

@@ -106,6 +106,11 @@ def notes(race: dict[str, Any]) -> list[str]:
         "ratio over tokens per step, of what it could be if reading every weight once were all that a step took. step cost: "
         "seconds per step over the baseline's. *: not the base's own text or distribution. All pay for their prompt.",
     ]
+    if any(method.get("synthetic") for method in race["methods"]):
+        notes.append(
+            "synthetic: drafts were accepted by chance, not because the base agreed, so these texts are not the base's and "
+            "say nothing about quality. Heads that reach this acceptance would be about as fast here."
+        )
     if any(map(_above, race["methods"])):
         notes.append(
             "^: above its ceiling. Here a step takes more than reading weights, and several tokens share that; or the "

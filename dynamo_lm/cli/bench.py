@@ -11,6 +11,7 @@ from dynamo_lm.bench.options import PromptOptions, RaceOptions
 from dynamo_lm.cli.dataclass_options import dataclass_options
 from dynamo_lm.cli.options import MACHINE, Json, Model, ModelOptions
 
+RANDOM_HEADS = 4  # of a model that has none, with --synthetic-acceptance
 WIDTH = 128  # columns that the tables need; a narrower terminal wraps them
 
 
@@ -30,6 +31,8 @@ def bench(
     llama.cpp with --gguf; DynaMo in all its modes; and the machine's memory-bandwidth floor. Ratios are
     medians over interleaved repetitions.
 
+    With --synthetic-acceptance: what heads would give on this machine before any are trained, and nothing on quality.
+
     `dynamo-lm bench story --prompts stories.txt --out results/bench`
     """
     from dynamo_lm.bench.benchmark import open_context, run
@@ -37,7 +40,8 @@ def bench(
     from dynamo_lm.cli.progress import counting
     from dynamo_lm.model.loading import print_json
 
-    network, tokenizer = compute.open(model)
+    untrained = None if race.synthetic_acceptance is None else race.heads or RANDOM_HEADS
+    network, tokenizer = compute.open(model, random_heads=untrained)
     texts = read(prompts.prompts, tokenizer, limit=prompts.limit)
     command = command_line.find_root().obj or []
     with counting() as progress:

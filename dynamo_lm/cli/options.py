@@ -69,15 +69,15 @@ class OpeningOptions(ComputeOptions):
     dtype: Annotated[str, "Precision to compute in: float32, bfloat16, float16, or auto (as saved)."] = "auto"
     tokenizer: Annotated[str | None, "Tokenizer folder or hub id, if MODEL does not bring its own."] = None
 
-    def open(self, model: str) -> tuple[DynaMoForCausalLM, Any]:
-        """The model and its tokenizer.
+    def open(self, model: str, *, random_heads: int | None = None) -> tuple[DynaMoForCausalLM, Any]:
+        """The model and its tokenizer; random_heads: see `open_for_evaluation`.
 
         Raises:
             InputError: it cannot be opened, or has no heads.
         """
         from dynamo_lm.model.loading import open_for_evaluation
 
-        return open_for_evaluation(model, **asdict(self))
+        return open_for_evaluation(model, random_heads=random_heads, **asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.decoding.sequence import SequenceState
 from dynamo_lm.decoding.sequential import SequentialDrafter
 from dynamo_lm.decoding.statistics import Statistics
-from dynamo_lm.decoding.verification import accept_greedy, accept_sampled, accept_tree
+from dynamo_lm.decoding.verification import accept_greedy, accept_sampled, accept_synthetic, accept_tree
 from dynamo_lm.errors import InputError
 from dynamo_lm.sampling.algorithm1 import draw_from
 from dynamo_lm.sampling.drafting import draft_from
@@ -310,20 +310,16 @@ class Batch:
             scores.add(sequence, r, drafts)
             return _Verified([], [], list(range(1, len(drafts) + 1)), len(drafts))
         options = sequence.options
-        processed = _process_logits(sequence, logits, first) if options.logits_processors else logits
-        if options.sample:
-            verification = accept_sampled(
-                processed,
-                drafts,
-                sequence.proposals,
-                sequence.generator,
-                sequence.regret_budgets,
-                temperature=options.temperature,
-            )
+        processed, budgets = sequence.process_logits(logits, first), sequence.regret_budgets
+        if options.synthetic_acceptance is not None:
+            verification = accept_synthetic(processed, drafts, options.synthetic_acceptance, sequence.generator)
+        elif options.sample:
+            how = sequence.proposals, sequence.generator, budgets
+            verification = accept_sampled(processed, drafts, *how, temperature=options.temperature)
         elif sequence.draft_length is None:
-            verification = accept_greedy(processed, drafts, sequence.regret_budgets)
+            verification = accept_greedy(processed, drafts, budgets)
         else:
-            verification = accept_tree(processed, drafts, sequence.parents, sequence.regret_budgets)
+            verification = accept_tree(processed, drafts, sequence.parents, budgets)
         accepted, token, costs, path = verification
         for position in range(max(depths(sequence.parents)) if sequence.draft_length is not None else len(drafts)):
             sequence.statistics.proposed[position] += position <= accepted  # drafts after a rejected one are not verified
@@ -422,18 +418,6 @@ class _Verified(NamedTuple):
     costs: list[float]  # of each, if it was verified
     path: list[int]  # places of the accepted input tokens after the first
     last: int  # place of the last accepted one
-
-
-def _process_logits(sequence: SequenceState, logits: Tensor, first: bool) -> Tensor:
-    """What the base samples from after each input token; logits and result: (width, vocabulary)."""
-    tokens = sequence.tokens if first else sequence.tokens + sequence.input_ids[1:]
-    result = []
-    for position, line in enumerate(logits[: len(tokens) - len(sequence.tokens) + 1]):
-        so_far = torch.tensor(tokens[: len(sequence.tokens) + position])
-        for processor in sequence.options.logits_processors:
-            line = processor(sequence.number, so_far, line)
-        result.append(line)
-    return torch.stack(result)
 
 
 def _present(tokens: Sequence[int], vocab_size: int) -> np.ndarray:

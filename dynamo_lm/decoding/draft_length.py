@@ -58,7 +58,8 @@ class AdaptiveDraftLength:
 def draft_length_of(model: MultiHeadLM, options: DecodingOptions) -> AdaptiveDraftLength | None:
     """How many drafts a step carries, if they are a tree: for greedy choices without logits processors."""
     n = options.num_heads
-    if options.sample or options.off or options.logits_processors or n == 1 or options.tree == 0 or is_sequential(model):
+    chains = options.sample or options.off or options.logits_processors or options.synthetic_acceptance is not None
+    if chains or n == 1 or options.tree == 0 or is_sequential(model):
         return None
     if options.tree is not None:
         return AdaptiveDraftLength((options.tree + 1,))

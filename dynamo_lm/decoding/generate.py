@@ -74,6 +74,7 @@ def generate(
     blur: bool | None = None,
     tree: int | None = None,
     compile: bool = False,
+    synthetic_acceptance: float | None = None,
     seed: int | Sequence[int] | None = None,
     on_step: Callable[[int, list[int]], None] | None = None,
     **kwargs: Any,
@@ -133,6 +134,7 @@ def generate(
             max_new_tokens=generation_config.max_length - input_ids.shape[1],
             sample=bool(generation_config.do_sample),
             end_tokens=ends,
+            synthetic_acceptance=synthetic_acceptance,
             logits_processors=() if off else tuple(batch.logits_processor(each) for each in logits_processor),
         )
         by_row = [

@@ -40,6 +40,7 @@ class DecodingOptions:
     stopping_criteria: tuple[StoppingCriterion, ...] = ()
     logprobs: int | None = None  # score every new token, with so many alternatives beside it; None: no scores
     prompt_logprobs: bool = False  # with logprobs: score the prompt's tokens, too
+    synthetic_acceptance: float | None = None  # accept each draft by chance, with this probability; for tests and benchmarks
 
     def __post_init__(self) -> None:
         check_verify(self.verify)
@@ -52,6 +53,12 @@ class DecodingOptions:
             raise InputError("prompt_logprobs scores the prompt as well; it goes with logprobs.")
         if self.tree is not None and not 0 <= self.tree < 64:
             raise InputError(f"tree is {self.tree}; give the number of drafts, up to 63, 0 for a chain.")
+
+        chance = self.synthetic_acceptance
+        if chance is not None and not 0 <= chance <= 1:
+            raise InputError(f"synthetic_acceptance is {chance}; give a probability, 0 to 1.")
+        if chance is not None and (self.sample or self.off or self.budget or self.tree):
+            raise InputError('synthetic_acceptance goes with greedy decoding, verify="strict" and chains of drafts.')
 
     @property
     def off(self) -> bool:

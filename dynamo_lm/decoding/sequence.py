@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dynamo_lm.decoding.draft_length import AdaptiveDraftLength
 from dynamo_lm.decoding.options import DecodingOptions
@@ -64,6 +65,19 @@ class SequenceState:
             return []
         emitted, spent = self.statistics.new_tokens, self.statistics.regret
         return [budget * (emitted + place) - spent for place in range(1, len(self.input_ids))]
+
+    def process_logits(self, logits: Tensor, first: bool) -> Tensor:
+        """What the base chooses from after each input token; logits and result: (width, vocabulary)."""
+        if not self.options.logits_processors:
+            return logits
+        tokens = self.tokens if first else self.tokens + self.input_ids[1:]
+        result = []
+        for position, line in enumerate(logits[: len(tokens) - len(self.tokens) + 1]):
+            so_far = torch.tensor(tokens[: len(self.tokens) + position])
+            for processor in self.options.logits_processors:
+                line = processor(self.number, so_far, line)
+            result.append(line)
+        return torch.stack(result)
 
     def emit(self, new: list[int], context: int) -> int:
         """Appends tokens until one ends the sequence; returns how many. context: tokens that the model can hold."""

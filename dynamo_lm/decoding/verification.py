@@ -128,6 +128,28 @@ def accept_sampled(
     return Verification(len(drafts), line.choice(_uniform(generator)), costs, _chain(costs))
 
 
+def accept_synthetic(logits: Tensor, drafts: Sequence[int], probability: float, generator: torch.Generator) -> Verification:
+    """Accepts each draft with this probability, whatever the base makes of it, up to the first that is rejected.
+
+    For tests of all lengths, and to time steps as if heads were accepted so often; the text is worth nothing.
+
+    Args:
+        logits: as in `accept_greedy`.
+        probability: 0 gives the base's first choices one at a time, 1 accepts every draft.
+        generator: one uniform number a draft looked at.
+
+    Returns:
+        The base's first choice follows; an accepted draft costs what it costs in `accept_greedy`.
+    """
+    best = logits[: len(drafts) + 1].numpy().argmax(-1).tolist()
+    costs: list[float] = []
+    for position, draft in enumerate(drafts):
+        if _uniform(generator) >= probability:
+            break
+        costs.append((logits[position, best[position]].double() - logits[position, draft].double()).item())
+    return Verification(len(costs), best[len(costs)], costs, _chain(costs))
+
+
 class _Dense:
     """What the base samples from after one token, and the rejection rule: by torch, with p and q over all tokens."""
 

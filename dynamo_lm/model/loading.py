@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
@@ -114,8 +114,12 @@ def open_for_evaluation(
     base: str | None = None,
     allow_base_mismatch: bool = False,
     trust_remote_code: bool = False,
+    random_heads: int | None = None,
 ) -> tuple[DynaMoForCausalLM, Any]:
     """A DynaMo model and its tokenizer; sets the number of CPU threads if one is given. See `open_model` for the base.
+
+    Args:
+        random_heads: a model without heads gets random ones, so many in all, head 1 included; None refuses it.
 
     Raises:
         InputError: as the functions above, or a model without heads.
@@ -123,9 +127,15 @@ def open_for_evaluation(
     set_threads(threads)
     name = resolve(model)
     config = open_config(name)
-    if not isinstance(config, DynaMoConfig):
+    plain = not isinstance(config, DynaMoConfig)
+    if plain and random_heads is None:
         raise InputError(f'"{model}" has no DynaMo heads; add some with `dynamo-lm train {model} --data ...`.')
-    tokens = open_tokenizer(tokenizer or name, vocab_size=config.vocab_size, trust_remote_code=trust_remote_code)
+    vocab_size = config.get_text_config().vocab_size
+    tokens = open_tokenizer(tokenizer or name, vocab_size=vocab_size, trust_remote_code=trust_remote_code)
+    if plain:
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        with_heads = DynaMoForCausalLM.from_base(name, num_heads=cast(int, random_heads), **options)
+        return with_heads.to(choose_device(device)).eval(), tokens  # type: ignore[arg-type]
     network = open_model(
         name,
         dtype=dtype,
@@ -148,7 +158,7 @@ def check_table(table: Any, tokenizer: Any, vocab_size: int, name: str) -> None:
             f'The table in "{name}" was counted with another tokenizer ({table.tokenizer}, not {expected}); '
             "count again with `dynamo-lm count` and this model."
         )
-    if table.vocab_size != vocab_size:
+    if table.vocab_size > vocab_size:
         raise InputError(
             f'The table in "{name}" was counted for a vocabulary of {table.vocab_size}, but the model has '
             f"{vocab_size}; count again with `dynamo-lm count` and this model."

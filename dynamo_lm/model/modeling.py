@@ -300,6 +300,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
                 as the first steps show, where that cannot change the text (in float32); elsewhere a chain.
             compile: one prompt only: compile the steps, which takes a minute the first time (and a C++ compiler on CPUs) and
                 makes small models much faster.
+            synthetic_acceptance: accept each draft by chance, with this probability, in place of verification: for tests,
+                and to time what heads that are accepted so often would give; greedy chains; the text is worth nothing.
             seed: of the rows' random numbers: row r uses seed + r, or the r-th of a list; from torch's global state if None.
             on_step: called with (row, tokens) after every step.
 
