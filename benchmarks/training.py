@@ -186,12 +186,12 @@ def speed(blocks: Blocks, batch_size: int, repetitions: int, bf16: bool) -> list
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors made while it is active, those `known` before not counted; the peaks."""
+    """Bytes of the tensors made while it is active, those `existing` before not counted; the peaks."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, known: Iterator[Tensor]):
+    def __init__(self, vocab_size: int, hidden_size: int, existing: Iterator[Tensor]):
         super().__init__()
         self.width, self.weight = vocab_size, vocab_size * hidden_size
-        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.existing = {tensor.untyped_storage()._cdata for tensor in existing}
         self.live: dict[int, tuple[StorageWeakRef, int, bool]] = {}
         self.peak = self.wide_peak = 0
 
@@ -201,7 +201,7 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self.known and storage._cdata not in self.live:
+                if storage._cdata not in self.existing and storage._cdata not in self.live:
                     wide = tensor.ndim > 1 and tensor.shape[-1] == self.width and tensor.numel() != self.weight
                     self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes(), wide
         self.peak = max(self.peak, sum(size for _, size, _ in self.live.values()))
@@ -224,16 +224,16 @@ def memory(blocks: Blocks, batch_size: int, bf16: bool) -> list[dict[str, Any]]:
         vocab_size, hidden_size = model.get_output_embeddings().weight.shape
         heads_loss(model, **batch, options=options)  # the parameters' gradients stay
 
-        def known(model: DynaMoForCausalLM = model, *more: Tensor) -> Iterator[Tensor]:
+        def existing(model: DynaMoForCausalLM = model, *more: Tensor) -> Iterator[Tensor]:
             for parameter in model.parameters():
                 yield from (parameter, parameter.grad) if parameter.grad is not None else (parameter,)
             yield from more
 
-        with LiveBytes(vocab_size, hidden_size, known()) as whole:
+        with LiveBytes(vocab_size, hidden_size, existing()) as whole:
             heads_loss(model, **batch, options=options)
         hidden = torch.randn(n, *batch["tokens"].shape, hidden_size, requires_grad=True)
         hidden.grad = torch.zeros_like(hidden)
-        with stored_hidden(hidden), LiveBytes(vocab_size, hidden_size, known(model, hidden, hidden.grad)) as part:
+        with stored_hidden(hidden), LiveBytes(vocab_size, hidden_size, existing(model, hidden, hidden.grad)) as part:
             heads_loss(model, **batch, options=options)
         rows.append(
             {

@@ -177,13 +177,13 @@ def _check_off(processors: LogitsProcessorList) -> None:
         if not isinstance(processor, OF_ALGORITHM_1):
             raise InputError(
                 f'{type(processor).__name__} does not apply to the joint that verify="off" draws from; '
-                'use verify="strict", which honours every processor.'
+                'use verify="strict", which applies every processor.'
             )
 
 
-def _warn_if_cut(rows: Sequence[SequenceState], max_new_tokens: int) -> None:
+def _warn_if_cut(sequences: Sequence[SequenceState], max_new_tokens: int) -> None:
     """Says that a text ended before its length, where the base's own `generate` would have gone on."""
-    cut = [row for row in rows if row.ending == "length" and len(row.new_tokens) < max_new_tokens]
+    cut = [each for each in sequences if each.ending == "length" and len(each.new_tokens) < max_new_tokens]
     if cut:
         logger.warning(
             "A text ends after %d of %d new tokens, at %d tokens in all: beyond them the base has no positions that it was "

@@ -53,7 +53,9 @@ class SequentialDrafter:
         self.head: Any = model.sequential_head
         self.ids: Tensor | None = self.head.draft_ids
 
-    def draft(self, row: SequenceState, features: Tensor, following: Sequence[int], count: int) -> tuple[list[int], list]:
+    def draft(
+        self, sequence: SequenceState, features: Tensor, following: Sequence[int], count: int
+    ) -> tuple[list[int], list]:
         """Draft `count` tokens after the verified ones.
 
         Args:
@@ -63,25 +65,25 @@ class SequentialDrafter:
         Returns:
             Tokens, and the distribution that each was drawn from.
         """
-        if row.draft_cache is None:
-            row.draft_cache = DraftCache()
-        cache, history = row.draft_cache, [following[-1]]
+        if sequence.draft_cache is None:
+            sequence.draft_cache = DraftCache()
+        cache, history = sequence.draft_cache, [following[-1]]
         state = self.head.advance(self.head.first(features[None]), self._embedded(following), cache)[:, -1:]
         verified = cache.length
         proposals: list[Proposal] = []
         while True:
-            ids, q = self._proposal(row, state, history)
+            ids, q = self._proposal(sequence, state, history)
             proposals.append((torch.from_numpy(ids), torch.from_numpy(q)))
-            history.append(int(ids[_choose(q, row.generator, not row.options.sample)]))
+            history.append(int(ids[_choose(q, sequence.generator, not sequence.options.sample)]))
             if len(proposals) == count:
                 break
             state = self.head.advance(state, self._embedded(history[-1:]), cache)
         cache.length = verified
         return history[1:], proposals
 
-    def _proposal(self, row: SequenceState, state: Tensor, history: list[int]) -> tuple[Any, Any]:
+    def _proposal(self, sequence: SequenceState, state: Tensor, history: list[int]) -> tuple[Any, Any]:
         """Candidates of the next token and their probabilities, (k,) each; state: (1, 1, hidden)."""
-        algorithm, temperature = row.options.algorithm, row.options.temperature
+        algorithm, temperature = sequence.options.algorithm, sequence.options.temperature
         weighted = self.model.cooccurrence is not None and algorithm.alpha_c != 0
         normed, ids = self.head.norm(state), self.ids
         if ids is not None:

@@ -74,7 +74,7 @@ class RequestParser:
         """Every text of a completion: of each prompt in turn, `n`.
 
         Raises:
-            APIError: an option that is not honoured, or a limit; the message names it.
+            APIError: an option that is not supported, or a limit; the message names it.
         """
         refuse_unsupported(request)
         if request.suffix:

@@ -43,14 +43,14 @@ def by_turn(answers: Iterable[dict[str, Any]]) -> dict[tuple[str, int], dict[str
 
 def records(prompts: Path, answers: Path, tokenizer: Any) -> Iterator[list[Turn]]:
     """The answered turns of each conversation."""
-    known = by_turn(json_lines(answers))
+    answered = by_turn(json_lines(answers))
     for record in json_lines(prompts):
         messages, turns = [], []
         for place, message in enumerate(record["messages"]):
             if message["role"] == "user":
                 messages.append(message)
                 continue
-            answer = known.get((record["id"], place))
+            answer = answered.get((record["id"], place))
             if answer is None or not answer["answer_ids"]:
                 break
             turns.append(Turn(encode_chat(tokenizer, messages), answer["answer_ids"], answer["finish"]))
@@ -79,8 +79,8 @@ class Writer:
         model = DynaMoForCausalLM.from_base(loaded, 1).eval()
         self.answerer = BatchAnswerer(model, self.tokenizer, batch_size=rows)
         self.log = JsonlLog(answers)
-        self.known = by_turn(self.log.records)
-        self.asked: dict[int, tuple[dict[str, Any], list[dict[str, str]]]] = {}  # by number of the question
+        self.answers = by_turn(self.log.records)
+        self.requests: dict[int, tuple[dict[str, Any], list[dict[str, str]]]] = {}  # by number of the question
         self.tokens = 0
 
     def ask(self, record: dict[str, Any], messages: list[dict[str, str]]) -> None:
@@ -90,27 +90,28 @@ class Writer:
             if record["messages"][place]["role"] == "user":
                 messages.append(record["messages"][place])
                 continue
-            if (known := self.known.get((record["id"], place))) is not None:
-                if known["finish"] == "loop":
+            if (earlier := self.answers.get((record["id"], place))) is not None:
+                if earlier["finish"] == "loop":
                     return
-                text = self.tokenizer.decode(known["answer_ids"], skip_special_tokens=True)
+                text = self.tokenizer.decode(earlier["answer_ids"], skip_special_tokens=True)
                 messages.append({"role": "assistant", "content": text})
                 continue
             prompt = encode_chat(self.tokenizer, messages)
             room = min(NEW_TOKENS, LONGEST - len(prompt))
             if room >= LEAST_ROOM:
-                number, seed = len(self.known) + len(self.asked), random.Random(f"{record['id']} {place}").randrange(2**31)
-                self.asked[number] = record, messages
+                number = len(self.answers) + len(self.requests)
+                seed = random.Random(f"{record['id']} {place}").randrange(2**31)
+                self.requests[number] = record, messages
                 self.answerer.ask(Question(number, messages, prompt, room, seed), record["temperature"])
             return
 
     def step(self) -> None:
         """One token of every open answer."""
         for answer in self.answerer.answers():
-            record, messages = self.asked.pop(answer.question.number)
+            record, messages = self.requests.pop(answer.question.number)
             entry = {"id": record["id"], "turn": len(messages), "answer_ids": list(answer.ids), "finish": answer.finish}
             self.log.append(entry)
-            self.known[record["id"], len(messages)] = entry
+            self.answers[record["id"], len(messages)] = entry
             self.tokens += answer.tokens
             self.ask(record, messages)
 
@@ -128,19 +129,19 @@ def main() -> None:
     waiting = iter(order(list(json_lines(arguments.prompts))))
     writer, began, steps = Writer(arguments.base, arguments.answers, arguments.rows), time.monotonic(), 0
     more = True
-    while (more or writer.asked) and writer.tokens < arguments.tokens:
-        while more and len(writer.asked) <= arguments.rows - GROUP:
+    while (more or writer.requests) and writer.tokens < arguments.tokens:
+        while more and len(writer.requests) <= arguments.rows - GROUP:
             for _ in range(GROUP):
                 record = next(waiting, None)
                 more = more and record is not None
                 if record is not None:
                     writer.ask(record, [])
-        if writer.asked:
+        if writer.requests:
             writer.step()
         steps += 1
         if steps % 100 == 0:
             rate = writer.tokens / (time.monotonic() - began)
-            print(f"{len(writer.known)} answers, {writer.tokens:,} tokens, {rate:.0f} tokens/s", flush=True)
+            print(f"{len(writer.answers)} answers, {writer.tokens:,} tokens, {rate:.0f} tokens/s", flush=True)
 
 
 if __name__ == "__main__":
