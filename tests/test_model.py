@@ -10,12 +10,15 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     BertModel,
+    BigBirdConfig,
     FalconConfig,
     GPTNeoXConfig,
     LlamaConfig,
+    MllamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from dynamo_lm import PRESETS, DynaMoConfig, DynaMoForCausalLM, InputError
 from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
@@ -291,6 +294,21 @@ def test_alibi_is_refused():
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     with pytest.raises(InputError, match="ALiBi"):
         DynaMoForCausalLM.from_base(AutoModelForCausalLM.from_config(FalconConfig(**sizes, alibi=True)))
+
+
+def test_block_sparse_attention_is_refused():
+    config = BigBirdConfig(**_bert, is_decoder=True)
+    with pytest.raises(InputError, match="block-sparse attention"):
+        DynaMoForCausalLM.from_base(AutoModelForCausalLM.from_config(config))
+    config.attention_type = "original_full"
+    check_base(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_base_whose_configuration_opens_no_model_is_refused():
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = MllamaTextConfig(**sizes, num_key_value_heads=2, cross_attention_layers=[], pad_token_id=0)
+    with pytest.raises(InputError, match="does not open MllamaForCausalLM by its configuration, MllamaTextConfig"):
+        DynaMoForCausalLM.from_base(MllamaForCausalLM(config))
 
 
 def test_a_dynamo_model_is_no_base():

@@ -16,6 +16,7 @@ from transformers.generation.logits_process import (
     EtaLogitsWarper,
     LogitNormalization,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
     TopHLogitsWarper,
     TopKLogitsWarper,
@@ -139,6 +140,14 @@ def test_processors_see_what_the_bases_generate_shows_them(model, name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("ignored", [6, torch.tensor([6, 6, 6]), torch.tensor([4, 0, 6])], ids=str)
+def test_a_repetition_penalty_ignores_as_much_of_each_row_as_it_was_told(model, ignored):
+    def penalty():
+        return {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.7, ignored)])}
+
+    assert not torch.equal(same_as_the_base(model, penalty), same_as_the_base(model, repetition_penalty=1.7))
+
+
 def test_a_processor_that_holds_a_model_follows_the_text_that_stays(model):
     def make():
         guidance = UnbatchedClassifierFreeGuidanceLogitsProcessor(2.0, model.base, unconditional_ids=IDS[1:2, -1:])

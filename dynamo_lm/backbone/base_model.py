@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dynamo_lm.errors import InputError, first_line
@@ -114,6 +114,16 @@ def check_base(base: PreTrainedModel) -> None:
         raise InputError(f"{name} is an encoder; DynaMo needs a decoder-only language model.")
     if getattr(config.get_text_config(), "alibi", False):
         raise InputError(f"{name} uses ALiBi position biases, which DynaMo's attention masks cannot carry.")
+    if getattr(config.get_text_config(), "attention_type", None) == "block_sparse":
+        raise InputError(
+            f"{name} uses block-sparse attention, which DynaMo's attention masks cannot carry; set its attention_type to "
+            "original_full."
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "auto_map"):
+        raise InputError(
+            f"transformers does not open {name} by its configuration, {type(config).__name__}, so that a folder with heads "
+            "could not be opened either; register them with AutoConfig and AutoModelForCausalLM."
+        )
     if config.get_text_config().num_hidden_layers < 2:
         raise InputError(f"{name} has a single decoder layer, so there is no stem to feed heads from; use a deeper base.")
     decoder_layers(base)

@@ -57,10 +57,12 @@ class PaddedBatch:
         finished rows go on with. Padding on the right moves to the left, where transformers expects it."""
         self.prompt_lengths, self.pad = [len(prompt) for prompt in prompts], pad
         self.padding = padded.shape[1] - torch.tensor(self.prompt_lengths)  # (batch,)
+        self.given_padding = self.padding.clone()  # before the first token of each row
         self.prompts = padded.cpu().clone()
-        for row, prompt in zip(self.prompts, prompts, strict=True):
+        for number, (row, prompt) in enumerate(zip(self.prompts, prompts, strict=True)):
             if row[len(row) - len(prompt) :].tolist() != prompt:
                 row[:] = torch.tensor([pad] * (len(row) - len(prompt)) + prompt)
+                self.given_padding[number] = 0
         self.new_tokens: list[list[int]] = [[] for _ in prompts]
 
     def own_ids(self, row: int, tokens: Tensor) -> Tensor:
@@ -84,14 +86,24 @@ class PaddedBatch:
         if type(processor) is PrefixConstrainedLogitsProcessor:  # asks a user's function about every row: of this one alone
             return self._prefix_constrained(processor)
         processor = _on_cpu(processor)
-        if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor):  # the padding that a penalty leaves out
-            processor = copy.copy(processor)
-            processor.prompt_ignore_length = self.padding
-        elif type(processor).__module__.startswith("transformers.") and type(processor).__name__ in ROW_WISE:
-            return lambda row, tokens, logits: processor(self.own_ids(row, tokens), logits[None])[0].to(logits)
+        if type(processor).__module__.startswith("transformers.") and type(processor).__name__ in ROW_WISE:
+            by_row = self._by_row(processor)
+            return lambda row, tokens, logits: by_row[row](self.own_ids(row, tokens), logits[None])[0].to(logits)
         if _has_state(processor):
             return _Replayed(self, processor)
         return lambda row, tokens, logits: self.apply(processor, row, tokens, logits)
+
+    def _by_row(self, processor: Any) -> list[Any]:
+        """A processor for each row, with the row's own entry of the lengths that a repetition penalty ignores."""
+        ignored = getattr(processor, "prompt_ignore_length", None)
+        if not isinstance(ignored, Tensor):
+            return [processor] * len(self.prompts)
+        if torch.equal(ignored, self.given_padding):  # transformers' own, before padding moved to the left
+            ignored = self.padding
+        each = [copy.copy(processor) for _ in self.prompts]
+        for row, own in enumerate(each):
+            own.prompt_ignore_length = ignored[row : row + 1]
+        return each
 
     def apply(self, processor: Any, row: int, tokens: Tensor, logits: Tensor) -> Tensor:
         """The row's part of what a processor makes of the batch; logits and result: (vocabulary,)."""
