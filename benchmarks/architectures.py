@@ -4,13 +4,15 @@
 
 For every model type that transformers opens as a causal language model: heads are added (which checks the base's code, see
 `dynamo_lm.model.base_check`), and three prompts of different lengths are continued strictly and greedily; the text must be
-that of the base's own `generate`. Writes results/architectures.json after every one and docs/architectures.md at the end.
+that of the base's own `generate`, before and after the model is saved and loaded. Writes results/architectures.json after
+every one and docs/architectures.md at the end. A second run tries those that are missing in the file or named by `--only`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,24 +23,55 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dynamo_lm import DynaMoForCausalLM, InputError
-from dynamo_lm.backbone.tiny_base import tiny_base, tiny_config
+from dynamo_lm.backbone.tiny_base import sharpen, tiny_base, tiny_config
+from dynamo_lm.errors import first_line
 from dynamo_lm.files import write_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "results" / "architectures.json", ROOT / "docs" / "architectures.md"
-LARGEST = 3e7  # parameters of a tiny model; configurations that stay larger are those of several models in one
+LARGEST = 6e7  # parameters of a tiny model; configurations that stay larger are those of several models in one
 TOKENS = 16  # of each continuation
-LENGTHS = (3, 9, 6)  # of the prompts
+_common = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+_dense = _common | {"num_hidden_layers": 3, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1}
+_latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
+_routed = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_turns = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5}
+_gemma = _dense | _turns | {"head_dim": 16}
+_by_layer = {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16}
+SMALL: dict[str, dict[str, Any]] = {  # configurations of types whose default one does not make sense with fewer layers
+    "codegen": {"vocab_size": 512, "n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8, "n_positions": 256},
+    "dbrx": {
+        **{"vocab_size": 512, "d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 256},
+        "attn_config": {"kv_n_heads": 2},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v2": _dense | _latent | _routed | {"num_key_value_heads": 4, "head_dim": 8, "first_k_dense_replace": 1},
+    "dots1": _dense | _routed | {"num_key_value_heads": 4, "head_dim": 16, "layer_types": ["full_attention"] * 3},
+    "gemma3n_text": _gemma
+    | _by_layer
+    | {"intermediate_size": [96] * 4, "num_kv_shared_layers": 0, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma4_text": _gemma | _by_layer | {"global_head_dim": 16},
+    "gemma4_unified_text": _gemma | {"global_head_dim": 16},
+    "granitemoehybrid": _dense | {"layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 96},
+    "helium": _dense | {"num_key_value_heads": 4, "head_dim": 16},
+    "hunyuan_v1_dense": _dense | {"head_dim": 16},
+    "hunyuan_v1_moe": _dense | {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "ministral": _dense | {"head_dim": 16, "sliding_window": 5, "layer_types": ["sliding_attention"] * 3},
+    "nemotron": _dense | {"head_dim": 16},
+    "phi4_multimodal": _dense | {"audio_config": {"hidden_size": 32, "num_blocks": 1}, "vision_config": {"hidden_size": 32}},
+}
+PROMPTS = [torch.randint(4, 400, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 6)]
 
 
 def main() -> None:
     """Tries all architectures, or those that `--only` names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="model types, separated by commas")
-    names = [name for name in parser.parse_args().only.split(",") if name] or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    only = [name for name in parser.parse_args().only.split(",") if name]
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
     kept = json.loads(RESULTS.read_text(encoding="utf-8"))["architectures"] if RESULTS.is_file() else {}
-    for name in names:
+    for name in only or [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in kept]:
         began = time.perf_counter()
         kept[name] = attempt(name)
         print(
@@ -52,48 +85,74 @@ def main() -> None:
             "architectures": dict(sorted(kept.items())),
         }
         write_text(RESULTS, json.dumps(content, indent=1) + "\n")
-    write_text(PAGE, page(content))
+    write_text(PAGE, page(json.loads(RESULTS.read_text(encoding="utf-8"))))
 
 
 def attempt(name: str) -> dict[str, str]:
-    """What happens to one architecture: {"class", "outcome": "exact", "differs", "refused" or "not tried", "reason"}."""
+    """What happens to one architecture: {"class", "outcome": "right", "wrong", "refused" or "not tried", "reason"}."""
     result = {"class": str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]), "outcome": "not tried", "reason": ""}
     try:
         base = tiny(name)
         with torch.inference_mode():
             base(input_ids=torch.arange(4, 8)[None])
     except Exception as error:  # whatever the architecture raises at its default configuration, made small
-        return result | {"reason": f"no small model of its default configuration: {first_line(error)}"}
+        return result | {"reason": f"no small model of its default configuration: {described(error)}"}
     try:
         model = DynaMoForCausalLM.from_base(base, 3, init="copy").eval()
     except InputError as error:
         return result | {"outcome": "refused", "reason": str(error)}
     except Exception as error:
-        return result | {"outcome": "fails", "reason": first_line(error)}
-    prompts = [torch.randint(4, 400, (length,), generator=torch.Generator().manual_seed(length)) for length in LENGTHS]
-    ids = torch.stack([torch.nn.functional.pad(prompt, (max(LENGTHS) - len(prompt), 0), value=1) for prompt in prompts])
-    mask = torch.tensor([[0] * (max(LENGTHS) - length) + [1] * length for length in LENGTHS])
-    options = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+        return result | {"outcome": "wrong", "reason": described(error)}
     try:
-        for row in (slice(0, 1), slice(1, 2), slice(0, 3)):
-            width = LENGTHS[row.start] if row.stop - row.start == 1 else max(LENGTHS)
-            inputs: dict[str, Any] = {"inputs": ids[row, -width:], "attention_mask": mask[row, -width:], **options}
-            expected = base.generate(**inputs)
-            if not torch.equal(model.generate(**inputs), expected):
-                what = "the text of a batch" if row.stop - row.start > 1 else "the text of one prompt"
-                return result | {"outcome": "differs", "reason": f"{what} is not the base's own"}
+        fault = differing_text(base, model)
+        if not fault:
+            with tempfile.TemporaryDirectory() as folder:
+                model.save_pretrained(folder)
+                fault = differing_text(base, DynaMoForCausalLM.from_pretrained(folder).eval())
+                fault = fault and "after saving and loading, " + fault
     except Exception as error:
-        return result | {"outcome": "fails", "reason": first_line(error)}
-    return result | {"outcome": "exact"}
+        fault = described(error)
+    note = (
+        "" if fault or pads(base) else "transformers' own batches change with padding; texts are those of each prompt alone"
+    )
+    return result | {"outcome": "wrong" if fault else "right", "reason": fault or note}
+
+
+def differing_text(base: PreTrainedModel, model: DynaMoForCausalLM) -> str:
+    """What continues differently from the base's own `generate`, or "": two prompts alone, three in a padded batch."""
+    alone = [continued(base, [prompt])[0] for prompt in PROMPTS]
+    if any(continued(model, [prompt])[0] != text for prompt, text in zip(PROMPTS[:2], alone, strict=False)):
+        return "the text of one prompt is not the base's own"
+    expected = continued(base, PROMPTS) if pads(base) else alone
+    return "" if continued(model, PROMPTS) == expected else "a text of a batch is not the base's own"
+
+
+def pads(base: PreTrainedModel) -> bool:
+    """Whether the base's own `generate` continues prompts in a padded batch as it continues each alone."""
+    return continued(base, PROMPTS) == [continued(base, [prompt])[0] for prompt in PROMPTS]
+
+
+def continued(model: PreTrainedModel, prompts: list[list[int]]) -> list[list[int]]:
+    """The new tokens after each prompt, padded on the left to the longest, greedily."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[1] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    options: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
+    return model.generate(ids, attention_mask=mask, **options)[:, width:].tolist()  # type: ignore[operator]
 
 
 def tiny(name: str) -> PreTrainedModel:
     """A tiny model of an architecture's default configuration. Raises whatever the architecture raises, or ValueError."""
-    config = CONFIG_MAPPING[name]()
+    config = CONFIG_MAPPING[name](**SMALL.get(name, {}))
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
     base_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     base_class = base_class[0] if isinstance(base_class, tuple) else base_class
+    if name in SMALL:
+        torch.manual_seed(0)
+        base = base_class._from_config(config).eval()
+        sharpen(base)
+        return base
     with torch.device("meta"):
         size = base_class._from_config(tiny_config(config)).num_parameters()
     if size > LARGEST:
@@ -112,7 +171,9 @@ def page(content: dict[str, Any]) -> str:
         "Every model type that transformers opens as a causal language model, on a tiny random model of its default",
         f"configuration (`{content['command']}`, transformers {content['transformers']}, torch {content['torch']}).",
         "",
-        "* exact: strict greedy text equals the base's own `generate`, for two prompts alone and three in a padded batch.",
+        "* right: strict greedy text equals the base's own `generate`, for two prompts alone and three in a padded",
+        "  batch, before and after saving and loading.",
+        "* wrong: a text differs, or an exception is raised.",
         "* refused: `from_base` says why. Bases whose code ignores masks, positions or the cache are found by trying it.",
         "* not tried: transformers makes no small model of the default configuration.",
         "",
@@ -127,10 +188,9 @@ def page(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def first_line(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """An error's class and the first line of its text, at most 120 characters."""
-    text = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {text}"[:120]
+    return f"{type(error).__name__}: {first_line(error)}"[:120]
 
 
 if __name__ == "__main__":
