@@ -55,7 +55,7 @@ from dynamo_lm.training import trainer
 from dynamo_lm.training.loss import CHUNK, heads_loss
 from dynamo_lm.training.options import TrainingOptions
 from dynamo_lm.training.provenance import versions
-from dynamo_lm.training.trainer import parameter_groups
+from dynamo_lm.training.step import parameter_groups
 
 DATA = Path(os.environ.get("DYNAMO_DATA", "../shared/data"))
 Batch = dict[str, Tensor]

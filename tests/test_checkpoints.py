@@ -16,15 +16,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_training import log_of, random_blocks, tiny
 
 from dynamo_lm.errors import InputError
 from dynamo_lm.training import checkpoints
-from dynamo_lm.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from dynamo_lm.training.checkpoints import CheckpointSchedule, latest_checkpoint, load_checkpoint, save_checkpoint
 from dynamo_lm.training.options import TrainingOptions
-from dynamo_lm.training.trainer import parameter_groups, train
+from dynamo_lm.training.step import parameter_groups
+from dynamo_lm.training.trainer import train
 
 OPTIONS = TrainingOptions(steps=12, lr_b=1e-3, lr_m=1e-2, lr_mb=2.5e-4, batch_size=4, bf16=False, checkpoint_every=3, keep=2)
 TWO_STEPS = replace(OPTIONS, steps=2)
@@ -103,6 +106,79 @@ def test_every_kind_of_run_resumes_exactly(kwargs, options, tmp_path):
     resumed = run(tmp_path / "cut", options, seed=seed, **kwargs)
     assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
     assert_equal_weights(resumed, whole)
+
+
+def test_a_signal_within_a_step_saves_the_steps_before_and_the_step_is_taken_again_exactly(tmp_path):
+    options = replace(OPTIONS, accumulation=4, checkpoint_every=100)
+    whole = run(tmp_path / "whole", options)
+    seen = []
+
+    def report_part(steps):
+        seen.append(steps)
+        if steps == 3.25:  # the rest of the fourth step takes minutes on a large base, and `docker stop` waits ten seconds
+            signal.raise_signal(signal.SIGTERM)
+
+    model = fresh()
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, random_blocks(), None, options, tmp_path / "cut", report_part=report_part)
+    assert seen[:3] == [0.25, 0.5, 0.75] and seen[-1] == 3.25
+    assert steps_of(tmp_path / "cut") == ["step-00000003"]
+    resumed = run(tmp_path / "cut", options, seed=1)
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+    assert_equal_weights(resumed, whole)
+
+
+def test_a_signal_within_the_first_step_leaves_nothing_and_the_same_command_begins_again(tmp_path):
+    def report_part(steps):
+        if steps == 0.25:
+            signal.raise_signal(signal.SIGINT)
+
+    options = replace(TWO_STEPS, accumulation=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(fresh(), random_blocks(), None, options, tmp_path, report_part=report_part)
+    assert latest_checkpoint(tmp_path) is None
+    run(tmp_path, options)
+    assert steps_of(tmp_path) == ["step-00000002"]
+
+
+def saved_after(step_seconds: list[float], **options) -> list[int]:
+    """The steps after which a checkpoint is written if steps take so long."""
+    schedule, now, saved = CheckpointSchedule(replace(OPTIONS, **options), 1000.0), 1000.0, []
+    for step, seconds in enumerate(step_seconds, start=1):
+        now += seconds
+        if schedule.due(step, now):
+            saved.append(step)
+    return saved
+
+
+def test_checkpoints_are_written_before_so_many_minutes_are_lost():
+    assert saved_after([120.0] * 12, checkpoint_every=500) == [5, 10]  # 10 minutes; the default
+    assert saved_after([130.0] * 9, checkpoint_every=500) == [4, 8]  # a fifth step would end after 650 s
+    assert saved_after([1.0] * 1300, checkpoint_every=500) == [500, 1000]  # seconds do not come into it
+    assert saved_after([1500.0] * 3, checkpoint_every=500) == [1, 2, 3]  # a step longer than that
+    assert saved_after([60.0] * 4, checkpoint_every=500, checkpoint_minutes=2) == [2, 4]
+
+
+@given(
+    st.lists(st.floats(1, 200), min_size=1, max_size=60), st.integers(1, 50), st.floats(0.5, 30)
+)  # fmt: skip
+def test_no_step_ends_later_after_the_last_checkpoint_than_the_longest_before_it_foretold(seconds, every, minutes):
+    saved = set(saved_after(seconds, checkpoint_every=every, checkpoint_minutes=minutes))
+    lost = longest = 0.0
+    for step, length in enumerate(seconds, start=1):
+        if step > 1 and lost > 0:
+            assert lost + longest <= 60 * minutes + 1e-6  # what a step as long as the longest would lose
+        lost, longest = lost + length, max(longest, length)
+        if step in saved:
+            lost = 0.0
+        else:
+            assert step % every
+
+
+def test_a_slow_run_leaves_a_checkpoint_after_every_step(tmp_path):
+    run(tmp_path, replace(OPTIONS, steps=3, checkpoint_every=500, checkpoint_minutes=1e-9, keep=9))
+    assert steps_of(tmp_path) == ["step-00000001", "step-00000002", "step-00000003"]
 
 
 KILLED = """
@@ -262,7 +338,6 @@ def test_without_the_damaged_checkpoint_the_run_goes_on_from_the_one_before(unin
         {"lr_m": 2e-2},
         {"lr_mb": 0.0},
         {"batch_size": 8},
-        {"accumulation": 2},
         {"warmup": 0.5},
         {"weight_decay": 0.0},
         {"clip": 0.0},
@@ -278,7 +353,8 @@ def test_a_run_with_another_option_is_refused_by_the_options_name(change, two_st
 
 
 def test_what_alters_no_step_may_change(two_steps):
-    assert load(two_steps, replace(TWO_STEPS, keep=7, checkpoint_every=1, validate_every=1)) == 2
+    free = {"keep": 7, "checkpoint_every": 1, "checkpoint_minutes": 1.0, "validate_every": 1, "accumulation": 2}
+    assert load(two_steps, replace(TWO_STEPS, **free)) == 2
 
 
 @pytest.mark.parametrize("kwargs", [{"num_heads": 2}, {"num_heads": 4}, {"own_output_embedding": True}], ids=str)

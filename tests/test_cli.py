@@ -78,7 +78,8 @@ def test_the_help_names_every_command(run):
         ),
         (
             "train",
-            "--epochs --warmup --weight-decay --clip --bf16 --seed --validate-every --checkpoint-every --attention",
+            "--epochs --warmup --weight-decay --clip --bf16 --seed --validate-every --checkpoint-every "
+            "--checkpoint-minutes --attention",
         ),
         ("train", "--text-field --tables --out --save --dry-run --json"),
         ("count", "--data --tokenizer --order --min-count --memory-mb --out --merge --json"),
@@ -99,7 +100,7 @@ def test_the_defaults_that_train_shows_are_those_of_the_library():
 
     library = {field.name: field.default for field in fields(options.TrainingOptions)}
     shown = inspect.signature(train_command).parameters
-    for name in ("warmup", "weight_decay", "clip", "seed", "validate_every", "checkpoint_every", "accumulation"):
+    for name in ("warmup", "weight_decay", "clip", "seed", "validate_every", "checkpoint_every", "checkpoint_minutes"):
         assert shown[name].default == library[name], name
 
 

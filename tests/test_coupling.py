@@ -26,7 +26,8 @@ from dynamo_lm.training import loss, provenance
 from dynamo_lm.training.checkpoints import latest_checkpoint
 from dynamo_lm.training.loss import coupled_logits, heads_loss, perplexities, target_counts
 from dynamo_lm.training.memory_estimate import memory, parameters
-from dynamo_lm.training.trainer import parameter_groups, train
+from dynamo_lm.training.step import parameter_groups
+from dynamo_lm.training.trainer import train
 
 TOKENS = random_tokens(2, 12)
 PLAIN, FROZEN = replace(PLAIN, lr_c=0.02), replace(FROZEN, lr_c=0.02)

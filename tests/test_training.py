@@ -29,11 +29,12 @@ from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.data.packing import Blocks
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.configuration import MEDUSA
-from dynamo_lm.training import log, loss, trainer, validation
+from dynamo_lm.training import log, loss, step, trainer, validation
 from dynamo_lm.training.checkpoints import latest_checkpoint, load_checkpoint
 from dynamo_lm.training.loss import heads_loss, target_counts
 from dynamo_lm.training.options import TrainingOptions
-from dynamo_lm.training.trainer import learning_rate_factor, parameter_groups, train
+from dynamo_lm.training.step import learning_rate_factor, parameter_groups
+from dynamo_lm.training.trainer import train
 from dynamo_lm.training.validation import perplexities
 
 VOCABULARY = 11
@@ -275,7 +276,7 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(parts, kwargs):
     whole = heads_loss(model, **batch, options=PLAIN, counts=counts)
     expected = gradients(model)
     model.zero_grad(set_to_none=True)
-    sums = sum(heads_loss(model, **part, options=PLAIN, counts=counts) for part in trainer._split(batch, parts))
+    sums = sum(heads_loss(model, **part, options=PLAIN, counts=counts) for part in step._split(batch, parts))
     assert sums.tolist() == pytest.approx(whole.tolist(), rel=1e-5)
     assert_same(gradients(model), expected)
 
@@ -508,7 +509,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_moves_nothing(where, tmp_pa
             next(model.heads.parameters()).grad.view(-1)[0] = math.inf
         return sums
 
-    monkeypatch.setattr(trainer, "heads_loss", poisoned)
+    monkeypatch.setattr(step, "heads_loss", poisoned)
     model, options = tiny(), replace(PLAIN, checkpoint_every=1)
     with pytest.raises(InputError, match=r"step 3 .*blocks 8 to 11 .*step-00000002"):
         train(model, random_blocks(), None, options, tmp_path)
@@ -540,6 +541,8 @@ def test_learning_rates_that_blow_up_are_reported(tmp_path):
         {"steps": 0},
         {"batch_size": 0},
         {"keep": 0},
+        {"checkpoint_minutes": 0.0},
+        {"checkpoint_minutes": math.nan},
         {"lr_m": -1.0},
         {"lr_b": math.nan},
         {"weight_decay": -0.1},

@@ -198,7 +198,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: token ids, (batch, length).
             num_heads: how many heads to compute, all by default; 1 is the base alone.
             gradient_scale: factor on the gradient that heads 2..n send into the base, `LR_MB / LR_B` (method.md section
-                6.6). Their losses must have been multiplied by the same factor (see `dynamo_lm.training.trainer`), which the
+                6.6). Their losses must have been multiplied by the same factor (see `dynamo_lm.training.step`), which the
                 heads' own layers undo.
             cache: the KV cache, if any.
             **kwargs: what the base's body takes: attention_mask, position_ids, use_cache.

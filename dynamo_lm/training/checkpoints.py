@@ -20,7 +20,30 @@ from dynamo_lm.files import atomic_folder, is_disk_full
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.training.options import TrainingOptions
 
-FREE_TO_CHANGE = {"keep", "checkpoint_every", "validate_every"}  # options that do not alter what is learned
+# Options that do not alter what is learned; accumulation but for rounding.
+FREE_TO_CHANGE = {"keep", "checkpoint_every", "checkpoint_minutes", "validate_every", "accumulation"}
+
+
+class CheckpointSchedule:
+    """Says after which steps a checkpoint is due: every `checkpoint_every` steps, and before `checkpoint_minutes` are over.
+
+    A kill during a step loses that step, too. So a checkpoint is due if another step as long as the longest so far would
+    end later than `checkpoint_minutes` after the last checkpoint.
+    """
+
+    def __init__(self, options: TrainingOptions, now: float):
+        """now: seconds, of a clock that does not go back."""
+        self.every, self.seconds = options.checkpoint_every, 60 * options.checkpoint_minutes
+        self.saved = self.last = now
+        self.longest = 0.0  # seconds a step took
+
+    def due(self, step: int, now: float) -> bool:
+        """Whether to save after `step` steps. Called once after every step; True counts as a checkpoint."""
+        self.longest, self.last = max(self.longest, now - self.last), now
+        due = step % self.every == 0 or now + self.longest - self.saved > self.seconds
+        if due:
+            self.saved = now
+        return due
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -40,9 +63,7 @@ def save_checkpoint(
     for unfinished in target.parent.glob(".writing-*"):  # of a run that was killed while it wrote
         shutil.rmtree(unfinished, ignore_errors=True)
     names = _trained_names(model, optimizer)
-    state: dict[str, Tensor] = {"rng": torch.get_rng_state()}
-    if model.device.type == "cuda":
-        state["rng.cuda"] = torch.cuda.get_rng_state(model.device)
+    state = random_state(model.device)
     for parameter, values in optimizer.state.items():
         state |= {f"{names[id(parameter)]}.{key}": value.contiguous() for key, value in values.items()}
     weights = {names[id(p)]: p.detach().contiguous() for group in optimizer.param_groups for p in group["params"]}
@@ -70,7 +91,7 @@ def load_checkpoint(path: Path, model: DynaMoForCausalLM, optimizer: torch.optim
         saved = json.loads((path / "state.json").read_bytes())
         step, then = saved["step"], dict(saved["options"])
         weights, state = load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors")
-        random = state["rng"]
+        state["rng"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f'The checkpoint "{path}" is damaged ({error}); delete it to go back to the one before.') from error
     now = asdict(options)
@@ -95,10 +116,23 @@ def load_checkpoint(path: Path, model: DynaMoForCausalLM, optimizer: torch.optim
             optimizer.state[parameter] = {
                 key: value if key == "step" else value.to(parameter.device) for key, value in keys.items()
             }
-    torch.set_rng_state(random)
-    if "rng.cuda" in state and model.device.type == "cuda":
-        torch.cuda.set_rng_state(state["rng.cuda"], model.device)
+    set_random_state(state, model.device)
     return step
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's random numbers, on the CPU and on `device`."""
+    state = {"rng": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    """Goes back to a state of `random_state`."""
+    torch.set_rng_state(state["rng"])
+    if "rng.cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["rng.cuda"], device)
 
 
 def _trained_names(model: DynaMoForCausalLM, optimizer: torch.optim.Optimizer) -> dict[int, str]:

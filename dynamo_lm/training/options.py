@@ -34,7 +34,10 @@ class ScheduleOptions:
 
     accumulation: Annotated[int, "Forward passes a step is split into, for less memory and the same result."] = 1
     validate_every: Annotated[int, "Steps between measurements on the held-out text."] = 500
-    checkpoint_every: Annotated[int, "Steps between checkpoints, from which a stopped run resumes."] = 500
+    checkpoint_every: Annotated[int, "Steps between checkpoints at most; a stopped run resumes from the newest."] = 500
+    checkpoint_minutes: Annotated[
+        float, "Minutes between checkpoints at most, whatever the steps: the most that is lost."
+    ] = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,8 @@ class TrainingOptions(ScheduleOptions, OptimizerOptions):
         for name in ("lr_b", "lr_m", "lr_mb", "lr_c", "weight_decay", "clip"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} is {getattr(self, name)}; give 0 or more.")
+        if not self.checkpoint_minutes > 0:
+            raise InputError(f"checkpoint_minutes is {self.checkpoint_minutes}; give a number above 0.")
         if self.batch_size % self.accumulation:
             raise InputError(f"batch_size {self.batch_size} is not divisible by accumulation {self.accumulation}.")
         if not 0 <= self.kl <= 1:
