@@ -45,7 +45,9 @@ def open_tokenizer(name: str) -> Any:
 
 def resident(field: str) -> int:
     """VmRSS (bytes this process holds now) or VmHWM (at most so far); Linux only."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 

@@ -173,7 +173,7 @@ def main() -> None:
     model = DynaMoForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     coupling = model.coupling
-    lines = PROMPTS.read_text().splitlines()[: arguments.prompts]
+    lines = PROMPTS.read_text(encoding="utf-8").splitlines()[: arguments.prompts]
     run = Run(model, tokenizer, lines, arguments.new_tokens, arguments.seeds)
     truth, one_token = run({"verify": "strict", "num_heads": 1})
     rows = [{"draft": "none", "setting": "one token, greedy", **one_token}]

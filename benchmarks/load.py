@@ -37,7 +37,7 @@ def plan(model: str) -> dict[str, Any]:
     """Prompts with the model's continuations, one at a time and offline."""
     network, tokenizer = open_for_evaluation(model, tokenizer=None, dtype="float32", device="cpu")
     texts = []
-    for number, prompt in enumerate(PROMPTS.read_text().splitlines()):
+    for number, prompt in enumerate(PROMPTS.read_text(encoding="utf-8").splitlines()):
         tokens = LENGTHS[number % len(LENGTHS)]
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         output = network.generate(ids, max_new_tokens=tokens, num_heads=1)
@@ -52,11 +52,11 @@ class Server:
     def __init__(self, arguments: list[str], log: Path):
         command = [sys.executable, "-m", "dynamo_lm.cli.main", "serve", *arguments, "--port", "0"]
         self.log = log
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log.open("w"), text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log.open("wb"), encoding="utf-8")
         assert self.process.stdout is not None
         ready = re.search(r"http://\S+", self.process.stdout.readline())
         if ready is None:
-            raise SystemExit(log.read_text())
+            raise SystemExit(log.read_text(encoding="utf-8"))
         self.url = ready[0]
 
     def numbers(self) -> dict[str, float]:
@@ -71,12 +71,12 @@ class Server:
 
     def megabytes(self) -> float:
         """Resident memory."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
     def requests(self) -> list[dict[str, Any]]:
         """What its log says of requests."""
-        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        lines = [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
         return [line for line in lines if line["event"] == "request" and line["path"].startswith("/v1")]
 
 
@@ -85,7 +85,9 @@ def clients(server: Server, number: int, seconds: float, folder: Path) -> subpro
     environment = {**os.environ, "LOAD_PLAN": str(folder / "plan.json"), "LOAD_REPORT": str(folder / "report.json")}
     options = f"--headless -u {number} -r {number} -t {seconds:g}s --host {server.url} --only-summary --stop-timeout 120"
     command = [sys.executable, "-m", "locust", "-f", "benchmarks/load_clients.py", *options.split()]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=(folder / "locust.log").open("a"), env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=(folder / "locust.log").open("a", encoding="utf-8"), env=environment
+    )
 
 
 def throughput(server: Server, number: int, seconds: float, folder: Path) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def throughput(server: Server, number: int, seconds: float, folder: Path) -> dic
         "tokens_per_second": round(gained["tokens"] / elapsed, 1),
         "tokens_per_step": round(gained["tokens"] / gained["steps"], 3),
         "texts_per_forward": round(gained["steps"] / gained["forwards"], 2),
-        **json.loads((folder / "report.json").read_text()),
+        **json.loads((folder / "report.json").read_text(encoding="utf-8")),
     }
 
 
@@ -129,7 +131,7 @@ def overload(server: Server, number: int, seconds: float, folder: Path) -> dict[
     server.process.terminate()
     status = server.process.wait(180)
     running.wait()
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     logged = server.requests()[earlier:]
     accepted = [line for line in logged if "finish" in line and None not in line["finish"]]
     counts = report["counts"]
@@ -175,7 +177,7 @@ def main() -> None:
     limits = ["--max-batch", str(options.batch), "--max-queue", str(options.queue), "--threads", str(options.threads)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "plan.json").write_text(json.dumps(plan(options.model)))
+        (folder / "plan.json").write_text(json.dumps(plan(options.model)), encoding="utf-8")
         server = Server([options.model, "--dtype", "float32", *limits], folder / "server.log")
         try:
             short = max(8.0, options.seconds / 10)

@@ -15,7 +15,9 @@ from pathlib import Path
 
 from locust import FastHttpUser, constant, events, task
 
-PLAN = json.loads(Path(os.environ["LOAD_PLAN"]).read_text())  # {"model", "texts": [{"prompt", "tokens", "text"}, ..]}
+PLAN = json.loads(
+    Path(os.environ["LOAD_PLAN"]).read_text(encoding="utf-8")
+)  # {"model", "texts": [{"prompt", "tokens", "text"}, ..]}
 counts: Counter[str] = Counter()
 wrong: list[dict[str, str]] = []
 
@@ -118,4 +120,4 @@ def report(environment, **kwargs):
     errors = {f"{error.name}: {error.error}": error.occurrences for error in environment.stats.errors.values()}
     report = {"counts": dict(counts), "wrong": wrong[:5], "latency": latency, "errors": errors}
     report["locust"] = {"requests": total.num_requests, "failures": total.num_failures, "per_second": total.total_rps}
-    Path(os.environ["LOAD_REPORT"]).write_text(json.dumps(report))
+    Path(os.environ["LOAD_REPORT"]).write_text(json.dumps(report), encoding="utf-8")

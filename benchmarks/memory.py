@@ -27,7 +27,7 @@ WAYS: tuple[dict[str, Any], ...] = (
 
 def resident() -> float:
     """Megabytes of this process that are in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * 4096 / 1e6
 
 

@@ -75,7 +75,7 @@ def main() -> None:
     folder = arguments.model or str(bundled())
     model = DynaMoForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    lines = PROMPTS.read_text().splitlines()[: arguments.prompts]
+    lines = PROMPTS.read_text(encoding="utf-8").splitlines()[: arguments.prompts]
     prompts = [Prompt("openings", tuple(tokenizer(line).input_ids)) for line in lines]
     context = open_context(model)
     listed = methods(model.num_heads)

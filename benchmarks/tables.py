@@ -177,11 +177,13 @@ def _rate(rate: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(demo_table(json.loads((RESULTS / "demo.json").read_text())), end="\n\n")
-    print(steps_table(json.loads((RESULTS / "story.json").read_text())))
-    print("", quality_table(json.loads((RESULTS / "story" / "completion-openings.json").read_text())), sep="\n")
+    print(demo_table(json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))), end="\n\n")
+    print(steps_table(json.loads((RESULTS / "story.json").read_text(encoding="utf-8"))))
+    print(
+        "", quality_table(json.loads((RESULTS / "story" / "completion-openings.json").read_text(encoding="utf-8"))), sep="\n"
+    )
     for file in sorted(RESULTS.glob("bench*/bench.json")):
-        record = json.loads(file.read_text())
+        record = json.loads(file.read_text(encoding="utf-8"))
         for race in record["races"]:
             print(f"\n{file.parent.name}: {race['context']} context, batch {race['batch']}\n")
             print(bench_table(race, trained=race["methods"][0]["log_likelihood"] is not None))

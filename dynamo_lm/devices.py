@@ -1,6 +1,9 @@
-"""Copies between the host and a device, without needless waits."""
+"""Copies between the host and a device, without needless waits, and how much memory is free."""
 
 from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,3 +22,14 @@ def fetched(*tensors: Tensor) -> list[Tensor]:
     *others, last = tensors
     together = last.device.type != "mps"
     return [*(tensor.to("cpu", non_blocking=together) for tensor in others), last.cpu()]
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a process may still take on a device, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None

@@ -153,7 +153,9 @@ def ship(
     model.to(torch.bfloat16).save_pretrained(str(asset))
     tokenizer.save_pretrained(asset)
     config = asset / "config.json"  # so that opening it gives float32
-    config.write_text(config.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))
+    config.write_text(
+        config.read_text(encoding="utf-8").replace('"dtype": "bfloat16"', '"dtype": "float32"'), encoding="utf-8"
+    )
     record = begin([])
     record.update(
         command="python -m recipes.story",
@@ -164,8 +166,8 @@ def ship(
         perplexities=headline(found["tinystories"]),
         by_corpus=found,
     )
-    (asset / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    (asset / "README.md").write_text(card(model, store, options, found))
+    (asset / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (asset / "README.md").write_text(card(model, store, options, found), encoding="utf-8")
 
 
 def headline(numbers: dict) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from commandline import SMALL, Run, byte_tokenizer, neox, texts
 from transformers import AutoTokenizer, BertConfig, GPTNeoXForCausalLM, T5Config
 
 from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm.cli import dry_run
 from dynamo_lm.cli.main import main
 from dynamo_lm.cli.train import train as train_command
 from dynamo_lm.data.token_store import tokenizer_fingerprint
@@ -104,6 +106,45 @@ def test_the_defaults_that_train_shows_are_those_of_the_library():
         assert shown[name].default == library[name], name
 
 
+# --- text that cannot be encoded --------------------------------------------------
+
+
+def test_an_argument_that_is_no_text_is_refused(run, model):
+    said = run.refused("generate", model, "caf\udce9")  # what Python makes of the byte E9 in a UTF-8 locale
+    assert "Argument 3 ('caf\\udce9') is not valid UTF-8" in said
+
+
+@pytest.mark.parametrize("options", [(), ("--json", "--stats")], ids=["text", "json"])
+def test_a_terminal_without_emoji_gets_a_mark_in_their_place(model, monkeypatch, options):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    assert main(["generate", str(model), "café 😀", "-n", "3", *options]) == 0
+    out = written.getvalue().decode("cp1252")
+    if options:
+        assert json.loads(out)["prompt"] == "café 😀"  # escaped
+    else:
+        assert out.startswith("café ?")
+
+
+# --- heads that are too weak ------------------------------------------------------
+
+
+def test_incoherent_texts_of_weak_heads_get_a_warning(run, tmp_path):
+    base = neox()
+    with torch.no_grad():
+        base.get_output_embeddings().weight *= 40  # a base that is sure of every token, and heads that know nothing
+    base.save_pretrained(tmp_path / "base")
+    DynaMoForCausalLM.from_base(str(tmp_path / "base"), num_heads=3).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    generate = ("generate", tmp_path / "model", "the fox", "-n", 40, "--seed", 0)
+    run(*generate, "--verify", "off", "--eps-b", 0)
+    assert "The heads are too weak for this eps_b" in run.err
+    run(*generate, "--verify", "off", "--eps-b", 0, "--temperature", 3)  # which costs as much by itself
+    assert "weak" not in run.err
+    run(*generate)
+    assert run.err == ""
+
+
 # --- train ----------------------------------------------------------------------
 
 
@@ -164,7 +205,31 @@ def test_dry_run_says_how_large_everything_is_and_trains_nothing(run, made, tmp_
     frozen = json.loads(run.out)
     assert frozen["parameters"]["trained"] == count["heads"]
     assert frozen["memory_bytes_estimate"]["activations"] < memory["activations"]
+    assert facts["seconds_per_step"] > 0 and "seconds_per_step" not in frozen
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_measures_how_long_the_run_takes(run, made, monkeypatch):
+    said = run("train", made / "base", "--freeze", "--data", made / "text.jsonl", "--dry-run", *SMALL)
+    assert re.search(r"^time +about .+: .+ a step, [\d,]+ tokens a second", said, re.MULTILINE)
+    assert "measuring a forward and backward pass of 32 tokens" in run.err
+    assert "--data" in run("train", made / "base", "--freeze", "--dry-run", *SMALL)
+    monkeypatch.setattr(dry_run, "free_memory", lambda device: 1000)
+    assert "not measured" in run("train", made / "base", "--freeze", "--data", made / "text.jsonl", "--dry-run", *SMALL)
+
+
+def test_a_step_is_split_so_that_activations_stay_below_a_gigabyte(run, made):
+    large = ("train", "DynaMo-77M-T3", "--dry-run", "--json")
+    run(*large)
+    chosen = json.loads(run.out)
+    assert chosen["options"]["accumulation"] > 1 and 64 % chosen["options"]["accumulation"] == 0
+    run(*large, "--accumulation", 1)
+    whole = json.loads(run.out)
+    assert whole["options"]["accumulation"] == 1
+    activations = [facts["memory_bytes_estimate"]["activations"] for facts in (chosen, whole)]
+    assert activations[0] < 10**9 < activations[1] or chosen["options"]["accumulation"] == 64
+    run("train", made / "base", "--dry-run", "--json", *SMALL)
+    assert json.loads(run.out)["options"]["accumulation"] == 1
 
 
 def test_a_preset_brings_its_shape_and_rates_without_a_network(run):
@@ -223,7 +288,7 @@ def test_a_run_that_was_killed_or_interrupted_resumes_to_the_same_losses(run, ma
 
     # Ctrl-C, and then SIGTERM (Slurm, systemd, docker stop) in the run that goes on: each finishes its step and keeps it
     write = training_log._Log.write
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for step, number in enumerate((signal.SIGINT, signal.SIGTERM), start=1):
 
         def interrupted(self, progress, factor, number=number):
             write(self, progress, factor)
@@ -232,7 +297,8 @@ def test_a_run_that_was_killed_or_interrupted_resumes_to_the_same_losses(run, ma
         with monkeypatch.context() as patch:
             patch.setattr(training_log._Log, "write", interrupted)
             run(*arguments, tmp_path / "stopped", status=130)
-        assert run.err.strip().splitlines()[-1] == "dynamo-lm: stopped; the same command goes on from the last checkpoint."
+        said = run.err.strip().splitlines()[-1]
+        assert said == f"dynamo-lm: stopped with a checkpoint of step {step}; the same command goes on from there."
     run(*arguments, tmp_path / "stopped")
     assert log(tmp_path / "stopped") == whole
 

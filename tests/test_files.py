@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import pickle
@@ -465,3 +466,33 @@ def test_saving_again_keeps_the_files_of_others(tmp_path):
     (folder / "tokenizer.json").write_text("{}")
     model.save_pretrained(folder)
     assert (folder / "tokenizer.json").read_text() == "{}"
+
+
+def without_encoding(source: str) -> list[str]:
+    """The calls in Python code that open text in whatever encoding the machine has."""
+    calls = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or any(keyword.arg in ("encoding", None) for keyword in node.keywords):
+            continue
+        method = isinstance(node.func, ast.Attribute)
+        name = node.func.attr if method else getattr(node.func, "id", "")
+        words = [each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+        mode = next((word for word in words if set(word) <= set("rwaxbt+")), None)
+        opens = name in ("open", "fdopen") and (mode is not None or not node.args) and "b" not in (mode or "")
+        starts = name in ("run", "Popen", "check_output") and any(keyword.arg == "text" for keyword in node.keywords)
+        if opens or starts or (method and name in ("read_text", "write_text")):
+            calls.append(ast.unparse(node))
+    return calls
+
+
+def test_text_without_an_encoding_is_found():
+    found = without_encoding(
+        "open('a', 'w'); p.open('rb'); p.open(); p.read_text(); p.read_text(encoding='utf-8'); os.open(p, 1)"
+    )
+    assert found == ["open('a', 'w')", "p.open()", "p.read_text()"]
+
+
+@pytest.mark.parametrize("folder", ["dynamo_lm", "benchmarks", "recipes"])
+def test_every_text_file_is_opened_with_its_encoding(folder):
+    files = (Path(__file__).parents[1] / folder).rglob("*.py")
+    assert {str(file): calls for file in files if (calls := without_encoding(file.read_text(encoding="utf-8")))} == {}

@@ -76,7 +76,7 @@ def _start() -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "dynamo_lm.bench.llama_cpp"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8", env=environment
     )
 
 
@@ -95,7 +95,7 @@ def _ask(process: subprocess.Popen[str], request: dict[str, Any]) -> dict[str, A
 
 def _serve() -> None:
     """The other process: JSON lines from stdin to stdout, which llama.cpp's own messages do not reach."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     server: Any = None
     for line in sys.stdin:

@@ -149,7 +149,7 @@ def _table(title: str) -> Table:
 
 def _flags() -> list[str]:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith(("flags", "Features")):
                 own = set(line.split())
                 return [flag for flag in FLAGS if flag in own]
@@ -161,6 +161,6 @@ def _last_level_cache() -> int | None:
     size = None
     for file in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")):
         with contextlib.suppress(OSError, ValueError, KeyError):
-            text = file.read_text().strip()
+            text = file.read_text(encoding="utf-8").strip()
             size = int(text[:-1]) * sizes[text[-1]]
     return size

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dynamo_lm.cli.dataclass_options import dataclass_options
+from dynamo_lm.cli.generate import weak_heads
 from dynamo_lm.cli.options import Model, ModelOptions, verification
 from dynamo_lm.errors import InputError
 from dynamo_lm.files import decode
@@ -213,8 +214,13 @@ class Session:
         if answer.left_out:
             turns = "turn does" if answer.left_out == 1 else f"{answer.left_out} turns do"
             self.interface.note(f"The oldest {turns} not fit into the context any more; this answer was written without.")
+        statistics = answer.statistics
+        settings = self.conversation.settings
+        if settings.verify == "off" and (settings.temperature or 1.0) <= 1:
+            warning = weak_heads([statistics])
+            if warning is not None:
+                self.interface.note(warning)
         if isinstance(self.interface, Terminal):
-            statistics = answer.statistics
             rate = statistics.new_tokens / statistics.seconds if statistics.seconds else 0.0
             cost = f"{statistics.tokens_per_step:.2f} tokens per step of at most {statistics.ceiling}, {rate:.0f} tokens/s"
             self.interface.note(f"stopped; {cost}" if stopped() else cost)

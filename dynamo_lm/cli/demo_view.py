@@ -29,6 +29,7 @@ from dynamo_lm.bench.summary import summaries
 from dynamo_lm.bench.tables import ratio_and_spread
 from dynamo_lm.cli.demo_options import DemoOptions
 from dynamo_lm.errors import InputError
+from dynamo_lm.evaluation.results_file import model_name
 from dynamo_lm.model.loading import open_for_evaluation, set_threads
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
@@ -112,7 +113,7 @@ def demo(
 
     # 3. Numbers.
     record = {
-        "model": Path(model).name,
+        "model": model_name(model),
         "prompts": texts[: len(done.prompts)],
         "max_new_tokens": length,
         "repetitions": done.repetitions,

@@ -156,8 +156,8 @@ def _watch(steps: int, left: int) -> Watch:
         each = (time.monotonic() - started) / max(1, finished)
         guess = f"; about {each * (left - finished) / 60:.0f} minutes left" if finished else ""
         screen.print(f"variant {number} of {total}: {variant.name} ({variant.meaning}){guess}", soft_wrap=True)
-        with training(steps) as report:
-            yield report
+        with training(steps) as shown:
+            yield shown.step
         finished += 1
 
     return watch

@@ -158,7 +158,8 @@ def finetune(
     Ctrl-C stops it; the same command resumes.
     """
     from dynamo_lm.cli.conversations import account
-    from dynamo_lm.cli.training_run import Run, carry_out, describe, load_table, read_text
+    from dynamo_lm.cli.dry_run import describe
+    from dynamo_lm.cli.training_run import Run, carry_out, load_table, read_text
     from dynamo_lm.data.chat_template import chat_template
     from dynamo_lm.data.tokenize_chat import tokenize_conversations
     from dynamo_lm.model.loading import open_config, resolve

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import sys
@@ -89,6 +90,10 @@ app.add_typer(evaluation)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out a command line and return its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _tolerate_narrow_encodings()
+    number = next((number for number, argument in enumerate(arguments, start=1) if not _is_text(argument)), None)
+    if number is not None:
+        return _complain(f"Argument {number} ({arguments[number - 1]!a}) is not valid UTF-8; give it in UTF-8.")
     if arguments and not {"-h", "--help", "--version"}.intersection(arguments):  # help needs neither torch nor transformers
         _quiet()
     try:
@@ -122,6 +127,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         depth = 2 if arguments[:1] == ["eval"] else 1
         names = [word for word in arguments[:depth] if not word.startswith("-")]
         return _complain(f"{error.format_message()} See `{' '.join(['dynamo-lm', *names, '--help'])}`.")
+
+
+def _is_text(argument: str) -> bool:
+    """Whether there are no lone surrogates, as which Python passes on bytes that are not valid in the locale's encoding."""
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _tolerate_narrow_encodings() -> None:
+    """Print "?" for characters that stdout's or stderr's encoding lacks (an emoji in cp1252) instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _complain(message: str) -> int:

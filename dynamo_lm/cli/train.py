@@ -105,7 +105,8 @@ def train(
 
     Ctrl-C stops it; the same command resumes.
     """
-    from dynamo_lm.cli.training_run import Run, carry_out, describe, load_table, read_text
+    from dynamo_lm.cli.dry_run import describe
+    from dynamo_lm.cli.training_run import Run, carry_out, load_table, read_text
     from dynamo_lm.data.token_store import tokenize
     from dynamo_lm.model.loading import open_config, resolve
     from dynamo_lm.model.presets import PAPER, PRESETS

@@ -137,6 +137,11 @@ class LengthOptions(ScheduleOptions):
         "Tokens a block. Default: 512 (2048 with a preset), or the model's context if shorter.",
     ] = None
     batch_size: Annotated[int | None, "Blocks per step. Default: 16 (64 with a preset)."] = None
+    accumulation: Annotated[
+        int | None,
+        "Forward passes a step is split into, for less memory and, but for rounding, the same result. Default: the fewest "
+        "that keep the activations of a pass below 1 GB, or that fit a GPU.",
+    ] = None
     steps: Annotated[int | None, "Number of optimizer steps."] = None
     epochs: Annotated[float | None, "Passes over the text, instead of --steps. Default: 1."] = None
 
@@ -182,7 +187,9 @@ class RunOptions(ComputeOptions):
     save: Annotated[
         str | None, "heads (small; the base is fetched by its name) or full. Default: heads if the base was frozen."
     ] = None
-    dry_run: Annotated[bool, "Print parameters, memory and steps of the run, and train nothing."] = False
+    dry_run: Annotated[
+        bool, "Print parameters, memory, steps and, with --data, hours (one pass of a step is measured); train nothing."
+    ] = False
     json: Annotated[bool, "Print the result as JSON."] = False
 
     def __post_init__(self) -> None:

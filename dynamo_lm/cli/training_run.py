@@ -27,9 +27,9 @@ from dynamo_lm.model.coupling import add_coupling
 from dynamo_lm.model.loading import check_table, open_tokenizer, print_json, resolve, skeleton, table_file
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.training import provenance
-from dynamo_lm.training.checkpoints import latest_checkpoint
+from dynamo_lm.training.checkpoints import latest_checkpoint, step_of
 from dynamo_lm.training.feature_cache import FeatureCache
-from dynamo_lm.training.memory_estimate import memory, parameters
+from dynamo_lm.training.memory_estimate import fitting_accumulation
 from dynamo_lm.training.options import TrainingOptions
 from dynamo_lm.training.trainer import train
 
@@ -45,6 +45,11 @@ class Text:
     blocks: Blocks
     validation: Blocks | None
     facts: dict[str, Any] = field(default_factory=dict)  # for the record: where it comes from
+
+    def sizes(self) -> dict[str, int]:
+        """Tokens to train on and to measure on."""
+        validation_tokens = self.validation.total if self.validation else 0
+        return {"training_tokens": self.blocks.total, "validation_tokens": validation_tokens}
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,10 @@ class Run:
             "steps": 1 if length.steps is None else length.steps,
             "coupling_only": coupling_only,
             "kl": learning.kl or 0.0,
+            "accumulation": 1 if length.accumulation is None else length.accumulation,
         }
         given = asdict(learning) | asdict(length) | decided
-        return cls(
+        run = cls(
             base=base,
             name=name,
             config=config,
@@ -118,6 +124,15 @@ class Run:
             save=weights_to_save(output.save, learning.freeze, config),
             lora_rank=lora_rank or 0,
         )
+        if length.accumulation is not None:
+            return run
+        fitting = fitting_accumulation(run.model_of(), run.options, run.block_size, fused=run.fused, device=device)
+        return replace(run, options=replace(run.options, accumulation=fitting))
+
+    @property
+    def fused(self) -> bool:
+        """Whether attention keeps no scores for its backward."""
+        return self.attention == "sdpa" and self.device.type == "cuda"
 
     def of(self, text: Text) -> Run:
         """The run with as many steps as it takes to read `text` for its epochs, unless their number was given."""
@@ -151,10 +166,10 @@ class Run:
             model.cooccurrence = table
         return model.to(self.device)  # type: ignore[arg-type]
 
-    def shapes(self) -> DynaMoForCausalLM:
-        """The model to train on the "meta" device: shapes and no weights."""
-        network = skeleton(self.config)
-        with torch.device("meta"):
+    def model_of(self, device: str | torch.device = "meta") -> DynaMoForCausalLM:
+        """The model to train without its weights: shapes alone on the "meta" device, elsewhere random numbers."""
+        network = skeleton(self.config, device=device)
+        with torch.device(device):
             if isinstance(network, DynaMoForCausalLM):
                 model = self._with_changes(network)
             else:
@@ -283,47 +298,6 @@ def load_table(path: str | None, tokenizer: Any, vocab_size: int) -> Cooccurrenc
     return table
 
 
-def describe(run: Run, text: Text | None, *, as_json: bool) -> None:
-    """Print the facts of a run that does not take place."""
-    model, options = run.shapes(), run.options
-    fused = run.attention == "sdpa" and run.device.type == "cuda"
-    facts: dict[str, Any] = {
-        "parameters": parameters(model, frozen=options.frozen, coupling_only=options.coupling_only),
-        "memory_bytes_estimate": memory(model, options, run.block_size, fused=fused),
-        "tokens_per_step": options.batch_size * run.block_size,
-        "options": asdict(options) | {"block_size": run.block_size, "attention": run.attention},
-        "steps": run.steps,
-    }
-    if text is not None:
-        facts |= {"documents": len(text.store), **_sizes(text)}
-    if as_json:
-        print_json(facts | ({} if text is None else text.store.facts))
-    else:
-        _print_description(run.base, facts)
-
-
-def _print_description(base: str, facts: dict[str, Any]) -> None:
-    count, memory = facts["parameters"], facts["memory_bytes_estimate"]
-    print(f"base        {base}: {count['base']:,} parameters")
-    coupling = f", {count['coupling']:,} of them the coupling" if count["coupling"] else ""
-    print(f"heads       {count['heads']:,} parameters, {count['overhead']:.2%} of the base{coupling}")
-    print(f"trained     {count['trained']:,} parameters")
-    parts = ", ".join(f"{name} {_bytes(value)}" for name, value in memory.items() if name != "total")
-    print(f"memory      about {_bytes(memory['total'])} (an estimate): {parts}")
-    if 2 * memory["activations"] > memory["total"]:
-        print("            a larger --accumulation makes the activations smaller")
-    if "training_tokens" in facts:
-        held_out = f", {facts['validation_tokens']:,} held out"
-        print(f"text        {facts['documents']:,} documents, {facts['training_tokens']:,} tokens to train on{held_out}")
-        total = facts["steps"] * facts["tokens_per_step"]
-        epochs = total / facts["training_tokens"]
-        print(
-            f"steps       {facts['steps']:,} of {facts['tokens_per_step']:,} tokens: {total:,} in all, {epochs:.2f} epochs"
-        )
-    else:
-        print(f"steps       of {facts['tokens_per_step']:,} tokens; name the text with --data to know how many")
-
-
 def carry_out(
     context: typer.Context,
     run: Run,
@@ -362,7 +336,7 @@ def carry_out(
             "fingerprint": text.store.fingerprint,
             "tokenizer": text.store.tokenizer,
             "documents": len(text.store),
-            **_sizes(text),
+            **text.sizes(),
             "block_size": run.block_size,
         },
         options=asdict(run.options) | {"attention": run.attention, "device": run.device.type, "lora_rank": run.lora_rank},
@@ -374,10 +348,18 @@ def carry_out(
 
     # 2. Train; the same command resumes.
     try:
-        with training(run.options.steps) as report:
-            train(model, text.blocks, text.validation, run.options, out, features=features, report=report)
+        with training(run.options.steps) as shown:
+            train(
+                model, text.blocks, text.validation, run.options, out,
+                features=features, report=shown.step, report_part=shown.part,
+            )  # fmt: skip
     except KeyboardInterrupt:
-        typer.echo("dynamo-lm: stopped; the same command goes on from the last checkpoint.", err=True)
+        newest = latest_checkpoint(out)
+        if newest is None:
+            message = "stopped before the first checkpoint; the same command begins again."
+        else:
+            message = f"stopped with a checkpoint of step {step_of(newest):,}; the same command goes on from there."
+        typer.echo(f"dynamo-lm: {message}", err=True)
         raise typer.Exit(130) from None
     finish()
 
@@ -396,15 +378,6 @@ def carry_out(
     for key, value in record["perplexities"].items():
         print(f"{key} {value:.2f}")
     print(f"{target}: {run.save} weights, {run.steps} steps; try it: {try_it.format(target)}")
-
-
-def _sizes(text: Text) -> dict[str, int]:
-    validation_tokens = text.validation.total if text.validation else 0
-    return {"training_tokens": text.blocks.total, "validation_tokens": validation_tokens}
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _path_to_base(target: Path, name: str, config: PreTrainedConfig) -> str | None:

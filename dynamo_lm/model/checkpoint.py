@@ -83,7 +83,7 @@ def save(model: Any, folder: str | os.PathLike, weights: str = "full", **kwargs:
                 model.cooccurrence.save(temporary / TABLE_FILE)
             files = sorted(set(temporary.glob("*.safetensors")) - {temporary / TABLE_FILE})
             checksums = {file.name: _checksum(file) for file in files}
-            (temporary / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2) + "\n")
+            (temporary / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
             names = {file.name for file in temporary.iterdir()}
         for old in [*target.glob("model*.safetensors*"), target / HEADS_FILE]:  # of an earlier save in another form
             if old.name not in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -192,21 +193,23 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def skeleton(config: PreTrainedConfig) -> Any:
-    """The model of a configuration with shapes and no weights (on the "meta" device).
+def skeleton(config: PreTrainedConfig, *, device: str | torch.device = "meta") -> Any:
+    """The model of a configuration in float32: shapes alone (on the "meta" device), or random weights.
 
     Raises:
         InputError: it is not a causal language model.
     """
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except InputError:
         raise
     except (ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f'"{config.model_type}" is not a causal language model: {first_line(error)}') from error
 
 
-def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(value, indent=1, ensure_ascii=False), flush=True)
+def print_json(value: Any, *, indent: int | None = 1) -> None:
+    """One JSON document on stdout, on one line without `indent`; other characters than ASCII are escaped where stdout's
+    encoding may lack them."""
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, indent=indent, ensure_ascii=not utf8), flush=True)

@@ -51,6 +51,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max((folder / "checkpoints").glob("step-*"), default=None)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The steps done when a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def save_checkpoint(
     folder: Path, step: int, model: DynaMoForCausalLM, optimizer: torch.optim.Optimizer, options: TrainingOptions
 ) -> Path:
@@ -71,7 +76,9 @@ def save_checkpoint(
         with atomic_folder(target) as temporary:
             save_file(weights, temporary / "weights.safetensors")
             save_file(state, temporary / "optimizer.safetensors")
-            (temporary / "state.json").write_text(json.dumps({"step": step, "options": asdict(options)}, indent=1))
+            (temporary / "state.json").write_text(
+                json.dumps({"step": step, "options": asdict(options)}, indent=1), encoding="utf-8"
+            )
     except (OSError, SafetensorError) as error:
         if is_disk_full(error):
             raise InputError(f'The disk of "{folder}" is full; free some space and run the same command again.') from error

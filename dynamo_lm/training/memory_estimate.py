@@ -6,6 +6,7 @@ would keep of one forward. An estimate: allocators, kernels and the data loader 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.training.loss import CHUNK
 from dynamo_lm.training.options import TrainingOptions
 
+CPU_ACTIVATIONS = 10**9  # bytes: more rows at a time are no faster on a CPU
+GPU_SHARE = 0.8  # of a GPU's memory: the rest is for its allocator and kernels
 MIXED = 0.6  # of float32's activations under bf16 autocast: products are halved, norms and softmax are not
 
 
@@ -52,6 +55,22 @@ def memory(model: DynaMoForCausalLM, options: TrainingOptions, block_size: int, 
         "logits": (3 if model.coupling is None else 5) * 4 * CHUNK * config.vocab_size,  # two more for the corrected ones
     }
     return bytes_ | {"total": sum(bytes_.values())}
+
+
+def fitting_accumulation(
+    model: DynaMoForCausalLM, options: TrainingOptions, block_size: int, *, fused: bool, device: torch.device
+) -> int:
+    """The fewest forward passes per step that leave a CPU's activations below 1 GB, or fit a GPU; `model` is on "meta".
+
+    As many as there are blocks in a step, one each, where nothing fits. A function of the device's kind and size, not of
+    what else runs on it, so that a run resumes with the same number.
+    """
+    whole = memory(model, replace(options, accumulation=1), block_size, fused=fused)
+    room = float(CPU_ACTIVATIONS)
+    if device.type == "cuda":
+        room = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory - (whole["total"] - whole["activations"])
+    divisors = [parts for parts in range(1, options.batch_size + 1) if options.batch_size % parts == 0]
+    return next((parts for parts in divisors if whole["activations"] / parts <= room), options.batch_size)
 
 
 def _saved_by_autograd(model: DynaMoForCausalLM, options: TrainingOptions, rows: int, block_size: int, fused: bool) -> int:

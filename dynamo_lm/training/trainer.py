@@ -55,7 +55,8 @@ def train(
         folder: for checkpoints, `log.jsonl` and TensorBoard files.
         features: stem states of `blocks` that are known already or to be kept; the base must be frozen.
         report: called after every step.
-        report_part: called within a step with the steps done, such as 3.25, after each of its parts but the last.
+        report_part: called with the steps done: when the first step begins, and within a step, such as 3.25, after each of
+            its parts but the last.
 
     Returns:
         The last validation's perplexities.
@@ -80,6 +81,7 @@ def train(
                 raise _StoppedInStep
             report_part(steps)
 
+        report_part(start)
         for step in range(start, options.steps):
             began = time.perf_counter()
             batch, random = next(batches), random_state(model.device)
