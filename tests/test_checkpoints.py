@@ -122,7 +122,7 @@ def test_a_signal_within_a_step_saves_the_steps_before_and_the_step_is_taken_aga
     torch.manual_seed(0)
     with pytest.raises(KeyboardInterrupt):
         train(model, random_blocks(), None, options, tmp_path / "cut", report_part=report_part)
-    assert seen[:3] == [0.25, 0.5, 0.75] and seen[-1] == 3.25
+    assert seen[:4] == [0, 0.25, 0.5, 0.75] and seen[-1] == 3.25
     assert steps_of(tmp_path / "cut") == ["step-00000003"]
     resumed = run(tmp_path / "cut", options, seed=1)
     assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -26,16 +27,16 @@ def run(capfd, monkeypatch):
 
 def test_threads_are_told_to_wait_passively_before_torch_is_loaded():
     code = (
-        "import os, sys, types\n"
+        "import os, sys, time, types\n"
         "from dynamo_lm.cli.main import main\n"
-        "def demo(model, options, json_output):\n"
+        "def demo(model, options, began, json_output):\n"
         "    waiting = os.environ['OMP_WAIT_POLICY'], os.environ['GOMP_SPINCOUNT']\n"
-        "    print('torch' in sys.modules, *waiting, options.time_limit)\n"
+        "    print('torch' in sys.modules, *waiting, options.time_limit, began < time.monotonic())\n"
         "sys.modules['dynamo_lm.cli.demo_view'] = types.SimpleNamespace(demo=demo)\n"
         "main(['demo', '--time-limit', '60'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False PASSIVE 0 60.0\n"
+    assert done.stdout == "False PASSIVE 0 60.0 True\n"
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,14 @@ def test_a_demo_without_time_ends_after_one_prompt_and_says_so(run):
     assert "Threads: 1" in printed and "of 16 new tokens, shorter than asked for" in printed
     assert "Once upon a time" in printed and "strict, greedy" in printed and "one run" in printed
     assert "Stopped after 0 s: 1 of 3 repetitions, 1 of 4 prompts" in " ".join(printed.split())
+
+
+def test_the_time_that_importing_torch_took_counts(capsys):
+    options = demo_view.DemoOptions(max_new_tokens=20, threads=1, time_limit=600)
+    threads = torch.get_num_threads()
+    demo_view.demo("story", options, began=time.monotonic() - 600)
+    torch.set_num_threads(threads)
+    assert "Stopped after 600 s: 1 of 3 repetitions, 1 of 4 prompts" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_numbers_are_one_json_document(run):

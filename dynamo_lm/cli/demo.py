@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Annotated
 
 import typer
@@ -30,9 +31,10 @@ def demo(
     and **dynamic** (the paper's sampling, faster still). Then a table: speed, its ceiling, and the quality
     measured with it.
     """
+    began = time.monotonic()
     for name, value in PASSIVE.items():  # before torch is loaded, which reads them once
         os.environ.setdefault(name, value)
     print("Loading PyTorch and the model.", file=sys.stderr, flush=True)
     from dynamo_lm.cli.demo_view import demo as race
 
-    race(model or "story", options, json_output=json)
+    race(model or "story", options, began=began, json_output=json)

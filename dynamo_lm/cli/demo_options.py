@@ -24,7 +24,9 @@ class DemoOptions:
     heads: Annotated[int | None, "The most tokens a step may give. Default: all heads the model has."] = None
     seed: Annotated[int, "Seed of the random numbers; the same seed gives the same texts."] = 0
     threads: Annotated[int | None, "CPU threads. Default: as many as are fastest here, measured for some seconds."] = None
-    time_limit: Annotated[float, "Seconds after which the demo ends with what it has, loading the model included."] = 180
+    time_limit: Annotated[
+        float, "Seconds after which the demo ends with what it has, loading PyTorch and the model included."
+    ] = 180
     delay: Annotated[
         bool, typer.Option("--delay/--no-delay", help="Show the texts at the speed they were written with.")
     ] = True

@@ -50,18 +50,21 @@ def demo(
     model: str,
     options: DemoOptions,
     *,
+    began: float | None = None,
     json_output: bool = False,
     console: Console | None = None,
     save: Path | None = None,
 ) -> None:
     """Race one-token, strict and dynamic decoding; print texts coloured by step and a table, or JSON.
 
-    `console` is where to print, `save` a file for the numbers.
+    `began` is the time (of `time.monotonic`) from which the time limit counts, by default now; `console` is where to print,
+    `save` a file for the numbers.
 
     Raises:
         InputError: no such model, an empty prompt, options that do not fit.
     """
-    console, began = console or Console(stderr=json_output, highlight=False), time.monotonic()
+    console = console or Console(stderr=json_output, highlight=False)
+    began = time.monotonic() if began is None else began
     with _progress(console) as (progress, status):
         network, tokenizer = open_for_evaluation(model, tokenizer=None, dtype="float32", device="cpu")
         methods = demo_methods(network, options.eps_b, options.heads)
