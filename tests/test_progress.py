@@ -75,7 +75,7 @@ def test_the_first_lines_of_a_training_log_tell_the_time_left_within_the_first_s
     assert file.getvalue().splitlines() == [
         "step 0/10  25% of step 1, about 13 min left",
         "step 0/10  50% of step 1, about 13 min left",
-        "step 1/10  loss of heads 2-3: 2.500 3.500 (the base is frozen)  1,234 tok/s, about 12 min left",
+        "step 1/10  loss in nats of heads 2-3: 2.500 3.500 (the base is frozen)  1,234 tok/s, about 12 min left",
     ]
 
 

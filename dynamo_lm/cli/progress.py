@@ -139,7 +139,7 @@ def _losses(step: Step) -> str:
     """By head, and of coupled heads 2.. given the token before; of a coupling that learns alone only those get better."""
     first = 2 if step.losses[0] == 0 else 1  # a frozen base has no loss of head 1
     plain = _by_head(first, step.losses[first - 1 :]) + (" (the base is frozen)" if first == 2 else "")
-    return f"loss of {plain}  coupled: {_by_head(2, step.coupled)}" if step.coupled else f"loss of {plain}"
+    return f"loss in nats of {plain}  coupled: {_by_head(2, step.coupled)}" if step.coupled else f"loss in nats of {plain}"
 
 
 def _by_head(first: int, losses: Sequence[float]) -> str:

@@ -375,6 +375,8 @@ def carry_out(
     if output.json:
         print_json(record | {"model_folder": str(target)})
         return
+    if record["perplexities"]:
+        print("Perplexities on held-out text, by head; PPL_1:n is per token of n heads together:")
     for key, value in record["perplexities"].items():
         print(f"{key} {value:.2f}")
     print(f"{target}: {run.save} weights, {run.steps} steps; try it: {try_it.format(target)}")

@@ -73,7 +73,7 @@ class Acceptance:
     def __str__(self) -> str:
         greedy, sampled = (self.tokens_per_step(shares) for shares in (self.greedy, self.sampled))
         by_head = ", ".join(f"head {i} {share:.0%}" for i, share in enumerate(self.greedy, start=2))
-        return f"{greedy:.2f} tokens per step expected when greedy ({by_head}), {sampled:.2f} when sampled"
+        return f"{greedy:.2f} tokens per step expected when greedy (drafts accepted: {by_head}), {sampled:.2f} when sampled"
 
 
 class Scored:
