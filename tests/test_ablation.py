@@ -19,7 +19,7 @@ from dynamo_lm.evaluation import ablation
 from dynamo_lm.evaluation.ablation import against, block_losses, build
 from dynamo_lm.evaluation.ablation_variants import BASE, VARIANTS, Settings, choose
 from dynamo_lm.evaluation.perplexity.scoring import Sums
-from dynamo_lm.training.loss import perplexities
+from dynamo_lm.training.validation import perplexities
 
 SETTINGS = Settings(steps=4, batch_size=4, block_size=12, lr_b=1e-3, lr_m=1e-2, lr_mb=1e-4)
 

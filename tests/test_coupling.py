@@ -24,10 +24,11 @@ from dynamo_lm.data.packing import Blocks
 from dynamo_lm.model.coupling import Coupling, add_coupling
 from dynamo_lm.training import loss, provenance
 from dynamo_lm.training.checkpoints import latest_checkpoint
-from dynamo_lm.training.loss import coupled_logits, heads_loss, perplexities, target_counts
+from dynamo_lm.training.loss import coupled_logits, heads_loss, target_counts
 from dynamo_lm.training.memory_estimate import memory, parameters
 from dynamo_lm.training.step import parameter_groups
 from dynamo_lm.training.trainer import train
+from dynamo_lm.training.validation import perplexities
 
 TOKENS = random_tokens(2, 12)
 PLAIN, FROZEN = replace(PLAIN, lr_c=0.02), replace(FROZEN, lr_c=0.02)

@@ -236,16 +236,19 @@ def _number(value: float, stderr: float | None) -> str:
 def _bar() -> Iterator[Begin]:
     """A progress bar on the real stderr, which the harness's own output never reaches."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    from dynamo_lm.cli.progress import TimeLeft
 
     screen = Console(file=sys.stderr, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} answers"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} answers{task.fields[left]}"))
     options: dict[str, Any] = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
-    with Progress(*columns, TimeRemainingColumn(), console=screen, disable=not screen.is_terminal, **options) as progress:
-        line = progress.add_task("", total=None)
+    with Progress(*columns, console=screen, disable=not screen.is_terminal, **options) as progress:
+        line = progress.add_task("", total=None, left="")
 
         def begin(name: str) -> Callable[[int, int], None]:
-            progress.reset(line, description=name, total=None)
-            return lambda done, total: progress.update(line, completed=done, total=total)
+            progress.reset(line, description=name, total=None, left="")
+            left = TimeLeft()
+            return lambda done, total: progress.update(line, completed=done, total=total, left=left.after(done, total))
 
         yield begin

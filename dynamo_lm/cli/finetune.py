@@ -208,6 +208,8 @@ def finetune(
 
     # 3. Train.
     if output.dry_run:
+        if answers.self_distill:
+            typer.echo("dynamo-lm: the time below does not include the answers of --self-distill.", err=True)
         describe(run, corpus, as_json=output.json)
         return
     assert corpus is not None
