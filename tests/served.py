@@ -98,12 +98,13 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(limits: Limits | None = None, generation: GenerationSettings | None = None, **settings: Any) -> Iterator[Served]:
+def serving(
+    limits: Limits | None = None, generation: GenerationSettings | None = None, *, tokenizer: Any = None, **settings: Any
+) -> Iterator[Served]:
     """A server of the small model, for as long as the context lasts."""
-    limits = limits or Limits()
-    app = create_app(
-        *small(), ServerSettings(name="small", generation=generation or GenerationSettings(), limits=limits, **settings)
-    )
+    limits, (model, own) = limits or Limits(), small()
+    how = ServerSettings(name="small", generation=generation or GenerationSettings(), limits=limits, **settings)
+    app = create_app(model, tokenizer or own, how)
     bound = server.bind("127.0.0.1", 0)
     running = server.Server(app.state.middleware, limits.max_seconds)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)

@@ -205,6 +205,13 @@ def test_stop_strings_end_a_text_and_are_never_shown(served):
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 
+def test_more_than_four_stop_strings_are_taken(served):
+    text = text_of(offline(PROMPTS[1], 120))
+    stops = [*(f"never {number}" for number in range(255)), " ran"]
+    answer = served.client().completions.create(prompt=PROMPTS[1], max_tokens=120, stop=stops, **GREEDY)
+    assert answer.choices[0].text == text[: text.index(" ran")] and answer.choices[0].finish_reason == "stop"
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -217,23 +224,28 @@ REFUSED = [
     ({"prompt": "fox " * 100_000}, 400, "cannot fit"),
     ({"prompt": [7] * (CONTEXT + 1)}, 400, f"{CONTEXT + 1} tokens"),
     ({"prompt": [300]}, 400, "vocabulary"),
-    ({"prompt": [-1]}, 400, "token ids"),
+    ({"prompt": [-1]}, 400, "prompt[0] is -1"),
+    ({"prompt": ["a", 1]}, 400, "prompt[1] is 1"),
+    ({"prompt": [[1], [2, "a"]]}, 400, 'prompt[1][1] is "a": it must be a valid integer'),
     ({"prompt": []}, 400, "empty"),
     ({"prompt": [[]]}, 400, "empty"),
     ({"prompt": {"a": 1}}, 400, "must be a text"),
     ({"prompt": "\ud800"}, 400, "no text"),
     ({"prompt": ["a"] * 81}, 400, "81 texts"),
-    ({"n": 129}, 400, "n:"),
+    ({"n": 129}, 400, "n is 129"),
     ({"temperature": 3}, 400, "temperature"),
     ({"temperature": float("nan")}, 400, "temperature"),
     ({"temperature": float("inf")}, 400, "temperature"),
     ({"top_p": 1.5}, 400, "top_p"),
-    ({"stop": ["a"] * 5}, 400, "stop"),
-    ({"stop": ""}, 400, "stop"),
+    ({"stop": ["a"] * 257}, 400, "at most 256"),
+    ({"stop": ""}, 400, 'stop is ""'),
+    ({"stop": 5}, 400, "stop is 5: it must be a text or a list of texts"),
+    ({"stop": ["a", "b", 5]}, 400, "stop[2] is 5: it must be a valid string"),
     ({"seed": 2**63}, 400, "seed"),
     ({"logprobs": 21}, 400, "logprobs"),
-    ({"verify": "nearly"}, 400, "verify"),
-    ({"verify": -1}, 400, "verify"),
+    ({"verify": "nearly"}, 400, 'verify is "nearly": it must be "strict", "off" or a number of nats per token'),
+    ({"verify": -0.1}, 400, "verify is -0.1: it must be greater than or equal to 0"),
+    ({"verify": True}, 400, "verify is true: it must be"),
     ({"eps_b": 0.5}, 400, "verify"),
     ({"eps_b": 2, "verify": "off"}, 400, "eps_b"),
     ({"top_p": 0.5, "verify": "off"}, 400, "top_p"),
@@ -261,8 +273,12 @@ def test_what_cannot_be_done_is_one_sentence_in_openais_form(served, changed, st
     ("changed", "says"),
     [
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role is"),
+        ({"messages": [{"role": "user", "content": 5}]}, "it must be a text or a list of parts"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0].type is \"image_url\": it must be 'text'",
+        ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
         ({"messages": [{"role": "user", "content": "fox " * 100_000}]}, "cannot fit"),
         ({"tools": [{"type": "function"}]}, "tools"),
@@ -274,7 +290,7 @@ def test_what_cannot_be_done_is_one_sentence_in_openais_form(served, changed, st
 def test_chats_that_cannot_be_are_refused(served, changed, says):
     body = json.dumps({**GREEDY, "messages": [{"role": "user", "content": "a"}], "max_tokens": 2} | changed)
     answer = served.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == 400 and says in json.dumps(answer.json()["error"])
+    assert answer.status_code == 400 and says in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from dynamo_lm.serving.metrics import Metrics
 from dynamo_lm.serving.middleware import LimitsMiddleware, refuse
 from dynamo_lm.serving.playground import playground
 from dynamo_lm.serving.protocol import (
+    FORMS,
     APIError,
     ChatCompletion,
     ChatRequest,
@@ -42,7 +43,6 @@ from dynamo_lm.serving.requests import GenerationRequest, RequestParser
 from dynamo_lm.serving.responses import Answer, ChatAnswer, CompletionAnswer
 from dynamo_lm.serving.settings import ServerSettings
 
-PROMPT = "it must be a text, a list of texts, a list of token ids, or a list of such lists"
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": what}
     for status, what in {
@@ -56,6 +56,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         503: "The server is stopping, or no place became free in time",
     }.items()
 }
+LONGEST_VALUE = 60  # characters of a value that an error repeats
 EVENTS = {"text/event-stream": {"schema": {"description": "With stream: true, chunks as events; the last one is [DONE]."}}}
 
 
@@ -205,15 +206,24 @@ class ErrorResponse(Response):
 def _explained(error: RequestValidationError) -> APIError:
     """One sentence about the first thing that is wrong with a body."""
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    place = [part for part in first["loc"] if part != "body" and part not in FORMS]
     if first["type"] == "json_invalid":
         return APIError(400, f"The body is not valid JSON: {first['ctx']['error']}.")
     if not place:
         return APIError(400, "The body must be a JSON object, sent with Content-Type: application/json.")
-    message = first["msg"].removeprefix("Value error, ")
-    if place[0] == "prompt" and first["type"] not in ("missing", "value_error"):
-        message = PROMPT  # in place of what is wrong with it as the first of its four forms
-    return APIError(400, f"{place[0]}: {message}.", param=place[0])
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+    if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = "it must be an object"
+    else:
+        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "it must be", 1)
+    return APIError(400, f"{name}{_given(first['input'])}: {message}.", param=str(place[0]))
+
+
+def _given(value: Any) -> str:
+    """ " is VALUE" of a short value."""
+    if isinstance(value, (str, int, float)) and len(written := json.dumps(value)) <= LONGEST_VALUE:
+        return f" is {written}"
+    return ""
 
 
 AS_API_ERROR: dict[type[Exception], Callable[[Any], APIError]] = {

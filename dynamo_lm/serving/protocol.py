@@ -6,13 +6,15 @@ clients expect. The range of a field is checked here, whether the model supports
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 Finish = Literal["stop", "length"]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+MAX_STOP_STRINGS = 256  # each costs every token a search
 UNLESS_NONE = Field(exclude_if=lambda value: value is None)  # a field of an answer that is left out where it says nothing
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -26,6 +28,52 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
+
+
+# A field with values of several forms: each form has a tag, and a function gives the tag that a value should have, or None
+# for a value of no form. So an error is one about that form, and not about the first form of all.
+
+
+def _forms(form_of: Callable[[Any], str | None], description: str) -> Discriminator:
+    return Discriminator(form_of, custom_error_type="no_form", custom_error_message=f"it must be {description}")
+
+
+def _text_or_list(value: Any) -> str | None:
+    return TEXT if isinstance(value, str) else LIST if isinstance(value, list) else None
+
+
+def _form_of_verify(value: Any) -> str | None:
+    if isinstance(value, str):
+        return TEXT if value in ("strict", "off") else None
+    return NUMBER if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _form_of_prompt(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return TEXT if isinstance(value, str) else None
+    if not value or isinstance(value[0], str):
+        return LIST
+    if isinstance(value[0], list):
+        return LISTS
+    return IDS if isinstance(value[0], int) and not isinstance(value[0], bool) else None
+
+
+TEXT, NUMBER, LIST, IDS, LISTS = FORMS = ("<text>", "<number>", "<list>", "<token ids>", "<lists of token ids>")
+Stop = Annotated[
+    Annotated[StopString, Tag(TEXT)] | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS), Tag(LIST)],
+    _forms(_text_or_list, "a text or a list of texts"),
+]
+Verify = Annotated[
+    Annotated[Literal["strict", "off"], Tag(TEXT)] | Annotated[Finite, Field(ge=0), Tag(NUMBER)],
+    _forms(_form_of_verify, '"strict", "off" or a number of nats per token, 0 or more'),
+]
+Prompt = Annotated[
+    Annotated[Text, Tag(TEXT)]
+    | Annotated[list[Text], Tag(LIST)]
+    | Annotated[list[TokenId], Tag(IDS)]
+    | Annotated[list[list[TokenId]], Tag(LISTS)],
+    _forms(_form_of_prompt, "a text, a list of texts, a list of token ids, or a list of such lists"),
+]
 
 
 class APIError(Exception):
@@ -71,13 +119,13 @@ class Request(BaseModel):
     temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None  # 0: the most likely
     top_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stop: Stop | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
     # This project's own
-    verify: Literal["strict", "off"] | Annotated[Finite, Field(ge=0)] | None = None
+    verify: Verify | None = None
     eps_b: Annotated[Finite, Field(ge=0, le=1)] | None = None  # with verify "off"
     num_heads: Annotated[int, Field(ge=1)] | None = None  # the most tokens a step may give
     top_k: Annotated[int, Field(ge=1, le=1000)] | None = None
@@ -92,7 +140,7 @@ class Request(BaseModel):
 class CompletionRequest(Request):
     """POST /v1/completions"""
 
-    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]]
+    prompt: Prompt
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -104,9 +152,15 @@ class TextPart(BaseModel):
     text: Text
 
 
+Content = Annotated[
+    Annotated[Text, Tag(TEXT)] | Annotated[list[TextPart], Tag(LIST)],
+    _forms(_text_or_list, "a text or a list of parts"),
+]
+
+
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Content
 
     @property
     def text(self) -> str:

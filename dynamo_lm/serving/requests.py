@@ -31,6 +31,14 @@ TOO_LONG = "context_length_exceeded"
 
 
 @dataclass(frozen=True)
+class Echo:
+    """What an answer repeats in front of the text."""
+
+    text: str = ""
+    offsets: Sequence[int] = ()  # by token of the prompt: characters of `text` in front of it
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One text to write."""
 
@@ -38,7 +46,7 @@ class GenerationRequest:
     options: DecodingOptions
     seed: int
     stop_strings: tuple[str, ...] = ()
-    echo: str = ""  # what the answer repeats in front of the text
+    echo: Echo = Echo()
     choice: int = 0  # index of the text in the answer
     first_of_prompt: bool = True  # whether it is the first text of its prompt
 
@@ -89,7 +97,7 @@ class RequestParser:
         texts: list[GenerationRequest] = []
         for ids, text in prompts:
             length = self._length(ids, limit, COMPLETION_TOKENS)
-            front = (self._decoded(ids) if text is None else text) if echo else ""
+            front = self._echo(ids, text) if echo else Echo()
             scores = {"logprobs": request.logprobs, "prompt_logprobs": echo and scored}
             texts += self._texts(request, ids, length, self.end_tokens, first=len(texts), echo=front, **scores)
         return texts
@@ -166,10 +174,19 @@ class RequestParser:
             raise APIError(400, message, param="max_tokens", code=TOO_LONG)
         return wanted
 
-    def _decoded(self, ids: Sequence[int]) -> str:
+    def _echo(self, ids: Sequence[int], text: str | None) -> Echo:
+        """A prompt as the answer repeats it: the text as it came, else what the tokens stand for."""
         if any(token >= self.model.config.vocab_size for token in ids):
-            return ""  # `check_sequence` refuses it with a better message
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            return Echo()  # `check_sequence` refuses it with a better message
+        if text is not None and self.tokenizer.is_fast:
+            return Echo(text, _offsets(self.tokenizer, text, len(ids)))
+        detokenizer = IncrementalDetokenizer(self.tokenizer, [])
+        offsets = []
+        for token in ids:
+            offsets.append(detokenizer.length)
+            detokenizer.add([token])
+        front = detokenizer.text if text is None else text  # an incomplete character is completed by the new text
+        return Echo(front, [min(offset, len(front)) for offset in offsets])
 
     # ------------------------------------------------------------------ options
 
@@ -181,7 +198,7 @@ class RequestParser:
         ends: frozenset[int],
         *,
         first: int = 0,
-        echo: str = "",
+        echo: Echo = Echo(),
         **scores: Any,
     ) -> list[GenerationRequest]:
         """`n` texts of one prompt, with seeds that follow each other."""
@@ -223,6 +240,17 @@ class RequestParser:
             message = f'top_k is {top_k}, but verify "off" takes {MAX_TOP_K} at most on this server.'
             raise APIError(400, message, param="top_k")
         return options
+
+
+def _offsets(tokenizer: Any, text: str, count: int) -> list[int]:
+    """By token of a text, the characters in front of it; those that the tokenizer adds have none of their own."""
+    if not text:
+        return [0] * count  # of a token that stands for an empty text
+    offsets, end = [], 0
+    for start, stop in tokenizer(text, verbose=False, return_offsets_mapping=True)["offset_mapping"]:
+        offsets.append(min(start, end) if stop > start else end)  # some tokenizers leave a space out of a token's span
+        end = max(end, stop)
+    return offsets
 
 
 def refuse_unsupported(request: Request) -> None:

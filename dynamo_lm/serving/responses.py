@@ -7,7 +7,6 @@ their objects are put together. Knows no network.
 
 from __future__ import annotations
 
-import codecs
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -47,7 +46,8 @@ class ScoredToken:
 
     token: int
     score: TokenLogProb | None
-    offset: int  # characters of the text in front of it
+    offset: int  # characters of the answer in front of it
+    position: int = -1  # where it begins, as its detokenizer counts; -1 in what the answer echoes
 
 
 class StreamState:
@@ -61,46 +61,41 @@ class StreamState:
         self.request, self.vocabulary = request, vocabulary
         stop_strings = request.stop_strings
         self.detokenizer = IncrementalDetokenizer(vocabulary.tokenizer, request.prompt, stop_strings, keep_stop=False)
-        self.text = request.echo
+        self.text = request.echo.text
         self.finish: Finish | None = None
         self.timed_out = False
         self.statistics: Statistics | None = None
         self.begun = False
-        self._unscored: list[int] = []  # tokens that came before their scores
+        self._unscored: list[ScoredToken] = []  # tokens that came before their scores
         self._held: list[ScoredToken] = []  # whose characters are not released yet
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._length = 0  # characters of the tokens so far
 
     def take(self, event: Event) -> tuple[str, list[ScoredToken]]:
         """The characters and scored tokens that this event completes; what the answer echoes comes with the first."""
-        echo = ""
+        new = ""
         if not self.begun:
-            self.begun, echo = True, self.request.echo
-            for token, score in zip(self.request.prompt, event.prompt_scores, strict=False):  # none, or all
-                self._hold(token, score)
-            last = max(0, len(echo) - 1)  # a token that begins every text is no part of what is echoed
-            self._held = [replace(held, offset=min(held.offset, last)) for held in self._held]
-            self._length = len(echo)
-        if self.request.options.logprobs is not None:
-            self._unscored += event.tokens
+            self.begun, new = True, self.request.echo.text
+            echoed = zip(self.request.prompt, event.prompt_scores, self.request.echo.offsets, strict=False)  # none, or all
+            self._held = [ScoredToken(*each) for each in echoed]
+        scored = self.request.options.logprobs is not None
+        for token in event.tokens:
+            if scored:
+                offset = len(self.request.echo.text) + self.detokenizer.length
+                self._unscored.append(ScoredToken(token, None, offset, self.detokenizer.position))
+            released = self.detokenizer.add([token])
+            self.text, new = self.text + released, new + released
         for score in event.scores:
-            self._hold(self._unscored.pop(0), score)
-        new = self.detokenizer.add(event.tokens)
+            self._held.append(replace(self._unscored.pop(0), score=score))
         if event.finished is not None:
-            new += self.detokenizer.end()
+            rest = self.detokenizer.end()
+            self.text, new = self.text + rest, new + rest
             self.finish = "stop" if event.finished == "stop" or self.detokenizer.ended else "length"
             self.timed_out, self.statistics = event.timed_out, event.statistics
-        self.text += new
-        return echo + new, self._release()
-
-    def _hold(self, token: int, score: TokenLogProb | None) -> None:
-        self._held.append(ScoredToken(token, score, self._length))
-        self._length += len(self._decoder.decode(self.vocabulary.raw(token)))
+        return new, self._release()
 
     def _release(self) -> list[ScoredToken]:
         """Scored tokens whose characters are released; never those of a stop string, the end token once the text ends."""
         everything = self.finish is not None and not self.detokenizer.ended
-        count = sum(everything or held.offset < len(self.text) for held in self._held)
+        count = sum(everything or held.position < self.detokenizer.reach for held in self._held)
         released, self._held = self._held[:count], self._held[count:]
         return released
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from dynamo_lm.decoding.detokenizer import INCOMPLETE
+from dynamo_lm.decoding.detokenizer import INCOMPLETE, special_text
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 ALPHABET = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -31,6 +31,7 @@ class Vocabulary:
         return self._of(token)[0]
 
     def raw(self, token: int) -> bytes:
+        """The bytes that the token adds to a text; none for a special token, which texts leave out."""
         return self._of(token)[1]
 
     @cached_property
@@ -50,6 +51,8 @@ class Vocabulary:
     def _look_up(self, token: int) -> tuple[str, bytes]:
         before = self._decoded(self._anchor)
         text = self._decoded([*self._anchor, token])[len(before) :]
+        if special_text(self.tokenizer, token):
+            return text, b""
         if INCOMPLETE not in text:
             return text, text.encode()
         piece = self.tokenizer.convert_ids_to_tokens(token) or ""
