@@ -3,7 +3,8 @@
 `nice python -m benchmarks.load --seconds 600 > results/serving/load.json`. locust is the load generator; its clients are
 in `benchmarks.load_clients`. Three parts on one server: throughput with one client, then with as many as the batch holds;
 then overload, with the server's memory sampled every second; in its last seconds the server gets SIGTERM and must still
-finish what it accepted. Clients and server share the machine, so throughput is a ratio between two such runs and no more.
+finish what it accepted. Its audits of its own bookkeeping must find nothing wrong. Clients and server share the machine, so
+throughput is a ratio between two such runs and no more.
 """
 
 from __future__ import annotations
@@ -79,6 +80,11 @@ class Server:
         lines = [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
         return [line for line in lines if line["event"] == "request" and line["path"].startswith("/v1")]
 
+    def violations(self) -> list[str]:
+        """What its audits found wrong."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        return [sentence for line in lines if line["event"] == "audit" for sentence in line["violations"]]
+
 
 def clients(server: Server, number: int, seconds: float, folder: Path) -> subprocess.Popen:
     """locust, so many clients for so long."""
@@ -145,6 +151,8 @@ def overload(server: Server, number: int, seconds: float, folder: Path) -> dict[
             "finished": len(accepted),  # texts that the engine wrote to their end
             "received": counts.get("200", 0),  # of those, by clients that waited for the end
             "tokens": numbers["dynamo_tokens_total"],
+            "audits": numbers["dynamo_audits_total"],
+            "audit_violations": len(server.violations()),
         },
         "memory_mb": memory(samples),
     }
@@ -196,6 +204,8 @@ def main() -> None:
         "overload": rush,
     }
     print(json.dumps(record, indent=1))
+    if rush["server"]["audit_violations"]:
+        raise SystemExit("The server's audits found its bookkeeping wrong; see its log.")
 
 
 if __name__ == "__main__":

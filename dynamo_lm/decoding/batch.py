@@ -205,6 +205,7 @@ class Batch:
     def _allocate(self, newcomers: list[SequenceState], cache: RaggedKVCache) -> None:
         """Gives the newcomers that are not finished already empty slots, or new ones after the others."""
         if self._cache is None or not self._sequences:
+            self._compact()  # gives back the cache of sequences that have all just ended
             self._sequences, self._slots, self._cache = newcomers, list(range(len(newcomers))), cache
             self._free({sequence for sequence in newcomers if sequence.finished})
             return

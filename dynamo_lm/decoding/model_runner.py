@@ -8,6 +8,7 @@ tokens are chosen.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class ModelRunner:
     Attributes:
         model: arranged for decoding.
         context: tokens that it can hold; where it states no limit, more than any.
+        caches: all that `new_cache` made, as long as they exist; those of compiled steps aside.
     """
 
     def __init__(self, model: MultiHeadLM, num_heads: int, *, compile: bool):
@@ -43,27 +45,35 @@ class ModelRunner:
             self.model = model.optimize_for_inference(num_heads)
             self.forward = self.model.hidden
         self.context = context_limit(model.config)
+        self.caches: WeakSet[RaggedKVCache] = WeakSet()
         self.device = self.model.device  # here and below: what to ask the model anew in every step would be slow
         self._mask_form = AttentionMaskBuilder.of(self.model.base.config, self.model.dtype)
 
     def new_cache(self, sequences: Sequence[SequenceState]) -> RaggedKVCache:
         """A cache for sequences that begin."""
         if not self.compile:
-            return RaggedKVCache(self.model.cache_entries, len(sequences))
+            cache = RaggedKVCache(self.model.cache_entries, len(sequences))
+            self.caches.add(cache)
+            return cache
         size = capacity(sequences[0].prompt_length + sequences[0].options.max_new_tokens + self._fixed(sequences))
         kept = self.model.runtime.compiled.pop((self.num_heads, self.device, size), None)
         if kept is not None:
             return kept
-        cache = StaticKVCache(self.model.cache_entries, size, self.device)
+        static = StaticKVCache(self.model.cache_entries, size, self.device)
         if isinstance(self.forward, CompiledStep):
-            cache.lay_out(self.forward.layout)
-        return cache
+            static.lay_out(self.forward.layout)
+        return static
 
     def release(self, cache: RaggedKVCache) -> None:
         """Takes back a cache that no sequence needs any more."""
         if isinstance(cache, StaticKVCache) and cache.device.type == "cuda":  # for whom its steps are recorded
             self.model.runtime.compiled[self.num_heads, cache.device, cache.capacity] = cache
         else:
+            cache.release()
+
+    def release_all(self) -> None:
+        """Gives the memory of all caches back, also after a step that failed."""
+        for cache in self.caches:
             cache.release()
 
     def _fixed(self, sequences: Sequence[SequenceState]) -> int:

@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from dynamo_lm.decoding.audit import violations
 from dynamo_lm.decoding.batch import Batch
 from dynamo_lm.decoding.options import DecodingOptions, LogitsProcessor, StoppingCriterion
 from dynamo_lm.decoding.sequence import SequenceState
@@ -37,14 +38,17 @@ Result = TypeVar("Result")
 
 MAX_PREFILL = 4096  # tokens of prompts, padding included, that one step prefills, unless a single prompt is longer
 MAX_RETRY_AFTER = 60  # seconds
+AUDIT_STEPS = 1000  # after so many steps the bookkeeping is checked even if the server is never idle
 
 
 class Observer(Protocol):
-    """Counts what the engine does; called in its thread."""
+    """Counts what the engine does; called in its thread, `audited` on the event loop."""
 
     def stepped(self, sequences: Sequence[SequenceState], seconds: float) -> None: ...
 
     def occupied(self, running: int, waiting: int) -> None: ...
+
+    def audited(self, violations: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -124,11 +128,12 @@ class Engine:
         loader.available(wait=True)  # a server runs for long
         self.model, self.limits, self.observer = model, limits, observer
         self._batches = {num_heads: Batch(model, num_heads)}  # by heads: a request for fewer does not pay for more
-        self._condition = threading.Condition()  # guards the four that follow
+        self._condition = threading.Condition()  # guards the five that follow
         self._waiting: deque[EngineSequence] = deque()
         self._leaving: list[EngineSequence] = []
         self._calls: deque[Callable[[], None]] = deque()
         self._stopping = False
+        self._accepted = 0  # texts, since the start
         self._running: dict[int, EngineSequence] = {}  # in the batches, by number; only the thread uses it
         self._numbers = count()
         self._unfinished = 0  # texts accepted and not finished; only the event loop uses it
@@ -173,6 +178,7 @@ class Engine:
         handle = RequestHandle(self, requests, time.monotonic() + limits.max_seconds)
         self._unfinished += count
         with self._condition:
+            self._accepted += count
             self._waiting.extend(handle.sequences)
             self._condition.notify()
         return handle
@@ -227,14 +233,24 @@ class Engine:
     # ------------------------------------------------------------------ in the thread
 
     def _run(self) -> None:
+        steps = 0  # since the bookkeeping was checked
         while True:
             with self._condition:
-                while not (self._waiting or self._leaving or self._calls or self._running or self._stopping):
+                idle = not (self._waiting or self._leaving or self._calls or self._running)
+                if idle and not steps and not self._stopping:
                     self._condition.wait()
-                if self._stopping and not (self._waiting or self._calls or self._running):
-                    return
+                    continue
+                accepted = self._accepted
                 leaving, self._leaving = self._leaving, []
                 calls, self._calls = self._calls, deque()
+            if (idle and steps) or steps >= AUDIT_STEPS:
+                self._audit(accepted if idle else None)
+                steps = 0
+            if idle:
+                if self._stopping:
+                    return
+                continue
+            steps += 1
             events: list[Event] = []
             try:
                 # 1. Between steps: sequences leave, functions passed to `call` run, sequences join.
@@ -250,6 +266,8 @@ class Engine:
                 self.observer.occupied(len(self._running), len(self._waiting))
             except Exception as error:  # nothing may end this thread; its requests get the error
                 log.exception("engine_failed")
+                for batch in self._batches.values():
+                    batch.runner.release_all()
                 self._batches.clear()
                 self._fail(list(self._running.values()), error, events)
             if events:
@@ -319,6 +337,7 @@ class Engine:
             states = batch.step()
         except Exception as error:  # the batch's state is unknown: its sequences end, and the next one gets a new batch
             log.exception("step_failed", rows=len(batch.running))
+            batch.runner.release_all()
             del self._batches[batch.num_heads]
             self._fail([sequence for sequence in self._running.values() if sequence.batch is batch], error, events)
             return
@@ -350,6 +369,32 @@ class Engine:
         del self._running[state.number]
         sequence.batch.leave(state)
         return state
+
+    def _audit(self, accepted: int | None) -> None:
+        """Checks slots, cache lengths, cache memory and running texts; counts and logs what is wrong.
+
+        accepted: texts accepted so far, if all of them should be finished.
+        """
+        wrong = []
+        try:
+            for batch in self._batches.values():
+                states = {each.state for each in self._running.values() if each.batch is batch}
+                if states != set(batch.running):
+                    wrong.append(f"a batch has {len(batch.running)} sequences, and {len(states)} texts run in it")
+                wrong += violations(batch)
+        except Exception as error:  # bookkeeping that cannot even be read
+            log.exception("audit_failed")
+            wrong.append(str(error))
+
+        def count() -> None:
+            if accepted == self._accepted and self._unfinished:  # nothing came since, and all events were delivered
+                wrong.append(f"{self._unfinished} texts are finished and still counted")
+            if wrong:
+                log.error("audit", violations=wrong)
+            self.observer.audited(len(wrong))
+
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(count)
 
     def _fail(self, sequences: list[EngineSequence], error: Exception, events: list[Event]) -> None:
         for sequence in sequences:

@@ -52,6 +52,8 @@ class Metrics:
         self.step_seconds = Histogram("dynamo_step_seconds", "Of the whole batch", buckets=SECONDS, registry=registry)
         self.running = Gauge("dynamo_running_texts", "Texts in the batch", registry=registry)
         self.waiting = Gauge("dynamo_waiting_texts", "Texts in the queue", registry=registry)
+        self.audits = Counter("dynamo_audits", "Checks of the server's own bookkeeping", registry=registry)
+        self.violations = Counter("dynamo_audit_violations", "What these checks found wrong", registry=registry)
 
     def stepped(self, sequences: Sequence[SequenceState], seconds: float) -> None:
         """Counts one step of a batch."""
@@ -75,6 +77,10 @@ class Metrics:
     def occupied(self, running: int, waiting: int) -> None:
         self.running.set(running)
         self.waiting.set(waiting)
+
+    def audited(self, violations: int) -> None:
+        self.audits.inc()
+        self.violations.inc(violations)
 
     @property
     def text(self) -> bytes:
