@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from dynamo_lm.backbone.offloading import loaded
 from dynamo_lm.errors import InputError, first_line
 
 
@@ -161,9 +162,11 @@ def fingerprint(base: PreTrainedModel) -> str:
     digest = hashlib.sha256(
         f"{config.model_type} {config.num_hidden_layers} {config.hidden_size} {config.vocab_size}".encode()
     )
-    for name, tensor in sorted(decoder_layers(base)[-1].state_dict().items()):
-        if tensor.is_meta:
-            return "meta"
-        digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy().tobytes())
+    last = decoder_layers(base)[-1]
+    with loaded(last):
+        for name, tensor in sorted(last.state_dict().items()):
+            if tensor.is_meta:
+                return "meta"
+            digest.update(name.encode())
+            digest.update(tensor.detach().to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynamo_lm.backbone.offloading import loaded
 from dynamo_lm.decoding.draft_vocabulary import DraftVocabulary
 from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.decoding.sequence import SequenceState
@@ -150,9 +151,10 @@ class Candidates:
             return [ids, scores]
         if group.draft_vocabulary is not None:
             weights = [group.draft_vocabulary.output.weight] * len(states)
-        else:
+            return [ids, scores, *coupling.low_rank_factors(states, sent(ids[-len(states) :], states.device), weights)]
+        with loaded(self.model.base.get_output_embeddings()):
             weights = [self.model.output_weight(head) for head in range(2, len(states) + 2)]
-        return [ids, scores, *coupling.low_rank_factors(states, sent(ids[-len(states) :], states.device), weights)]
+            return [ids, scores, *coupling.low_rank_factors(states, sent(ids[-len(states) :], states.device), weights)]
 
 
 def _groups(sequences: Sequence[SequenceState], draft_vocabulary: DraftVocabulary | None) -> list[_Group]:

@@ -40,6 +40,8 @@ def draft_vocabulary_of(model: MultiHeadLM) -> DraftVocabulary | None:
     if table is None or not model.plain_readout or model.config.own_output_embedding or not isinstance(output, nn.Linear):
         return None
     weight = output.weight
+    if weight.is_meta:  # offloaded between calls
+        return None
     version = 0 if weight.is_inference() else weight._version  # training changes weights in place
     kept = model.runtime.draft_vocabulary
     if kept is None or kept[0] is not table or kept[1] is not weight or kept[2] != version:

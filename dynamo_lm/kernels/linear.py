@@ -94,6 +94,8 @@ def _twin(module: M, made: dict[int, nn.Module], configs: dict[int, PreTrainedCo
         return made[id(module)]  # type: ignore[return-value]
     if parametrize.is_parametrized(module):  # an adapter, which cannot be copied and computes its weight in each call
         return module
+    if "forward" in vars(module):  # accelerate's, or a user's own: from a copy it would call the original's parts
+        return module
     twin = made[id(module)] = copy.copy(module)
     if type(twin) is nn.Linear and twin.weight.device.type == "cpu":
         _replace_linear(cast(nn.Linear, twin))

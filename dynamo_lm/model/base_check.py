@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
+from dynamo_lm.backbone.offloading import device_of
 from dynamo_lm.backbone.tiny_base import tiny_base
 from dynamo_lm.decoding.kv_cache import RaggedKVCache, StaticKVCache
 from dynamo_lm.decoding.protocol import MultiHeadLM
@@ -55,7 +56,7 @@ def check_contract(base: PreTrainedModel, model_class: Callable[[DynaMoConfig, P
         InputError: with the reason.
     """
     AttentionMaskBuilder.of(base.config, base.dtype)
-    if base.device.type == "meta":
+    if device_of(base).type == "meta":
         return True
     key = contract_key(base)
     if key not in _results:

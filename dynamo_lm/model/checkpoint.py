@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from dynamo_lm.backbone.base_model import fingerprint
+from dynamo_lm.backbone.offloading import device_of
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.errors import InputError, first_line
 from dynamo_lm.files import atomic_files, is_disk_full
@@ -226,10 +227,10 @@ def _load_heads(cls: type[PreTrainedModel], name: str, config: DynaMoConfig, bas
         raise InputError(f'"{name}/{HEADS_FILE}" does not hold the heads that its config.json describes.')
     coupling = {name.removeprefix(COUPLING): weights.pop(name) for name in list(weights) if name.startswith(COUPLING)}
     model.heads.load_state_dict(weights, strict=False)
-    model.heads.to(base.device, base.dtype)
+    model.heads.to(device_of(model.last_layer), base.dtype)
     if model.coupling is not None:
         model.coupling.load_state_dict(coupling)
-        model.coupling.to(base.device, base.dtype)
+        model.coupling.to(device_of(base.get_output_embeddings()), base.dtype)
     if _find(name, "generation_config.json") is not None:
         model.generation_config = GenerationConfig.from_pretrained(name)
     return model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from dynamo_lm.backbone.base_model import decoder_layers
+from dynamo_lm.backbone.offloading import forget_hooks, is_hooked, shared_hooks
+from dynamo_lm.errors import InputError
 from dynamo_lm.model.configuration import DynaMoConfig
 
 
@@ -20,8 +23,14 @@ class TokenHead(nn.Module):
         super().__init__()
         cache_index = len(decoder_layers(base)) + index * config.layers_per_head
         layers = []
+        if config.adapter_rank and is_hooked(last_layer):
+            raise InputError(
+                "Adapters share the last layer's weights, which accelerate moves; use heads with layers of their own, or "
+                "open the base on one device."
+            )
         for offset in range(config.layers_per_head):
             shared = {id(module.config): module.config for module in last_layer.modules() if hasattr(module, "config")}
+            shared |= shared_hooks(last_layer)
             layer = copy.deepcopy(last_layer, shared)  # one configuration, so that attention is switched for all
             _forget_hooks(layer)
             for module in layer.modules():
@@ -35,7 +44,9 @@ class TokenHead(nn.Module):
             layers.append(layer.requires_grad_(True) if not config.adapter_rank else layer)
         self.layers = nn.ModuleList(layers)
         if config.own_output_embedding:
-            self.output = copy.deepcopy(base.get_output_embeddings()).requires_grad_(True)
+            output = base.get_output_embeddings()
+            self.output = copy.deepcopy(output, shared_hooks(output)).requires_grad_(True)
+            _forget_hooks(self.output)
         self.block = ResidualBlock(base.get_output_embeddings().weight) if config.residual_block else nn.Identity()
 
     def forward(self, state: Tensor, args: tuple, kwargs: dict) -> Tensor:
@@ -60,6 +71,19 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + nn.functional.silu(nn.functional.linear(x, self.weight, self.bias))
+
+
+class ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient * ctx.factor, None
 
 
 class _LowRank(nn.Module):
@@ -94,6 +118,7 @@ def _adapt(layer: nn.Module, last_layer: nn.Module, rank: int) -> None:
 
 
 def _forget_hooks(layer: nn.Module) -> None:
+    forget_hooks(layer)
     for module in layer.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from dynamo_lm.backbone import offloading
 from dynamo_lm.backbone.base_model import (
     PassThrough,
     body_name,
@@ -39,7 +40,7 @@ from dynamo_lm.model.checkpoint import load, save
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.coupling import Coupling
 from dynamo_lm.model.eagle3 import Eagle3Head, sequential_states
-from dynamo_lm.model.heads import TokenHead
+from dynamo_lm.model.heads import ScaleGradient, TokenHead
 from dynamo_lm.model.resizing import check_new_size, resize_heads
 from dynamo_lm.private_interfaces import cache_argument
 
@@ -73,14 +74,17 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         self.base = base if base is not None else AutoModelForCausalLM.from_config(config.base_config)
         config.base_config = self.base.config
         check_base(self.base)
+        if config.sequential and offloading.is_hooked(self.base):
+            raise InputError("An eagle3 head needs a base that is whole on one device; open it without device_map.")
         self._last_layer = (decoder_layers(self.base)[-1],)  # in a tuple, so that it is not registered a second time
-        self.heads = nn.ModuleList(
-            [Eagle3Head(self.base, init=config.init, draft_vocab_size=config.draft_vocab_size)]
-            if config.sequential
-            else (TokenHead(config, self.base, self.last_layer, index) for index in range(config.num_heads - 1))
-        )
         rank = config.coupling_rank
-        self.coupling = Coupling(config.num_heads, rank, self.output_weight()) if rank else None
+        with offloading.loaded(self.last_layer), offloading.loaded(self.base.get_output_embeddings()):
+            self.heads = nn.ModuleList(
+                [Eagle3Head(self.base, init=config.init, draft_vocab_size=config.draft_vocab_size)]
+                if config.sequential
+                else (TokenHead(config, self.base, self.last_layer, index) for index in range(config.num_heads - 1))
+            )
+            self.coupling = Coupling(config.num_heads, rank, self.output_weight()) if rank else None
         self.cooccurrence: Cooccurrence | None = None
         self.plain_readout = False  # known of a model that was arranged for decoding
         self.stack_heads = True  # see optimize_for_inference; False where `base_check` found that it changes the results
@@ -119,6 +123,11 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
     def last_layer(self) -> nn.Module:
         """The base's last decoder layer, which is head 1's (method.md section 1)."""
         return self._last_layer[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return offloading.execution_device(self.base) or super().device
 
     @property
     def num_heads(self) -> int:
@@ -223,12 +232,14 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         def beside_last_layer(module: nn.Module, args: tuple, layer_kwargs: dict, output: Any) -> Any:
             first = output[0] if isinstance(output, tuple) else output
             feed = layer_input(args, layer_kwargs) if self.config.feed == "stem" else first
+            if feed.device != first.device:  # accelerate moves what the layer takes after hooks have seen it
+                feed, args, layer_kwargs = offloading.moved((feed, args, layer_kwargs), first.device)
             if learning:
-                feed = feed.detach() if frozen else _ScaleGradient.apply(feed, gradient_scale)
+                feed = feed.detach() if frozen else ScaleGradient.apply(feed, gradient_scale)
             states = [first]
             for head in self.heads[: n - 1]:
                 state = head(feed, args, layer_kwargs)
-                states.append(_ScaleGradient.apply(state, 1 / gradient_scale) if learning and not frozen else state)
+                states.append(ScaleGradient.apply(state, 1 / gradient_scale) if learning and not frozen else state)
             stacked = torch.cat(states)  # (n * batch, length, hidden): the final norm sees one larger batch
             return (stacked, *output[1:]) if isinstance(output, tuple) else stacked
 
@@ -268,6 +279,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         # A shallow twin of the base whose body hands its input through: what remains of its forward is the readout, with
         # whatever soft-cap or scale the architecture applies.
         twin = copy.copy(self.base)
+        offloading.forget_own_hook(twin)  # which would call the base's own body
         parts: dict[str, Any] = {**self.base._modules, body_name(self.base): PassThrough(self.body)}
         if head > 1 and self.config.own_output_embedding:
             output, own = self.base.get_output_embeddings(), cast(Any, self.heads[head - 2])
@@ -288,7 +300,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         tokenizer, streamer, processors, do_sample, temperature, top_k, ...), and:
 
         Args:
-            verify: "strict" (default: exactly the base model, token for token or in distribution), "off" (Algorithm 1), or a
+            verify: "strict" (default: this loop's own one-token text, or the base's distribution), "off" (Algorithm 1), or a
                 budget: the nats per token that the base model's log-likelihood may lose at temperature 1, whatever
                 temperature is sampled at, 0 being "strict".
             num_heads: heads to use, the ceiling on tokens per step; all by default, 1 is the base model.
@@ -319,11 +331,14 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
 
         See `dynamo_lm.kernels.linear` and `dynamo_lm.backbone.stacked_heads`; its results are this model's, up to rounding.
         """
+        offloading.check_own_forward(self.base)
         loader.available()  # wherever the model is, the sampler runs on the host
         twin = optimize_modules(self)
+        twin = copy.copy(self) if twin is self else twin
         layers = decoder_layers(twin.base)
         twin._last_layer = (layers[-1],)
-        if num_heads > 1 and not self.config.sequential and self.config.feed == "stem" and self.config.layers_per_head == 1:
+        one_layer = not self.config.sequential and self.config.feed == "stem" and self.config.layers_per_head == 1
+        if num_heads > 1 and one_layer and layers is not decoder_layers(self.base):  # else accelerate moves the base
             extra = [cast(TokenHead, head).layers[0] for head in twin.heads[: num_heads - 1]]
             together = [layers[-1], *extra]
             if self.stack_heads and can_stack(together):
@@ -336,7 +351,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
     def reads_plainly(self) -> bool:
         """Whether the base's output path is its output embedding and nothing else, which one state shows."""
         weight, output = self.output_weight(), self.base.get_output_embeddings()
-        state = torch.linspace(-4, 4, weight.shape[1], dtype=weight.dtype, device=weight.device)[None, None]
+        state = torch.linspace(-4, 4, weight.shape[1], dtype=weight.dtype, device=offloading.device_of(output))[None, None]
         return torch.equal(self.readout(state), output(state))
 
     @property
@@ -427,19 +442,6 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Writes a folder that `from_pretrained` opens; see `dynamo_lm.model.checkpoint.save`."""
         save(self, save_directory, weights, **kwargs)
-
-
-class _ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient * ctx.factor, None
 
 
 AutoConfig.register(DynaMoConfig.model_type, DynaMoConfig)
