@@ -115,6 +115,15 @@ def log_frequency(table: Cooccurrence, tokens: list[int]) -> float:
     return table.log_p(row, len(tokens)).item()
 
 
+def log_weight(table: Cooccurrence, tuples: Tensor) -> Tensor:
+    """Log of the mask, p^(x_1..x_m) / (p^(x_1) .. p^(x_m)), of tuples (..., m), before the power alpha_c; -inf if unseen."""
+    rows = tuples[..., 0]
+    for order in range(2, tuples.shape[-1] + 1):
+        rows = table.extend(rows, tuples[..., order - 1], order)
+    joint, independent = table.log_p(rows, tuples.shape[-1]), table.log_p(tuples, 1).sum(-1)
+    return (joint - independent).where(joint > -torch.inf, -torch.inf)
+
+
 def blur(grid: Grid) -> Grid:
     """Every entry becomes the mean of its 3^m neighbours, weights 1/4, 1/2, 1/4 per axis, reflect-101 at the border."""
     k, m = max(max(cell) for cell in grid) + 1, len(next(iter(grid)))

@@ -13,6 +13,7 @@ from architectures import dynamo_of, markov_dynamo, random_tokens
 from commandline import Run, byte_tokenizer, neox, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import log_weight
 
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.cooccurrence.counting import count
@@ -156,7 +157,7 @@ def slow_conditional(log_f, history, target, table, alpha_c, smoothing) -> float
     q = np.exp(f)
     for length in range(min(table.order - 1, len(history)), 0, -1):
         seen = list(history[len(history) - length :])
-        weights = table.log_weight(torch.tensor([[*seen, x] for x in range(len(f))])).double().numpy()
+        weights = log_weight(table, torch.tensor([[*seen, x] for x in range(len(f))])).double().numpy()
         scores = np.where(weights > -np.inf, f + alpha_c * np.maximum(weights, -1e30), -np.inf)
         if scores.max() > -np.inf:
             q = np.exp(scores - scores.max())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from dynamo_lm.cli.dataclass_options import dataclass_options
-from dynamo_lm.cli.options import scratch_folder
+from dynamo_lm.cli.options import Tokenizer, scratch_folder
 from dynamo_lm.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class CountedTextOptions:
         "times. Use the text that the heads are trained on.",
     ] = None
     text_field: Annotated[str | None, 'Field of JSON or Parquet that holds the text. Default: "text".'] = None
-    tokenizer: Annotated[str | None, "Tokenizer folder or hub id, if MODEL does not bring its own."] = None
+    tokenizer: Tokenizer = None
     validation_fraction: Annotated[
         float,
         "Share of the documents to leave out: with the same value and seed, those that `train` holds out, so that "

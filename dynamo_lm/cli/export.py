@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 import typer
 
 from dynamo_lm.cli.dataclass_options import dataclass_options
+from dynamo_lm.cli.options import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class ExportOptions:
         typer.Option(metavar="FILE", help="With --to gguf: the base's file, from which the draft takes its list of tokens."),
     ] = None
     base: Annotated[str | None, "Base of the head, if it is not where the head's folder says: a folder or hub id."] = None
-    tokenizer: Annotated[str | None, "Tokenizer folder or hub id, if the model does not bring its own."] = None
+    tokenizer: Tokenizer = None
     dtype: Annotated[str, "Precision of the files: float32, bfloat16, float16, or auto (the model's own)."] = "auto"
 
 

@@ -23,21 +23,7 @@ MACHINE = "Input, output and machine"
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help='DynaMo model: a folder, a hub id, or "story" for the bundled one.')
 ]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", "-o", help="Folder for the results of this model, which `report` reads.", rich_help_panel=MACHINE),
-]
-Tokenizer = Annotated[
-    str | None, typer.Option(help="Tokenizer folder or hub id, if MODEL does not bring its own.", rich_help_panel=MACHINE)
-]
-Dtype = Annotated[
-    str,
-    typer.Option(help="Precision to compute in: float32, bfloat16, float16, or auto (as saved).", rich_help_panel=MACHINE),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, .. or auto (a GPU if there is one).", rich_help_panel=MACHINE)]
-Threads = Annotated[
-    int | None, typer.Option(help="CPU threads to compute with. Default: torch's own choice.", rich_help_panel=MACHINE)
-]
+Tokenizer = Annotated[str | None, "Tokenizer folder or hub id, if the model does not bring its own."]
 Json = Annotated[bool, typer.Option("--json", help="Print the results as JSON.", rich_help_panel=MACHINE)]
 
 
@@ -67,7 +53,7 @@ class OpeningOptions(ComputeOptions):
     """How to open a DynaMo model, whose base is the recorded one. A subclass may add `trust_remote_code`."""
 
     dtype: Annotated[str, "Precision to compute in: float32, bfloat16, float16, or auto (as saved)."] = "auto"
-    tokenizer: Annotated[str | None, "Tokenizer folder or hub id, if MODEL does not bring its own."] = None
+    tokenizer: Tokenizer = None
 
     def open(self, model: str, *, random_heads: int | None = None) -> tuple[DynaMoForCausalLM, Any]:
         """The model and its tokenizer; random_heads: see `open_for_evaluation`.

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from dynamo_lm.cli.options import ComputeOptions
+from dynamo_lm.cli.options import ComputeOptions, Tokenizer
 from dynamo_lm.errors import InputError
 from dynamo_lm.training.options import OptimizerOptions, ScheduleOptions
 
@@ -40,7 +40,7 @@ class TextOptions:
     validation_fraction: Annotated[
         float, "Share of the documents held out to measure on, if there is no --validation; 0 measures nothing."
     ] = 0.03
-    tokenizer: Annotated[str | None, "Tokenizer folder or hub id, if the model does not bring its own."] = None
+    tokenizer: Tokenizer = None
 
 
 @dataclass(frozen=True, kw_only=True)

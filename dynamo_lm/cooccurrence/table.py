@@ -95,19 +95,6 @@ class Cooccurrence:
         exists = (rows >= 0) & (rows < logs.numel())
         return logs[rows.clamp(0, logs.numel() - 1)].where(exists, -torch.inf)
 
-    def log_weight(self, tuples: Tensor) -> Tensor:
-        """Log of the mask of method.md section 3, p^(x_1..x_m) / (p^(x_1) .. p^(x_m)), before the power alpha_c.
-
-        `tuples` (..., m) are token ids with m up to the table's order; the result (...) is float32, -inf if unseen.
-        """
-        m = tuples.shape[-1]
-        rows = tuples[..., 0]
-        for order in range(2, m + 1):
-            rows = self.extend(rows, tuples[..., order - 1], order)
-        joint = self.log_p(rows, m)
-        independent = self.log_p(tuples, 1).sum(-1)
-        return (joint - independent).where(joint > -torch.inf, -torch.inf)
-
     def to(self, device: torch.device | str) -> "Cooccurrence":
         """The same table with everything that look-ups read on `device`; the counts stay on the CPU."""
         return replace(self, keys=tuple(keys.to(device) for keys in self.keys))
