@@ -36,7 +36,7 @@ class ScheduleOptions:
     validate_every: Annotated[int, "Steps between measurements on the held-out text."] = 500
     checkpoint_every: Annotated[int, "Steps between checkpoints at most; a stopped run resumes from the newest."] = 500
     checkpoint_minutes: Annotated[
-        float, "Minutes between checkpoints at most, whatever the steps: the most that is lost."
+        float, "Minutes of work that a crash may lose at most; a step or a measurement that takes longer is lost whole."
     ] = 10.0
 
 
