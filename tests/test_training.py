@@ -22,6 +22,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
     OPTConfig,
 )
 
@@ -29,9 +30,11 @@ from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.data.packing import Blocks
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.configuration import MEDUSA
+from dynamo_lm.model.loading import skeleton
 from dynamo_lm.training import log, loss, step, trainer, validation
 from dynamo_lm.training.checkpoints import latest_checkpoint, load_checkpoint
 from dynamo_lm.training.loss import heads_loss, target_counts
+from dynamo_lm.training.memory_estimate import fitting_accumulation, memory
 from dynamo_lm.training.options import TrainingOptions
 from dynamo_lm.training.step import learning_rate_factor, parameter_groups
 from dynamo_lm.training.trainer import train
@@ -587,3 +590,14 @@ def test_a_resumed_run_drops_the_steps_after_its_checkpoint_and_a_torn_line(tmp_
     with log._Log(tmp_path, 2):
         pass
     assert (tmp_path / "log.jsonl").read_text(encoding="utf-8") == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_memory_of_a_mixture_of_experts_is_estimated_though_it_does_not_run_without_numbers():
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4)
+    with torch.device("meta"):
+        model = DynaMoForCausalLM.from_base(skeleton(config), 3)
+    assert memory(model, FROZEN, 64, fused=False)["activations"] > 4 * 64 * 32 * 4  # of one state of 4 blocks
+    device = torch.device("cpu")
+    assert fitting_accumulation(model, FROZEN, 64, fused=False, device=device) == 1
+    assert fitting_accumulation(model, FROZEN, 100_000, fused=False, device=device) == 4  # one block at a time

@@ -137,7 +137,7 @@ class LengthOptions(ScheduleOptions):
         "Tokens a block. Default: 512 (2048 with a preset), or the model's context if shorter.",
     ] = None
     batch_size: Annotated[int | None, "Blocks per step. Default: 16 (64 with a preset)."] = None
-    accumulation: Annotated[
+    accumulation: Annotated[  # type: ignore[assignment]  # None: the command decides by memory
         int | None,
         "Forward passes a step is split into, for less memory and, but for rounding, the same result. Default: the fewest "
         "that keep the activations of a pass below 1 GB, or that fit a GPU.",
