@@ -73,6 +73,15 @@ def test_a_character_that_the_prompt_began_belongs_to_the_text():
     assert (writer.add(ids[1:2]), writer.add(ids[2:])) == ("é", "!")
 
 
+def test_a_token_starts_behind_bytes_before_it_that_are_no_character():
+    ids = BYTES("aé!?")["input_ids"]
+    writer, starts = IncrementalDetokenizer(BYTES, ids[1:2]), []  # half a character, as in the prompt "aé" cut short
+    for token in [ids[3], ids[1], ids[2], ids[1], ids[4]]:
+        writer.add([token])
+        starts.append(writer.start[0])
+    assert writer.text == "\ufffd!é\ufffd?" and starts == [1, 2, 2, 3, 4]
+
+
 def test_special_tokens_are_not_text():
     writer = IncrementalDetokenizer(BYTES, BYTES("fox")["input_ids"])
     assert writer.add([*BYTES("es")["input_ids"], BYTES.convert_tokens_to_ids(END)]) == "es"

@@ -23,6 +23,7 @@ class IncrementalDetokenizer:
         text: everything released.
         ended: whether a stop string was reached.
         reach: the position up to which characters are released.
+        start: of the last token, the characters of the text in front of it, and its position.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = (), *, keep_stop: bool = True) -> None:
@@ -33,7 +34,7 @@ class IncrementalDetokenizer:
             keep_stop: whether the stop string belongs to the text. If not, what may be its beginning is withheld.
         """
         self.tokenizer, self.stops, self.keep_stop = tokenizer, list(stops), keep_stop
-        self.text, self.ended, self.reach = "", False, 0
+        self.text, self.ended, self.reach, self.start = "", False, 0, (0, 0)
         self._text = ""  # every complete character; begins with `text`
         self._full = ""  # the same with special tokens
         self._shown = [0]  # by position in `_full`, its end included: characters of `_text` in front of it
@@ -42,16 +43,6 @@ class IncrementalDetokenizer:
         self._known = len(self._before.rstrip(INCOMPLETE))  # characters of the window that are in `_text`, or the prompt's
         whole = self._known == len(self._before)
         self._whole = len(self._window) if whole else 0  # tokens of it that end with a whole character
-
-    @property
-    def length(self) -> int:
-        """Characters of the text that the tokens so far complete, withheld ones included."""
-        return len(self._text)
-
-    @property
-    def position(self) -> int:
-        """As `length`, with the characters of special tokens."""
-        return len(self._full)
 
     def add(self, new: Sequence[int]) -> str:
         """The characters that these tokens complete."""
@@ -64,15 +55,19 @@ class IncrementalDetokenizer:
         return self._release(self._before[self._known :], last=True)
 
     def _add(self, token: int) -> str:
+        self.start = len(self._text), len(self._full)
         if self.ended:
             return ""
         decoded = self._decoded([*self._window, token])
         if decoded == self._before and (special := special_text(self.tokenizer, token)):
             return self._release("", special)
+        pending = len(self._before) - self._known
         self._window.append(token)
         self._before = decoded
         complete = decoded.rstrip(INCOMPLETE)
         more = complete[self._known :]
+        earlier = min(pending, len(more) - len(more.lstrip(INCOMPLETE)))  # bytes of earlier tokens that are no character
+        self.start = len(self._text) + earlier, len(self._full) + earlier
         if more and complete == decoded:  # the next window begins where this token did; it needs some text in front,
             del self._window[: self._whole]  # since tokenizers may strip a space where decoding begins
             self._before = self._decoded(self._window)

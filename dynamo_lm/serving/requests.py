@@ -183,8 +183,8 @@ class RequestParser:
         detokenizer = IncrementalDetokenizer(self.tokenizer, [])
         offsets = []
         for token in ids:
-            offsets.append(detokenizer.length)
             detokenizer.add([token])
+            offsets.append(detokenizer.start[0])
         front = detokenizer.text if text is None else text  # an incomplete character is completed by the new text
         return Echo(front, [min(offset, len(front)) for offset in offsets])
 

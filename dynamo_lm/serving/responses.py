@@ -78,11 +78,11 @@ class StreamState:
             self._held = [ScoredToken(*each) for each in echoed]
         scored = self.request.options.logprobs is not None
         for token in event.tokens:
-            if scored:
-                offset = len(self.request.echo.text) + self.detokenizer.length
-                self._unscored.append(ScoredToken(token, None, offset, self.detokenizer.position))
             released = self.detokenizer.add([token])
             self.text, new = self.text + released, new + released
+            if scored:
+                offset, position = self.detokenizer.start
+                self._unscored.append(ScoredToken(token, None, len(self.request.echo.text) + offset, position))
         for score in event.scores:
             self._held.append(replace(self._unscored.pop(0), score=score))
         if event.finished is not None:
