@@ -16,10 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gguf_file
 from dynamo_lm.bench import runners
 from dynamo_lm.bench.methods import ONE, Method
 from dynamo_lm.bench.runners import BenchmarkContext, Output, Runner
+from dynamo_lm.export import gguf_base
 
 FLASHSPEC_LOOKUP = 6  # tokens proposed by its lookup, as in its own default strategy
 ENSEMBLE = 0.5  # the target's weight in the ensemble of target and draft model
@@ -81,10 +81,10 @@ def flashspec(method: Method, context: BenchmarkContext) -> Runner:
 
 
 def llama_cpp(method: Method, context: BenchmarkContext) -> Runner:
-    """llama.cpp on the base, converted; see `dynamo_lm.bench.llama_cpp`."""
-    gguf_file.check(context.model.base)
+    """llama.cpp on the base, converted; see `dynamo_lm.export.llama_cpp`."""
+    gguf_base.check(context.model.base)
     folder = tempfile.TemporaryDirectory(prefix="dynamo-gguf-")
-    file = gguf_file.write(context.model.base, Path(folder.name) / "base.gguf")
+    file = gguf_base.write(context.model.base, Path(folder.name) / "base.gguf")
     runner = runners.ENGINES["llama.cpp"](replace(method, arguments={"gguf": str(file)}), context)
     context.close.append(folder.cleanup)
     return runner

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.cli.main import main
 from dynamo_lm.data.draft_tokens import draft_tokens, needed_tokens
 from dynamo_lm.errors import InputError
+from dynamo_lm.export.check import OPENINGS, TOKENS, check_export, steps_here
 from dynamo_lm.export.export import export
+from dynamo_lm.export.llama_cpp import LlamaCpp
+from dynamo_lm.model.eagle3 import sequential_states
 
 VOCABULARY = 300
+ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE["original_max_position_embeddings"] = 64
 LAYER = {  # names of formats.md, with the shapes of the model below
     "input_layernorm": (32,),
     "hidden_norm": (32,),
@@ -38,15 +44,21 @@ LAYER = {  # names of formats.md, with the shapes of the model below
 def tokenizer():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {letter: place for place, letter in enumerate(alphabet, start=3)}
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the")]
+    vocabulary |= {"".join(merge): place for place, merge in enumerate(merges, start=len(vocabulary))}
     vocabulary |= {f"word{place}": place for place in range(len(vocabulary), VOCABULARY)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+def _texts(tokenizer):
+    return tokenizer.convert_ids_to_tokens(range(VOCABULARY))
+
+
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory, tokenizer):
-    """A Llama of eight layers with untied embeddings and grouped heads."""
+    """A Llama of eight layers with untied embeddings, grouped heads and scaled rotary positions."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -55,6 +67,7 @@ def base_folder(tmp_path_factory, tokenizer):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
+        rope_parameters=ROPE,
         bos_token_id=1,
         eos_token_id=2,
     )
@@ -63,6 +76,8 @@ def base_folder(tmp_path_factory, tokenizer):
     for parameter in base.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(3)
+    ascii = torch.tensor([token.isascii() and token not in tokenizer.all_special_tokens for token in _texts(tokenizer)])
+    base.lm_head.weight.data[~ascii] = 0  # llama.cpp tells the tokens of a text only where it is valid UTF-8
     folder = tmp_path_factory.mktemp("export") / "base"
     base.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -76,6 +91,33 @@ def eagle(folder, draft_ids=None):
     if draft_ids is not None:
         model.sequential_head.set_draft_vocabulary(draft_ids, model.output_weight())
     return model
+
+
+@pytest.fixture(scope="module")
+def trained(base_folder, tokenizer):
+    """A head that has learned the base's own texts behind the openings of the check."""
+    model = eagle(base_folder)
+    head, ids = model.sequential_head, tokenizer(list(OPENINGS)).input_ids
+    greedy = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    texts = [model.base.generate(torch.tensor([prompt]), **greedy) for prompt in ids]
+    text = torch.cat([text[:, : min(map(len, ids)) + TOKENS] for text in texts])
+    features = model.features_and_final(text)[0]
+    optimizer = torch.optim.Adam(head.parameters(), lr=4e-3)
+    for _ in range(40):
+        for step, state in enumerate(sequential_states(head, model.get_input_embeddings(), text, features, 3), start=2):
+            logits = model.readout(state[:, :-step], 2)
+            F.cross_entropy(logits.flatten(0, 1), text[:, step:].flatten()).backward(retain_graph=True)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.requires_grad_(False)
+
+
+def short_vocabulary(model, base_folder):
+    """`model` with a draft vocabulary."""
+    ids = torch.tensor([*range(259), *range(270, 290)])
+    short = eagle(base_folder, ids)
+    short.sequential_head.load_state_dict(model.sequential_head.state_dict(), strict=False)
+    return short.requires_grad_(False)
 
 
 def test_a_draft_vocabulary_keeps_bytes_and_special_tokens(tokenizer):
@@ -110,14 +152,14 @@ def test_the_files_have_the_names_that_the_programs_read(form, short, base_folde
         assert (weights["d2t"] + torch.arange(261)).tolist() == ids.tolist()
         assert weights["t2d"].dtype == torch.bool and weights["t2d"].nonzero()[:, 0].tolist() == ids.tolist()
     assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == shapes
-    assert '"num_speculative_tokens": 3' in commands[0] and commands[0] in (tmp_path / "out/README.md").read_text()
+    assert '"num_speculative_tokens": 3' in commands["vLLM"] and commands["vLLM"] in (tmp_path / "out/README.md").read_text()
 
 
 def test_what_cannot_be_exported_says_so(base_folder, tokenizer, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     with pytest.raises(InputError, match='"mine" has parallel heads, which no other program reads'):
         export(DynaMoForCausalLM.from_base(str(base_folder)), "mine", tokenizer, "eagle3", out)
-    with pytest.raises(InputError, match='--to is "onnx"; give eagle3, speculators, gguf'):
+    with pytest.raises(InputError, match='--to is "onnx"; give eagle3, speculators, gguf, mtp'):
         export(eagle(base_folder), "mine", tokenizer, "onnx", out)
     with pytest.raises(InputError, match="leaves out 3 bytes or special tokens, such as '<unk>'"):
         export(eagle(base_folder, torch.arange(3, VOCABULARY)), "mine", tokenizer, "eagle3", out)
@@ -163,7 +205,7 @@ def test_the_gguf_file_has_the_keys_that_llama_cpp_reads(base_folder, tokenizer,
     assert copied == value["tokenizer.ggml.tokens"]
     broken = tmp_path / "broken.gguf"
     broken.write_bytes((tmp_path / "out/draft.gguf").read_bytes()[:100])
-    with pytest.raises(InputError, match="is not a GGUF file"):
+    with pytest.raises(InputError, match="is not a whole GGUF file"):
         export(eagle(base_folder), "heads", tokenizer, "gguf", tmp_path / "third", base_gguf=broken)
 
 
@@ -185,49 +227,59 @@ def test_the_command_line_trains_a_head_and_exports_it(base_folder, tmp_path, ca
     assert "of the kind eagle3, which drafts 3 tokens" in capsys.readouterr().out
 
 
-LLAMA = """
-import json, sys
-import xllamacpp as x
-base, draft = sys.argv[1:]
-p = x.CommonParams()
-p.model.path, p.n_ctx, p.n_parallel, p.n_gpu_layers, p.verbosity = base, 256, 1, 0, -1
-p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1
-p.cache_type_k = p.cache_type_v = x.ggml_type.GGML_TYPE_F32
-if draft != "-":
-    p.speculative.types = [x.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_EAGLE3]
-    p.speculative.draft.mparams.path, p.speculative.draft.n_max = draft, 3
-how = {"max_tokens": 30, "temperature": 0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True, "logprobs": 1}
-answer = x.Server(p).handle_completions({"prompt": [5, 9, 17, 40], "cache_prompt": False, **how})
-tokens = [entry["id"] for entry in answer["choices"][0]["logprobs"]["content"]]
-print("ANSWER", json.dumps([tokens, answer["timings"].get("draft_n_accepted", 0)]))
-"""
+@pytest.mark.parametrize("short", [False, True])
+def test_transformers_writes_the_same_text_with_the_head_and_accepts_what_we_do(
+    short, trained, base_folder, tokenizer, tmp_path
+):
+    model = short_vocabulary(trained, base_folder) if short else trained
+    export(model, "heads", tokenizer, "mtp", tmp_path / "out")
+    check = check_export(model, tokenizer, "mtp", tmp_path / "out", None)
+    assert check.passed and check.tokens == 4 * TOKENS
+    assert check.tokens_per_step == check.expected > 1.2  # drafts are accepted, by the same steps as here
+    prompt = torch.tensor([tokenizer(OPENINGS[0]).input_ids])
+    greedy = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    ours = model.generate(prompt, **greedy)
+    assert steps_here(model, prompt[0].tolist(), ours.sequences[0, prompt.shape[1] :].tolist(), 3) == ours.statistics[0].forwards
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # without its code the folder is the base
+    assert type(plain) is LlamaForCausalLM
 
 
 @pytest.mark.parametrize("short", [False, True])
-def test_llama_cpp_writes_the_same_text_with_the_draft_and_accepts_what_we_do(short, base_folder, tokenizer, tmp_path):
+def test_llama_cpp_writes_the_same_text_with_the_draft_and_accepts_what_we_do(
+    short, trained, base_folder, tokenizer, tmp_path
+):
     pytest.importorskip("gguf")
-    probe = [sys.executable, "-c", "import xllamacpp"]
-    if subprocess.run(probe, capture_output=True).returncode:
+    if importlib.util.find_spec("xllamacpp") is None:
         pytest.skip("xllamacpp is not installed")
-    from benchmarks.gguf_file import write
+    model = short_vocabulary(trained, base_folder) if short else trained
+    commands = export(model, "heads", tokenizer, "gguf", tmp_path / "out", with_base="f32")
+    assert f"-m {tmp_path / 'out/base.gguf'} -md {tmp_path / 'out/draft.gguf'}" in commands["llama.cpp"]
+    check = check_export(model, tokenizer, "gguf", tmp_path / "out", tmp_path / "out/base.gguf")
+    assert check.passed and check.expected > 1.2
+    engine = LlamaCpp(str(tmp_path / "out/base.gguf"), context=256, threads=1, cache_type="F32")
+    prompt, text = tokenizer(OPENINGS[0]).input_ids, engine.generate(OPENINGS[0], TOKENS, [])[0]
+    engine.close()
+    greedy = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert model.base.generate(torch.tensor([prompt]), **greedy)[0, len(prompt) :].tolist() == text
 
-    model = eagle(base_folder, torch.tensor([*range(259), *range(270, 290)]) if short else None)
-    with torch.no_grad():  # a head that agrees now and then: features as they are, nothing added
-        model.sequential_head.fc.weight.zero_()
-        model.sequential_head.fc.weight[:, 64:] = torch.eye(32)
-        model.sequential_head.midlayer.mlp["down_proj"].weight.mul_(3)
-    base_gguf = write(model.base, tmp_path / "base.gguf")
-    export(model, "heads", tokenizer, "gguf", tmp_path / "out", base_gguf=base_gguf)
 
-    def answer(draft: str) -> tuple[list[int], int]:
-        command = [sys.executable, "-c", LLAMA, str(base_gguf), draft]
-        out = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        line = next(line for line in out.stdout.splitlines() if line.startswith("ANSWER"))
-        return tuple(json.loads(line.removeprefix("ANSWER ")))
-
-    alone, drafted = answer("-"), answer(str(tmp_path / "out/draft.gguf"))
-    assert drafted[0] == alone[0]
-    how = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
-    ours = model.generate(torch.tensor([[5, 9, 17, 40]]), **how)
-    assert ours.sequences[0, 4:].tolist() == alone[0]
-    assert abs(sum(ours.statistics[0].accepted) - drafted[1]) <= 2
+def test_the_check_fails_by_a_head_of_another_and_by_a_damaged_file(trained, base_folder, tokenizer, tmp_path, capsys):
+    trained.save_pretrained(str(tmp_path / "heads"), weights="heads")
+    tokenizer.save_pretrained(tmp_path / "heads")
+    command = ["export", str(tmp_path / "heads"), "--to", "mtp", "--out", str(tmp_path / "out")]
+    assert main([*command, "--check"]) == 0
+    assert "read by       tokens  same text  tokens per step" in capsys.readouterr().out
+    export(eagle(base_folder), "heads", tokenizer, "mtp", tmp_path / "other")
+    assert main([*command[:-1], str(tmp_path / "other"), "--check-only"]) == 1
+    assert "differ" in capsys.readouterr().err
+    weights = tmp_path / "out/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main([*command, "--check-only"]) == 2
+    assert "transformers cannot read" in capsys.readouterr().err
+    weights.unlink()
+    assert main([*command, "--check-only"]) == 2
+    assert "holds no export of the form mtp" in capsys.readouterr().err
+    without_base = [*command[:3], "gguf", *command[4:], "--check"]
+    if importlib.util.find_spec("xllamacpp") is not None:
+        assert main(without_base) == 2
+        assert "takes the base's file; give --with-base" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamo_lm.backbone.token_limits import context_limit, token_ids
-from dynamo_lm.bench import llama_cpp, methods, summary, tables
+from dynamo_lm.bench import methods, summary, tables
 from dynamo_lm.bench.methods import Method
 from dynamo_lm.bench.options import RaceOptions
 from dynamo_lm.bench.prompts import Prompt, fitted
@@ -18,6 +18,7 @@ from dynamo_lm.bench.race import left_out, race
 from dynamo_lm.bench.runners import BenchmarkContext
 from dynamo_lm.errors import InputError
 from dynamo_lm.evaluation import results_file
+from dynamo_lm.export import llama_cpp
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 EPS_B = 0.3  # raced where the model has no calibrated one

@@ -175,11 +175,11 @@ def _compiled(method: Method, context: BenchmarkContext) -> Runner:
 
 def _llama_cpp(method: Method, context: BenchmarkContext) -> Runner:
     """llama.cpp on the GGUF file of the method's arguments, in a process of its own."""
-    from dynamo_lm.bench.llama_cpp import LlamaCpp
+    from dynamo_lm.export.llama_cpp import LlamaCpp
 
     if context.model.device.type != "cpu":
         raise InputError("llama.cpp is raced on CPUs only: the wheel on PyPI has no GPU code.")
-    precision = "F32" if context.model.dtype == torch.float32 else "BF16"
+    precision = {torch.float32: "F32", torch.float16: "F16"}.get(context.model.dtype, "BF16")
     engine = LlamaCpp(
         method.arguments["gguf"], context=context.length, threads=torch.get_num_threads(), cache_type=precision
     )

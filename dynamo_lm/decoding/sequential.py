@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dynamo_lm.backbone.eagle3_layer import DraftCache
 from dynamo_lm.decoding.draft_vocabulary import DraftVocabulary
 from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.decoding.sequence import SequenceState
@@ -21,27 +21,6 @@ from dynamo_lm.decoding.verification import Proposal
 from dynamo_lm.sampling.algorithm1 import _choose
 from dynamo_lm.sampling.drafting import conditional
 from dynamo_lm.sampling.top_k import HeadCandidates
-
-
-class DraftCache:
-    """Keys and values of one sequence's positions in the head's layer."""
-
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None  # (1, kv heads, room, size)
-        self.values: Tensor | None = None
-        self.length = 0  # positions held; a smaller number forgets the rest, which is written over
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes new positions, (1, kv heads, new, size) each, and returns all that are held then."""
-        end = self.length + keys.shape[2]
-        if self.keys is None or self.values is None:
-            self.keys, self.values = keys[:, :, :0], values[:, :, :0]
-        if end > self.keys.shape[2]:
-            more = max(self.keys.shape[2], end - self.keys.shape[2], 64)
-            self.keys, self.values = F.pad(self.keys, (0, 0, 0, more)), F.pad(self.values, (0, 0, 0, more))
-        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = keys, values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class SequentialDrafter:

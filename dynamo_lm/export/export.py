@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
 from dynamo_lm.errors import InputError
-from dynamo_lm.export import gguf_file
+from dynamo_lm.export import gguf_base, gguf_head, mtp
+from dynamo_lm.export.card import BASE_GGUF, DRAFT_GGUF, card, serve_commands
 from dynamo_lm.export.forms import check, eagle3_config, speculators_config, tensors
+from dynamo_lm.export.gguf_tensors import PRECISIONS
+from dynamo_lm.export.gguf_tokens import add_tokens, copy_tokens
 from dynamo_lm.files import atomic_folder
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
-GGUF = "draft.gguf"
-
 
 def export(
-    model: DynaMoForCausalLM, name: str, tokenizer: Any, form: str, out: Path, *, base_gguf: Path | None = None
-) -> list[str]:
+    model: DynaMoForCausalLM,
+    name: str,
+    tokenizer: Any,
+    form: str,
+    out: Path,
+    *,
+    base_gguf: Path | None = None,
+    with_base: str | None = None,
+) -> dict[str, str]:
     """Writes the head of `model` into `out`.
 
     Args:
         name: of the model, as the user gave it.
-        form: "eagle3", "speculators" or "gguf".
-        base_gguf: see `gguf_file.write`.
+        form: one of `forms.READERS`.
+        base_gguf: the base's file, for "gguf": the tokens are copied from it.
+        with_base: for "gguf": writes the base, too, in this precision, one of `gguf_tensors.PRECISIONS`.
 
     Returns:
-        The commands that serve it.
+        The commands that serve it, by program.
 
     Raises:
         InputError: the folder is not empty, or no program would read the result.
@@ -36,53 +46,46 @@ def export(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f'The folder "{out}" is not empty; name another with --out.')
-    check(model, name, form, tokenizer)
-    commands = serve_commands(model, form, out, base_gguf)
+    check_request(model, name, tokenizer, form, with_base)
+    commands = serve_commands(model, form, out, out / BASE_GGUF if with_base else base_gguf)
     with atomic_folder(out) as temporary:
         if form == "gguf":
-            gguf_file.write(model, temporary / GGUF, tokenizer, base_gguf)
+            tokens = _tokens(model, tokenizer, base_gguf)
+            gguf_head.write(model, temporary / DRAFT_GGUF, tokens)
+            if with_base:
+                gguf_base.write(model.base, temporary / BASE_GGUF, precision=with_base, tokens=tokens)
+        elif form == "mtp":
+            mtp.write(model, temporary, tokenizer)
         else:
             native = form == "eagle3"
             config = eagle3_config(model) if native else speculators_config(model)
             weights = tensors(model, "midlayer" if native else "layers.0")
             save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (temporary / "README.md").write_text(_card(model, commands), encoding="utf-8")
+        (temporary / "README.md").write_text(card(model, form, commands), encoding="utf-8")
     return commands
 
 
-def serve_commands(model: DynaMoForCausalLM, form: str, out: Path, base_gguf: Path | None) -> list[str]:
-    """The exact commands, with as many drafts as the head was trained for."""
-    base, drafts = model.config.base_hub_id or model.config.base_path or "BASE", model.num_heads - 1
-    if form == "gguf":
-        return [
-            f"llama-server -m {base_gguf or 'BASE.gguf'} -md {out / GGUF} --spec-type draft-eagle3 "
-            f"--spec-draft-n-max {drafts}"
-        ]
-    speculation = json.dumps({"method": "eagle3", "model": str(out), "num_speculative_tokens": drafts})
-    commands = [f"vllm serve {base} --speculative-config '{speculation}'"]
-    if form == "eagle3":
-        commands.append(
-            f"python -m sglang.launch_server --model {base} --speculative-algorithm EAGLE3 --speculative-draft-model-path "
-            f"{out} --speculative-num-steps {drafts} --speculative-eagle-topk 1 --speculative-num-draft-tokens {drafts + 1}"
-        )
-    return commands
+def check_request(model: DynaMoForCausalLM, name: str, tokenizer: Any, form: str, with_base: str | None) -> None:
+    """Refuses what no program would read, and a copy of the base that cannot be written.
+
+    Raises:
+        InputError: with the reason.
+    """
+    check(model, name, form, tokenizer)
+    if with_base is None:
+        return
+    if form != "gguf":
+        raise InputError(f"--with-base is for --to gguf, and --to is {form}; leave it out.")
+    if with_base not in PRECISIONS:
+        raise InputError(f'--with-base is "{with_base}"; give {", ".join(PRECISIONS)}.')
+    gguf_base.check(model.base)
 
 
-def _card(model: DynaMoForCausalLM, commands: list[str]) -> str:
-    hub_id = f"base_model: {model.config.base_hub_id}\n" if model.config.base_hub_id else ""
-    shown = "\n\n".join(commands)
-    vocabulary = model.config.draft_vocab_size or "all of the base's"
-    return f"""---
-tags: [eagle3, speculative-decoding]
-{hub_id}---
-
-# An EAGLE-3 head for {model.config.base_name or "a model of its own"}
-
-Drafts {model.num_heads - 1} tokens a step, which the base verifies: the text is the base's own. Draft vocabulary:
-{vocabulary}. It was trained for exactly this base (fingerprint {model.config.base_fingerprint}).
-
-```bash
-{shown}
-```
-"""
+def _tokens(model: DynaMoForCausalLM, tokenizer: Any, base_gguf: Path | None) -> Callable[[Any], None]:
+    """Adds the base's tokens to a GGUF writer."""
+    config = model.base.config.get_text_config()
+    if base_gguf is None:
+        return lambda writer: add_tokens(writer, tokenizer, config.vocab_size)
+    sizes = config.vocab_size, config.num_hidden_layers, config.hidden_size
+    return lambda writer: copy_tokens(writer, base_gguf, *sizes)

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynamo_lm.backbone.eagle3_layer import rms_norm_eps, rope_theta
 from dynamo_lm.backbone.feature_layers import feature_layers
 from dynamo_lm.data.draft_tokens import needed_tokens
 from dynamo_lm.errors import InputError
-from dynamo_lm.model.eagle3 import rms_norm_eps, rope_theta
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 READERS = {  # form: its programs, and the architectures of bases whose states they hand to a draft
-    "eagle3": ("vLLM and SGLang", ("llama", "mistral", "qwen2", "qwen3")),
+    "eagle3": ("vLLM, SGLang and llama.cpp's converter", ("llama", "mistral", "qwen2", "qwen3")),
     "speculators": ("vLLM", ("llama", "mistral", "qwen2", "qwen3")),
     "gguf": ("llama.cpp", ("llama", "mistral", "qwen3")),
+    "mtp": ("transformers", ("llama", "mistral", "qwen2", "qwen3")),
 }
 
 
@@ -134,11 +135,6 @@ def tensors(model: DynaMoForCausalLM, layer: str) -> dict[str, Tensor]:
         name.replace("midlayer.", f"{layer}."): tensor.detach().to("cpu", copy=True).contiguous()
         for name, tensor in model.sequential_head.state_dict().items()
     }
-
-
-def interleaved(tensor: Tensor, heads: int) -> Tensor:
-    """Rotary pairs are (i, i + size/2) in Hugging Face's files and (2i, 2i + 1) in GGUF."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def absolute_ids(offsets: Tensor) -> Tensor:

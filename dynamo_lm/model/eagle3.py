@@ -13,12 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers import PreTrainedModel
 
 from dynamo_lm.backbone.base_model import body_name, decoder_layers
+from dynamo_lm.backbone.eagle3_layer import DraftCache, Eagle3Layer, norm_of
 from dynamo_lm.backbone.feature_layers import feature_layers
-from dynamo_lm.decoding.sequential import DraftCache
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.chain_attention import chain_attention
 
@@ -39,8 +38,8 @@ class Eagle3Head(nn.Module):
         made: dict[str, Any] = {"dtype": output.dtype, "device": output.device}
         size = config.hidden_size
         self.fc = nn.Linear(3 * size, size, bias=False, **made)
-        self.midlayer = _Layer(config, made)
-        self.norm = _norm(config, made)
+        self.midlayer = Eagle3Layer(config, made)
+        self.norm = norm_of(config, made)
         prepare: Any = base._init_weights
         for module in self.modules():
             prepare(module)
@@ -106,16 +105,8 @@ class Eagle3Head(nn.Module):
         return normed
 
     def advance(self, state: Tensor, embedding: Tensor, cache: DraftCache) -> Tensor:
-        """One step over new positions of one sequence, (1, new, hidden) each, after those in the cache, which grows."""
-        layer, held, new = self.midlayer, cache.length, state.shape[1]
-        positions = torch.arange(held, held + new, device=state.device)[None]
-        q, k, v = layer.project(embedding, state, positions)
-        keys, values = cache.append(k, v)
-        scores = q @ keys[:, :, None].mT * layer.scale  # (1, kv heads, group, new, held + new)
-        if new > 1:
-            later = torch.ones(new, held + new, dtype=torch.bool, device=state.device).triu(held + 1)
-            scores = scores.masked_fill(later, -torch.inf)
-        return layer.finish(state, scores.float().softmax(-1).to(values.dtype) @ values[:, :, None])
+        """See `Eagle3Layer.advance`."""
+        return self.midlayer.advance(state, embedding, cache)
 
     @torch.no_grad()
     def _copy(self, base: PreTrainedModel) -> None:
@@ -135,52 +126,6 @@ class Eagle3Head(nn.Module):
         norm: Any = getattr(getattr(base, body_name(base)), "norm", None)
         if norm is not None:
             self.norm.get_parameter("weight").copy_(norm.weight)
-
-
-class _Layer(nn.Module):
-    """A decoder layer whose attention reads the embedding of a token and a state side by side."""
-
-    def __init__(self, config: PreTrainedConfig, made: dict[str, Any]):
-        super().__init__()
-        size, wide = config.hidden_size, config.intermediate_size
-        self.heads = config.num_attention_heads
-        self.kv_heads = getattr(config, "num_key_value_heads", None) or self.heads
-        self.head_size = getattr(config, "head_dim", None) or size // self.heads
-        self.scale = self.head_size**-0.5
-        self.theta = rope_theta(config)
-        self.input_layernorm = _norm(config, made)
-        self.hidden_norm = _norm(config, made)
-        self.self_attn = _linears(
-            made,
-            q_proj=(2 * size, self.heads * self.head_size),
-            k_proj=(2 * size, self.kv_heads * self.head_size),
-            v_proj=(2 * size, self.kv_heads * self.head_size),
-            o_proj=(self.heads * self.head_size, size),
-        )
-        self.post_attention_layernorm = _norm(config, made)
-        self.mlp = _linears(made, gate_proj=(size, wide), up_proj=(size, wide), down_proj=(wide, size))
-
-    def project(self, embedding: Tensor, state: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (batch, kv heads, group, length, size), keys and values (batch, kv heads, length, size)."""
-        x = torch.cat([self.input_layernorm(embedding), self.hidden_norm(state)], -1)
-        q, k, v = (
-            self.self_attn[f"{name}_proj"](x).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for name in ("q", "k", "v")
-        )
-        turns = self._turns(positions, q)
-        return _turned(q, turns).unflatten(1, (self.kv_heads, -1)), _turned(k, turns), v
-
-    def finish(self, state: Tensor, mixed: Tensor) -> Tensor:
-        """What the layer returns; state: what entered it, mixed: (batch, kv heads, group, length, size)."""
-        state = state + self.self_attn["o_proj"](mixed.flatten(1, 2).transpose(1, 2).flatten(2))
-        x = self.post_attention_layernorm(state)
-        return state + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](x)) * self.mlp["up_proj"](x))
-
-    def _turns(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of rotary positions, (batch, 1, length, size)."""
-        steps = torch.arange(0, self.head_size, 2, device=like.device, dtype=torch.float32) / self.head_size
-        angles = positions[:, None, :, None].float() * self.theta**-steps
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
 def sequential_states(
@@ -209,14 +154,6 @@ def sequential_states(
     return head.unroll(features, embedded, position_ids, _visible(attention_mask, length, tokens.device))
 
 
-def rope_theta(config: PreTrainedConfig) -> float:
-    """The base of the base's rotary positions; those of the head are never scaled, which is what every reader does alike."""
-    stated = getattr(config, "rope_parameters", None) or {}
-    if not any(isinstance(value, dict) for value in stated.values()):
-        return float(stated.get("rope_theta") or 10000.0)
-    return float(stated.get("full_attention", {}).get("rope_theta") or 10000.0)
-
-
 def _visible(mask: Any, length: int, device: torch.device) -> Tensor:
     """Who sees whom, (batch or 1, 1, length, length) bool."""
     if isinstance(mask, dict):
@@ -227,22 +164,3 @@ def _visible(mask: Any, length: int, device: torch.device) -> Tensor:
     if mask.ndim == 2:  # padding sees itself, or a softmax over nothing is not a number
         return causal & (mask[:, None, None].bool() | torch.eye(length, dtype=torch.bool, device=device))
     return mask if mask.dtype == torch.bool else mask >= 0
-
-
-def _norm(config: PreTrainedConfig, made: dict[str, Any]) -> nn.Module:
-    return LlamaRMSNorm(config.hidden_size, eps=rms_norm_eps(config)).to(**made)
-
-
-def rms_norm_eps(config: PreTrainedConfig) -> float:
-    return float(getattr(config, "rms_norm_eps", None) or 1e-5)
-
-
-def _linears(made: dict[str, Any], **sizes: tuple[int, int]) -> nn.ModuleDict:
-    return nn.ModuleDict({name: nn.Linear(*size, bias=False, **made) for name, size in sizes.items()})
-
-
-def _turned(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions: pairs are (i, i + size / 2)."""
-    cosine, sine = turns
-    low, high = x.chunk(2, -1)
-    return x * cosine + torch.cat([-high, low], -1) * sine

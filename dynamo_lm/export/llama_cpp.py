@@ -19,7 +19,7 @@ CONTEXT = 32768  # tokens at most: llama.cpp allocates its whole cache at once
 
 
 class LlamaCpp:
-    """A model in a GGUF file.
+    """A model in a GGUF file, on request with a head of the EAGLE-3 form that drafts for it.
 
     Its time is what it reports itself, prompt and decoding, so neither its JSON nor the pipe is held against it. The CPU
     wheels on PyPI are built for AVX2 without bfloat16 or AVX-512; `facts` says what it runs with.
@@ -29,22 +29,32 @@ class LlamaCpp:
         RuntimeError: llama.cpp cannot load the file.
     """
 
-    def __init__(self, gguf: str, *, context: int, threads: int, cache_type: str):
+    accepted = 0  # drafts in the last text
+    drafted = 0
+
+    def __init__(
+        self, gguf: str, *, context: int, threads: int, cache_type: str, draft: str | None = None, draft_tokens: int = 0
+    ):
+        """draft: the head's file; draft_tokens: tokens drafted a step."""
         if importlib.util.find_spec("xllamacpp") is None:
             raise ModuleNotFoundError("No module named 'xllamacpp'", name="xllamacpp")
         self._texts: dict[tuple, list[int]] = {}
         self._process = _start()
-        self._ask({"gguf": gguf, "context": min(context, CONTEXT), "threads": threads, "cache_type": cache_type})
+        about = {"gguf": gguf, "context": min(context, CONTEXT), "threads": threads, "cache_type": cache_type}
+        self._ask({**about, "draft": draft, "draft_tokens": draft_tokens})
 
-    def generate(self, prompt: Sequence[int], max_new_tokens: int, end_tokens: Sequence[int]) -> tuple[list[int], float]:
-        """The new tokens and the seconds that they took."""
-        request = {"prompt": list(prompt), "max_tokens": max_new_tokens, "ignore_eos": not end_tokens}
+    def generate(self, prompt: Sequence[int] | str, max_new_tokens: int, end_tokens: Sequence[int]) -> tuple[list[int], float]:
+        """The new tokens and the seconds that they took; a prompt that is a text is cut into tokens by llama.cpp."""
+        request = {"prompt": prompt if isinstance(prompt, str) else list(prompt), "max_tokens": max_new_tokens, "ignore_eos": not end_tokens}
         answer = self._ask(request)
         seconds = (answer["timings"]["prompt_ms"] + answer["timings"]["predicted_ms"]) / 1000
+        self.accepted, self.drafted = (answer["timings"].get(key, 0) for key in ("draft_n_accepted", "draft_n"))
         key = (*prompt, max_new_tokens)
         if key not in self._texts:  # ids come with log-probabilities, which take time; greedy text is the same again
             answer = self._ask({**request, "logprobs": 1})
             choice = answer["choices"][0]
+            if choice["logprobs"] is None:  # it says nothing of tokens that end within a character
+                raise RuntimeError("llama.cpp wrote a text that is not valid UTF-8")
             tokens = [entry["id"] for entry in choice["logprobs"]["content"]]
             ended = choice["finish_reason"] == "stop" and end_tokens and tokens[-1:] != [end_tokens[0]]
             self._texts[key] = [*tokens, end_tokens[0]] if ended else tokens
@@ -73,7 +83,7 @@ def facts() -> str | None:
 
 
 def _start() -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "dynamo_lm.bench.llama_cpp"]
+    command = [sys.executable, "-m", "dynamo_lm.export.llama_cpp"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8", env=environment
@@ -113,6 +123,10 @@ def _serve() -> None:
                 cache_type = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{request['cache_type']}")
                 parameters.cache_type_k = parameters.cache_type_v = cache_type
                 parameters.verbosity = -1
+                if request["draft"]:
+                    kinds, drafting = xllamacpp.common_speculative_type, parameters.speculative
+                    drafting.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_EAGLE3]
+                    drafting.draft.mparams.path, drafting.draft.n_max = request["draft"], request["draft_tokens"]
                 server, answer = xllamacpp.Server(parameters), {}
             else:
                 greedy = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "cache_prompt": False}
