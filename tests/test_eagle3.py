@@ -255,6 +255,17 @@ def test_sampled_text_has_the_bases_distribution():
         assert (ours - theirs).abs().sum() / 2 < 0.12
 
 
+def test_a_budget_accepts_drafts_as_long_as_their_regret_is_within_it():
+    model, prompt = eagle(), torch.tensor([[4, 8, 15, 16]])
+    how = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    strict, budget = (model.generate(prompt, verify=verify, **how) for verify in ("strict", 1.5))
+    assert sum(budget.statistics[0].accepted) > sum(strict.statistics[0].accepted)
+    log_probs = model.base(budget.sequences).logits[0, 3:-1].double().log_softmax(-1)  # of the 24 tokens written
+    regret = log_probs.max(-1).values - log_probs.gather(-1, budget.sequences[0, 4:, None])[:, 0]
+    assert regret.sum() > 0 and (regret.cumsum(0) <= 1.5 * torch.arange(1, 25) + 1e-4).all()
+    assert budget.statistics[0].regret == pytest.approx(regret.sum().item(), abs=1e-3)
+
+
 def test_what_a_sequential_head_cannot_do_says_so():
     model = eagle()
     for options, message in (

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dynamo_lm import DynaMoForCausalLM
@@ -20,6 +20,7 @@ from dynamo_lm.data.draft_tokens import draft_tokens, needed_tokens
 from dynamo_lm.errors import InputError
 from dynamo_lm.export.check import OPENINGS, TOKENS, check_export, steps_here
 from dynamo_lm.export.export import export
+from dynamo_lm.export.gguf_tokens import LLAMA3, cut
 from dynamo_lm.export.llama_cpp import LlamaCpp
 from dynamo_lm.model.eagle3 import sequential_states
 
@@ -161,6 +162,10 @@ def test_what_cannot_be_exported_says_so(base_folder, tokenizer, tmp_path, capsy
         export(DynaMoForCausalLM.from_base(str(base_folder)), "mine", tokenizer, "eagle3", out)
     with pytest.raises(InputError, match='--to is "onnx"; give eagle3, speculators, gguf, mtp'):
         export(eagle(base_folder), "mine", tokenizer, "onnx", out)
+    with pytest.raises(InputError, match='--with-base is "q4"; give f32, bf16, f16, q8_0'):
+        export(eagle(base_folder), "mine", tokenizer, "gguf", out, with_base="q4")
+    with pytest.raises(InputError, match="--with-base is for --to gguf, and --to is mtp"):
+        export(eagle(base_folder), "mine", tokenizer, "mtp", out, with_base="f16")
     with pytest.raises(InputError, match="leaves out 3 bytes or special tokens, such as '<unk>'"):
         export(eagle(base_folder, torch.arange(3, VOCABULARY)), "mine", tokenizer, "eagle3", out)
     sizes = {"hidden_size": 32, "num_hidden_layers": 8, "num_attention_heads": 4, "intermediate_size": 48}
@@ -186,7 +191,7 @@ def test_the_gguf_file_has_the_keys_that_llama_cpp_reads(base_folder, tokenizer,
     gguf = pytest.importorskip("gguf")
     ids = torch.tensor([*range(259), 270, 299])
     model = eagle(base_folder, ids)
-    export(model, "heads", tokenizer, "gguf", tmp_path / "out")
+    export(model, "heads", tokenizer, "gguf", tmp_path / "out", with_base="q8_0")
     read = gguf.GGUFReader(tmp_path / "out/draft.gguf")
     value = {name: field.contents() for name, field in read.fields.items()}
     assert value["general.architecture"] == "eagle3"
@@ -200,13 +205,53 @@ def test_the_gguf_file_has_the_keys_that_llama_cpp_reads(base_folder, tokenizer,
     theirs, ours = found["blk.0.attn_q.weight"], model.sequential_head.midlayer.self_attn["q_proj"].weight
     assert np.array_equal(theirs[1], ours[4].detach().numpy())
     # The tokens of the base's file in place of the tokenizer's.
-    export(eagle(base_folder), "heads", tokenizer, "gguf", tmp_path / "again", base_gguf=tmp_path / "out/draft.gguf")
-    copied = gguf.GGUFReader(tmp_path / "again/draft.gguf").fields["tokenizer.ggml.tokens"].contents()
-    assert copied == value["tokenizer.ggml.tokens"]
+    base = tmp_path / "out/base.gguf"
+    export(eagle(base_folder), "heads", tokenizer, "gguf", tmp_path / "again", base_gguf=base)
+    copied = gguf.GGUFReader(tmp_path / "again/draft.gguf").fields
+    for key in ("tokens", "merges", "pre", "token_type"):
+        assert copied[f"tokenizer.ggml.{key}"].contents() == value[f"tokenizer.ggml.{key}"]
     broken = tmp_path / "broken.gguf"
-    broken.write_bytes((tmp_path / "out/draft.gguf").read_bytes()[:100])
+    broken.write_bytes(base.read_bytes()[:-500])
     with pytest.raises(InputError, match="is not a whole GGUF file"):
         export(eagle(base_folder), "heads", tokenizer, "gguf", tmp_path / "third", base_gguf=broken)
+    with pytest.raises(InputError, match=r"has 300 tokens, 1 layers and hidden size 32, but the head's base has 300, 8 and"):
+        export(eagle(base_folder), "heads", tokenizer, "gguf", tmp_path / "third", base_gguf=tmp_path / "out/draft.gguf")
+
+
+def test_the_bases_file_has_its_weights_and_its_own_way_to_cut_a_text(base_folder, tokenizer, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model = eagle(base_folder)
+    export(model, "heads", tokenizer, "gguf", tmp_path / "out", with_base="q8_0")
+    read = gguf.GGUFReader(tmp_path / "out/base.gguf")
+    value = {name: field.contents() for name, field in read.fields.items()}
+    assert value["tokenizer.ggml.pre"] == "gpt-2" and value["tokenizer.ggml.merges"] == ["t h", "th e", "Ġ the"]
+    assert value["tokenizer.ggml.token_type"][:4] == [3, 3, 3, 1]  # control, control, control, normal
+    tensors = {tensor.name: tensor for tensor in read.tensors}
+    assert tensors["blk.7.ffn_up.weight"].tensor_type.name == "Q8_0"
+    assert tensors["blk.7.ffn_down.weight"].tensor_type.name == "F16"  # rows of 48, no multiple of 32
+    assert len(tensors["rope_freqs.weight"].data) == 4
+    up = gguf.quants.dequantize(tensors["blk.7.ffn_up.weight"].data, gguf.GGMLQuantizationType.Q8_0)
+    expected = model.base.model.layers[7].mlp.up_proj.weight.detach().numpy()
+    assert np.abs(up - expected).max() < np.abs(expected).max() / 127
+    for pre_tokenizer, name in (
+        (pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]), "smollm"),
+        (_split(LLAMA3), "llama-bpe"),
+        (_split(LLAMA3.replace("{1,3}", "")), "qwen2"),
+        (pre_tokenizers.Sequence([pre_tokenizers.Digits(False), pre_tokenizers.ByteLevel(False)]), None),
+        (pre_tokenizers.ByteLevel(add_prefix_space=True), None),
+    ):
+        backend = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+        backend.pre_tokenizer = pre_tokenizer
+        if name:
+            assert cut(json.loads(backend.to_str())) == name
+        else:
+            with pytest.raises(InputError, match="give --base-gguf, whose tokens are copied"):
+                cut(json.loads(backend.to_str()))
+
+
+def _split(regex):
+    parts = [pre_tokenizers.Split(Regex(regex), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    return pre_tokenizers.Sequence(parts)
 
 
 def test_the_command_line_trains_a_head_and_exports_it(base_folder, tmp_path, capsys):
@@ -239,7 +284,10 @@ def test_transformers_writes_the_same_text_with_the_head_and_accepts_what_we_do(
     prompt = torch.tensor([tokenizer(OPENINGS[0]).input_ids])
     greedy = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     ours = model.generate(prompt, **greedy)
-    assert steps_here(model, prompt[0].tolist(), ours.sequences[0, prompt.shape[1] :].tolist(), 3) == ours.statistics[0].forwards
+    assert (
+        steps_here(model, prompt[0].tolist(), ours.sequences[0, prompt.shape[1] :].tolist(), 3)
+        == ours.statistics[0].forwards
+    )
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # without its code the folder is the base
     assert type(plain) is LlamaForCausalLM
 

@@ -43,9 +43,15 @@ class LlamaCpp:
         about = {"gguf": gguf, "context": min(context, CONTEXT), "threads": threads, "cache_type": cache_type}
         self._ask({**about, "draft": draft, "draft_tokens": draft_tokens})
 
-    def generate(self, prompt: Sequence[int] | str, max_new_tokens: int, end_tokens: Sequence[int]) -> tuple[list[int], float]:
+    def generate(
+        self, prompt: Sequence[int] | str, max_new_tokens: int, end_tokens: Sequence[int]
+    ) -> tuple[list[int], float]:
         """The new tokens and the seconds that they took; a prompt that is a text is cut into tokens by llama.cpp."""
-        request = {"prompt": prompt if isinstance(prompt, str) else list(prompt), "max_tokens": max_new_tokens, "ignore_eos": not end_tokens}
+        request = {
+            "prompt": prompt if isinstance(prompt, str) else list(prompt),
+            "max_tokens": max_new_tokens,
+            "ignore_eos": not end_tokens,
+        }
         answer = self._ask(request)
         seconds = (answer["timings"]["prompt_ms"] + answer["timings"]["predicted_ms"]) / 1000
         self.accepted, self.drafted = (answer["timings"].get(key, 0) for key in ("draft_n_accepted", "draft_n"))
