@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from commandline import Run
 
+from benchmarks import exactness
 from dynamo_lm.report.columns import fit
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +78,7 @@ def test_files_that_a_guide_names_exist(document):
     text = document.read_text("utf-8")
     modules = re.findall(r"`((?:[a-z_0-9]+/)+[a-z_0-9]+\.(?:py|cpp|jinja))`", text)
     assert [path for path in modules if not (ROOT / "dynamo_lm" / path).exists() and not (ROOT / path).exists()] == []
-    assert [path for path in re.findall(r"results/[\w/-]+\.(?:json|md)", text) if not (ROOT / path).exists()] == []
+    assert [path for path in re.findall(r"results/[\w/-]+\.(?:jsonl?|md)", text) if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("document", GUIDES, ids=name)
@@ -118,3 +119,9 @@ def test_every_option_of_a_command_in_the_guides_exists(run, monkeypatch):
 
 def test_the_readme_is_below_150_lines():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) < 150
+
+
+def test_the_table_of_exactness_is_what_its_results_say_and_the_promise_holds_in_them():
+    lines = exactness.read(ROOT / "results" / "exactness.jsonl")
+    assert exactness.table(lines) in (ROOT / "docs" / "performance.md").read_text("utf-8")
+    assert {line["gaps"][f"{exactness.STRICT} = {exactness.OWN}"] for line in lines} == {None}
