@@ -71,6 +71,12 @@ class ModelOptions(OpeningOptions):
     """How to open a DynaMo model on a base of the user's choice."""
 
     base: Annotated[str | None, "Base of a MODEL that holds heads alone: a folder or hub id; default: as recorded."] = None
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="int8|int4", help="Round the weights of base and heads to so many bits, for a CPU. Default: as saved."
+        ),
+    ] = None
     allow_base_mismatch: Annotated[
         bool, "Take a base with other weights than the heads were trained for, such as another quantisation."
     ] = False

@@ -97,6 +97,9 @@ def serve(
         dtype=opening.dtype,
         device=opening.device,
         threads=opening.threads,
+        base=opening.base,
+        weights=opening.weights,
+        allow_base_mismatch=opening.allow_base_mismatch,
         trust_remote_code=opening.trust_remote_code,
     )
     if tokenizer.chat_template or tokenizer.eos_token is not None:

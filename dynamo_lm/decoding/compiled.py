@@ -110,7 +110,8 @@ class CompiledStep:
         self.weight_ids = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self.runs: list[_Run] | None = None  # of the step that is being recorded
         self.graphs: dict[tuple[int, int], _Graph | None] = {}  # by width and capacity; None: through torch
-        self.weight_bytes = sum(p.numel() * p.element_size() for p in decoder_layers(model.base).parameters())
+        layers = decoder_layers(model.base)
+        self.weight_bytes = sum(t.numel() * t.element_size() for t in (*layers.parameters(), *layers.buffers()))
         self.layout = _layout(model, num_heads)
 
     def prefills_faster(self, prompt: int, width: int) -> bool:

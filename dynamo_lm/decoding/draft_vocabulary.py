@@ -17,6 +17,7 @@ from torch import nn
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.kernels.linear import optimize_modules
+from dynamo_lm.kernels.quantized import QuantizedLinear
 
 COVERED = 0.99  # of the counted text
 LEAST = 2**11  # tokens of the smallest list
@@ -39,7 +40,7 @@ def draft_vocabulary_of(model: MultiHeadLM) -> DraftVocabulary | None:
     table, output = model.cooccurrence, model.base.get_output_embeddings()
     if table is None or not model.plain_readout or model.config.own_output_embedding or not isinstance(output, nn.Linear):
         return None
-    weight = output.weight
+    weight = output.packed if isinstance(output, QuantizedLinear) else output.weight
     if weight.is_meta:  # offloaded between calls
         return None
     version = 0 if weight.is_inference() else weight._version  # training changes weights in place
@@ -58,6 +59,8 @@ def _draft_vocabulary(table: Cooccurrence, output: nn.Linear) -> DraftVocabulary
         return None
     ids = np.sort(by_count[:size])
     rows = torch.from_numpy(ids).to(output.weight.device)
+    if isinstance(output, QuantizedLinear):
+        return DraftVocabulary(ids, output.select(rows))
     short = nn.Linear(output.in_features, size, bias=output.bias is not None, device="meta")
     short.weight = nn.Parameter(output.weight.detach()[rows], requires_grad=False)
     if output.bias is not None:

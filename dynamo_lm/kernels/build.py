@@ -29,7 +29,15 @@ logger = logging.getLogger(__name__)
 
 # A fused multiplication and addition rounds once; sums keep their order, because results must not depend on the batch.
 FLAGS = ("-ffp-contract=fast", "-fno-associative-math", "-Wno-pedantic")
-SOURCES = ("lanes.h", "skinny_matmul.cpp", "decode_attention.cpp", "sampler.cpp", "drafts.cpp", "draw.cpp")
+SOURCES = (
+    "lanes.h",
+    "skinny_matmul.cpp",
+    "quantized_matmul.cpp",
+    "decode_attention.cpp",
+    "sampler.cpp",
+    "drafts.cpp",
+    "draw.cpp",
+)
 SLOW = 2.0  # seconds that loading a library may take before a message says that one is being built
 
 

@@ -26,6 +26,7 @@ MAX_LOGITS = 2**20  # some milliseconds of work
 _T = "AtenTensorHandle"
 OPS = {  # by op, the arguments in C of dynamo_lm_NAME, which compiled steps call
     "skinny_matmul": f"{_T} x, {_T} weight, {_T}* bias, {_T}* result",
+    "quantized_matmul": f"{_T} x, {_T} weight, {_T} scale, {_T}* bias, int64_t out, {_T}* result",
     "decode_attention": f"{_T} query, {_T} key, {_T} value, {_T} mask, double scaling, {_T}* result",
 }
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double

@@ -1,7 +1,7 @@
 """Registers the custom ops with torch: the shapes of their results, what they refuse, and that they have no gradients.
 
-The checks are those of csrc/skinny_matmul.cpp and csrc/decode_attention.cpp, in the same words, so that a tracer refuses
-what the kernel would.
+The checks are those of the three files in csrc/ that define ops, in the same words, so that a tracer refuses what the kernel
+would.
 """
 
 from __future__ import annotations
@@ -13,12 +13,19 @@ from torch import Tensor
 
 STRIDE = 16  # entries that the kernels take at a time, as in lanes.h: what they sum over is a multiple of it
 DTYPES = (torch.float32, torch.bfloat16)
+GROUP = 32  # entries of a row of a quantised weight that share a scale
+BESIDE = 16  # rows of a quantised weight that lie side by side
 MAX_DIMS = 8
 
 
 def register() -> None:
     """Register shapes for torch's tracers and the refusal of gradients, once the ops themselves are loaded."""
-    for name, fake in (("skinny_matmul", _skinny_matmul), ("decode_attention", _decode_attention)):
+    fakes = {
+        "skinny_matmul": _skinny_matmul,
+        "quantized_matmul": _quantized_matmul,
+        "decode_attention": _decode_attention,
+    }
+    for name, fake in fakes.items():
         torch.library.register_fake(f"dynamo_lm::{name}", fake)
 
         def refuse(*args: Any, name: str = name, **kwargs: Any) -> None:
@@ -47,6 +54,28 @@ def _skinny_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         _require(bias.shape == (out,), "skinny_matmul: bias must have one dimension, the first size of weight.")
         fits = bias.dtype == x.dtype and bias.is_contiguous()
         _require(fits, "skinny_matmul: bias must be contiguous and have the dtype of x.")
+    return x.new_empty((*x.shape[:-1], out))
+
+
+def _quantized_matmul(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: int) -> Tensor:
+    """x: (..., in), weight: (blocks, in / 4 or in / 8, 16, 4), scale: (blocks, in / 32, 16), bias: (out,) -> (..., out)."""
+    _require(1 <= x.dim() <= MAX_DIMS, "quantized_matmul: x has no dimension, or more than 8.")
+    _require(x.dtype in DTYPES, "quantized_matmul: x must be float32 or bfloat16.")
+    fits = weight.dtype in (torch.int8, torch.uint8)
+    _require(fits, "quantized_matmul: weight must be int8, or uint8 with two in a byte.")
+    fits = weight.dim() == 4 and weight.shape[2:] == (BESIDE, 4) and weight.is_contiguous()
+    _require(fits, "quantized_matmul: weight must be contiguous, (blocks, entries, 16, 4).")
+    fits = out > 0 and weight.shape[0] == -(-out // BESIDE)
+    _require(fits, "quantized_matmul: weight must have a block for every 16 of out.")
+    size = weight.shape[1] * (4 if weight.dtype == torch.int8 else 8)
+    _require(x.shape[-1] == size, "quantized_matmul: the last size of x must be the inner size of weight.")
+    _require(size > 0 and size % GROUP == 0, "quantized_matmul: the inner size must be a positive multiple of 32.")
+    fits = scale.shape == (weight.shape[0], size // GROUP, BESIDE) and scale.dtype == torch.int16 and scale.is_contiguous()
+    _require(fits, "quantized_matmul: scale must be contiguous int16, (blocks, inner size / 32, 16).")
+    if bias is not None:
+        _require(bias.shape == (out,), "quantized_matmul: bias must have one dimension, of out entries.")
+        fits = bias.dtype == x.dtype and bias.is_contiguous()
+        _require(fits, "quantized_matmul: bias must be contiguous and have the dtype of x.")
     return x.new_empty((*x.shape[:-1], out))
 
 

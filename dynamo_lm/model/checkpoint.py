@@ -29,6 +29,7 @@ from dynamo_lm.model.base_check import check_contract
 from dynamo_lm.model.base_location import describe_base, open_base
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.model_card import model_card
+from dynamo_lm.model.quantization import check_quantization, quantize
 from dynamo_lm.model.resizing import check_vocabulary
 
 TABLE_FILE = "cooccurrence.safetensors"
@@ -51,6 +52,8 @@ def save(model: Any, folder: str | os.PathLike, weights: str = "full", **kwargs:
     """
     if weights not in ("full", "heads"):
         raise InputError(f'weights is "{weights}"; give "full" or "heads".')
+    if model.config.quantization is not None:
+        raise InputError("Rounded weights are not saved; save the model as it was, and round its weights when it is opened.")
     check_vocabulary(model)
     now = fingerprint(model.base)
     if weights == "heads":
@@ -131,6 +134,8 @@ def identity(model: Any) -> str:
 def load(cls: type[PreTrainedModel], name: str, *args: Any, **kwargs: Any) -> Any:
     """Opens what `save` wrote; see `DynaMoForCausalLM.from_pretrained`."""
     base, allow_mismatch = kwargs.pop("base", None), kwargs.pop("allow_base_mismatch", False)
+    quantization = kwargs.pop("weights", None)
+    check_quantization(quantization)
     config = kwargs.pop("config", None)
     name = str(name)
     if not isinstance(config, DynaMoConfig):
@@ -148,6 +153,8 @@ def load(cls: type[PreTrainedModel], name: str, *args: Any, **kwargs: Any) -> An
     except (SafetensorError, OSError) as error:
         raise InputError(f'The weights in "{name}" are missing, truncated or altered: {first_line(error)}') from error
     model.stack_heads = check_contract(model.base, cls)  # type: ignore[arg-type]  # every class that is opened so is a MultiHeadLM
+    if quantization is not None:
+        quantize(model, quantization)
     table = _find(name, TABLE_FILE)
     if table is not None:
         model.cooccurrence = Cooccurrence.load(table)

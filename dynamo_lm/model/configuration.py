@@ -33,6 +33,7 @@ class DynaMoConfig(PreTrainedConfig):
         residual_block: whether each extra head passes its final state through x + SiLU(W x + b) before its own output
             embedding; with `MEDUSA`'s other settings, the heads of Medusa (arXiv 2401.10774).
         coupling_rank: rank of the learned coupling between heads, see `dynamo_lm.model.coupling`; 0 for none.
+        quantization: "int8" or "int4" if the weights are rounded to it, see `dynamo_lm.kernels.quantized`; None if not.
         weights: what a saved folder holds, "full" or "heads".
         base_name_or_path: what the base was opened by: a hub id, or a folder, which may be relative to the heads' own.
         base_hub_id: its hub id, if it has one.
@@ -58,6 +59,7 @@ class DynaMoConfig(PreTrainedConfig):
         adapter_rank: int = 0,
         residual_block: bool = False,
         coupling_rank: int = 0,
+        quantization: str | None = None,
         weights: str = "full",
         base_name_or_path: str | None = None,
         base_hub_id: str | None = None,
@@ -80,6 +82,7 @@ class DynaMoConfig(PreTrainedConfig):
         self.adapter_rank = adapter_rank
         self.residual_block = residual_block
         self.coupling_rank = coupling_rank
+        self.quantization = quantization
         self.weights = weights
         self.base_name_or_path = base_name_or_path
         self.base_hub_id = base_hub_id

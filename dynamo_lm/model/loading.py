@@ -81,6 +81,7 @@ def open_model(
     device: str = "auto",
     tokenizer: Any = None,
     base: str | None = None,
+    weights: str | None = None,
     allow_base_mismatch: bool = False,
     trust_remote_code: bool = False,
 ) -> DynaMoForCausalLM:
@@ -88,6 +89,7 @@ def open_model(
 
     Args:
         base: for a folder that holds heads alone, the base to use instead of the recorded one: a folder or hub id.
+        weights: "int8" or "int4" to round the weights of base and heads to; None leaves them as they are.
         allow_base_mismatch: take a base with other weights than the heads were trained for, with a warning.
 
     Raises:
@@ -96,10 +98,12 @@ def open_model(
     if dtype not in DTYPES:
         raise InputError(f'--dtype is "{dtype}"; give one of {", ".join(DTYPES)}.')
     where = choose_device(device)
+    if weights is not None and where.type != "cpu":
+        raise InputError(f"--weights {weights} is for CPUs, and this would run on {where.type}; add --device cpu.")
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if base is not None:
         options["base"] = resolve(base)
-    model = DynaMoForCausalLM.from_pretrained(name, allow_base_mismatch=allow_base_mismatch, **options)
+    model = DynaMoForCausalLM.from_pretrained(name, allow_base_mismatch=allow_base_mismatch, weights=weights, **options)
     if tokenizer is not None:
         check_table(model.cooccurrence, tokenizer, model.config.vocab_size, name)
     return model.to(where).eval()  # type: ignore[arg-type]
@@ -113,11 +117,12 @@ def open_for_evaluation(
     device: str,
     threads: int | None = None,
     base: str | None = None,
+    weights: str | None = None,
     allow_base_mismatch: bool = False,
     trust_remote_code: bool = False,
     random_heads: int | None = None,
 ) -> tuple[DynaMoForCausalLM, Any]:
-    """A DynaMo model and its tokenizer; sets the number of CPU threads if one is given. See `open_model` for the base.
+    """A DynaMo model and its tokenizer; sets the number of CPU threads if one is given. See `open_model` for the others.
 
     Args:
         random_heads: a model without heads gets random ones, so many in all, head 1 included; None refuses it.
@@ -143,6 +148,7 @@ def open_for_evaluation(
         device=device,
         tokenizer=tokens,
         base=base,
+        weights=weights,
         allow_base_mismatch=allow_base_mismatch,
         trust_remote_code=trust_remote_code,
     )

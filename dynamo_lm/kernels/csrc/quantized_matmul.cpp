@@ -1,0 +1,250 @@
+// x @ weight^T with a weight of 8 or 4 bits, for any number of rows of float32 or bfloat16, on any CPU that has a C++ compiler.
+//
+// GROUP entries of a row of the weight share a scale, and so do as many of a row of x, which are rounded to 8 bits first. What is
+// summed within a group is whole numbers, hence exact; groups are added up in their order. A row of x is therefore multiplied the
+// same, bit for bit, whatever is beside it. 16 rows of the weight lie side by side, one in each lane, and the weight is read once,
+// from its beginning to its end: memory decides, also with four rows of x.
+
+namespace {
+
+constexpr int64_t GROUP = 32;     // entries that share a scale
+constexpr int64_t BESIDE = 16;    // rows of the weight that lie side by side
+constexpr int64_t AHEAD = 1536;   // bytes of the weight from what is read to what is fetched
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint8_t Bytes __attribute__((vector_size(64)));
+typedef uint16_t Scales __attribute__((vector_size(32), aligned(2), may_alias));
+typedef Bytes LooseBytes __attribute__((aligned(1), may_alias));
+typedef int8_t Packed __attribute__((vector_size(8), aligned(1), may_alias));
+
+// Rows of x in 8 bits: entries, and by group the scale and the sum of the entries.
+struct Rounded {
+  const int8_t* entries;
+  const float* scales;
+  const int32_t* sums;
+};
+
+// What a byte of the weight has to be for `dot`, and what is therefore to be subtracted: units for products of bytes take one
+// factor without a sign.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr int32_t ZERO8 = 128, ZERO4 = 8;
+#else
+constexpr int32_t ZERO8 = 0, ZERO4 = 0;
+#endif
+
+// In each lane: sum + the product of four bytes of the weight and four entries of x.
+inline __attribute__((always_inline)) Ints dot(Ints sum, Bytes weight, const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, sizeof four);
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weight, _mm512_set1_epi32(four));
+#elif defined(__AVX2__)
+  struct Halves256 {
+    __m256i half[2];
+  };
+  auto sums = __builtin_bit_cast(Halves256, sum);
+  const auto weights = __builtin_bit_cast(Halves256, weight);
+  const __m256i same = _mm256_set1_epi32(four);
+  for (int h = 0; h < 2; h++) {
+#if defined(__AVXVNNI__)
+    sums.half[h] = _mm256_dpbusd_avx_epi32(sums.half[h], weights.half[h], same);
+#else
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights.half[h]), _mm256_sign_epi8(same, weights.half[h]));
+    sums.half[h] = _mm256_add_epi32(sums.half[h], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+  }
+  return __builtin_bit_cast(Ints, sums);
+#else
+  for (int lane = 0; lane < BESIDE; lane++)
+    for (int b = 0; b < 4; b++) sum[lane] += static_cast<int8_t>(weight[4 * lane + b]) * x[b];
+  return sum;
+#endif
+}
+
+inline __attribute__((always_inline)) Floats fused(Floats a, Floats b, Floats sum) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#else
+  struct Halves256 {
+    Lanes half[2];
+  };
+  const auto x = __builtin_bit_cast(Halves256, a), y = __builtin_bit_cast(Halves256, b);
+  auto z = __builtin_bit_cast(Halves256, sum);
+  for (int h = 0; h < 2; h++) z.half[h] = fused(x.half[h], y.half[h], z.half[h]);
+  return __builtin_bit_cast(Floats, z);
+#endif
+}
+
+// float16, which is finite, as float32.
+inline Floats halves(const uint16_t* at) {
+  const Words bits = __builtin_convertvector(*reinterpret_cast<const Scales*>(at), Words);
+  return (Floats)((bits & 0x8000u) << 16 | (bits & 0x7fffu) << 13) * 0x1p112f;
+}
+
+// R rows of x against 16 rows of the weight -> y: (R, 16).
+template <int R, int BITS>
+inline __attribute__((always_inline)) void beside(
+    const uint8_t* weight, const uint16_t* scale, const Rounded& x, int64_t groups, Floats* y) {
+  constexpr int64_t SIZE = 64, STEPS = BITS;  // bytes that are read at a time, and how often in a group
+  Floats total[R] = {};
+  for (int64_t g = 0; g < groups; g++) {
+    const int8_t* const entries = x.entries + g * GROUP;
+    Ints sum[R];
+    for (int r = 0; r < R; r++) sum[r] = Ints{} - (BITS == 8 ? ZERO8 : ZERO4) * x.sums[r * groups + g];
+    for (int64_t j = 0; j < STEPS; j++, weight += SIZE) {
+      __builtin_prefetch(weight + AHEAD);
+      const Bytes w = *reinterpret_cast<const LooseBytes*>(weight);
+      if constexpr (BITS == 8) {
+        const Bytes v = w ^ static_cast<uint8_t>(ZERO8);
+        for (int r = 0; r < R; r++) sum[r] = dot(sum[r], v, entries + r * groups * GROUP + 4 * j);
+      } else {
+        const Bytes low = (w & 15) - static_cast<uint8_t>(8 - ZERO4);
+        const Bytes high = (Bytes)((Words)w >> 4 & 0x0f0f0f0fu) - static_cast<uint8_t>(8 - ZERO4);
+        for (int r = 0; r < R; r++) sum[r] = dot(sum[r], low, entries + r * groups * GROUP + 8 * j);
+        for (int r = 0; r < R; r++) sum[r] = dot(sum[r], high, entries + r * groups * GROUP + 8 * j + 4);
+      }
+    }
+    const Floats scales = halves(scale + g * BESIDE);
+    for (int r = 0; r < R; r++)
+      total[r] = fused(__builtin_convertvector(sum[r], Floats) * x.scales[r * groups + g], scales, total[r]);
+  }
+  for (int r = 0; r < R; r++) y[r] = total[r];
+}
+
+// Blocks [begin, end) of 16 columns of y = x @ weight^T + bias; y: (rows, out).
+template <int BITS, typename T>
+void blocks_of(const uint8_t* weight, const uint16_t* scale, const Rounded& x, const T* bias, T* y, int64_t rows, int64_t groups,
+             int64_t out, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; block++) {
+    const uint8_t* const w = weight + block * groups * BITS * 64;
+    const uint16_t* const s = scale + block * groups * BESIDE;
+    const int64_t column = block * BESIDE, count = std::min(BESIDE, out - column);
+    T more[BESIDE] = {};
+    if (bias) std::copy(bias + column, bias + column + count, more);
+    int64_t count_of_rows;
+    for (int64_t r = 0; r < rows; r += count_of_rows) {
+      Floats sums[4];
+      const Rounded from = {x.entries + r * groups * GROUP, x.scales + r * groups, x.sums + r * groups};
+      count_of_rows = std::min<int64_t>(4, rows - r);
+      if (count_of_rows == 4) beside<4, BITS>(w, s, from, groups, sums);
+      if (count_of_rows == 3) beside<3, BITS>(w, s, from, groups, sums);
+      if (count_of_rows == 2) beside<2, BITS>(w, s, from, groups, sums);
+      if (count_of_rows == 1) beside<1, BITS>(w, s, from, groups, sums);
+      for (int64_t i = 0; i < count_of_rows; i++) {
+        T part[BESIDE];
+        const auto* const half = reinterpret_cast<const float*>(sums + i);
+        put(load(half) + wide(more), part);
+        put(load(half + 8) + wide(more + 8), part + 8);
+        std::copy(part, part + count, y + (r + i) * out + column);
+      }
+    }
+  }
+}
+
+// One group of x in 8 bits: the largest magnitude becomes 127, ties go to even. What is not finite makes the scale nan.
+template <typename T>
+inline void round_group(const T* x, int8_t* entries, float* scale, int32_t* sum) {
+  constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to whole numbers
+  Lanes parts[GROUP / 8], largest = {}, nothing = {};
+  for (int i = 0; i < GROUP / 8; i++) {
+    parts[i] = wide(x + 8 * i);
+    const Lanes magnitude = (Lanes)((Bits)parts[i] & 0x7fffffffu);
+    largest = magnitude > largest ? magnitude : largest;
+    nothing += parts[i] * 0.0f;
+  }
+  float most = 0, poison = 0;
+  for (int i = 0; i < 8; i++) most = std::max(most, largest[i]), poison += nothing[i];
+  const float factor = most > 0 ? 127.0f / most : 0.0f;
+  Whole total = {};
+  for (int i = 0; i < GROUP / 8; i++) {
+    const Lanes scaled = held(parts[i] * factor);  // a fused addition would round once, and elsewhere
+    const Whole whole = (Whole)(scaled + MAGIC) - (Whole)(Lanes{} + MAGIC);
+    total += whole;
+    *reinterpret_cast<Packed*>(entries + 8 * i) = __builtin_convertvector(whole, Packed);
+  }
+  *scale = most / 127.0f + poison;
+  *sum = 0;
+  for (int i = 0; i < 8; i++) *sum += total[i];
+}
+
+template <int BITS, typename T>
+void multiply_quantized(const T* x, const uint8_t* weight, const uint16_t* scale, const T* bias, T* y, int64_t rows,
+                        int64_t groups, int64_t out) {
+  const int64_t count = rows * groups;
+  float* const room = scratch(count * (GROUP / 4 + 2));
+  auto* const entries = reinterpret_cast<int8_t*>(room);
+  float* const scales = room + count * (GROUP / 4);
+  auto* const sums = reinterpret_cast<int32_t*>(scales + count);
+  for (int64_t i = 0; i < count; i++) round_group(x + i * GROUP, entries + i * GROUP, scales + i, sums + i);
+  const Rounded from = {entries, scales, sums};
+  const int64_t grain = std::max<int64_t>(1, WORK / (groups * GROUP * BESIDE));
+  shared((out + BESIDE - 1) / BESIDE, grain, [&](int64_t first, int64_t last) {
+    blocks_of<BITS>(weight, scale, from, bias, y, rows, groups, out, first, last);
+  });
+}
+
+// x: (..., in), weight: (blocks, in / 4, 16, 4) int8 or (blocks, in / 8, 16, 4) uint8, scale: (blocks, in / 32, 16), the bits of
+// float16 as int16, bias: (out,) or null -> (..., out).
+AtenTensorHandle quantized_matmul(
+    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle scale, AtenTensorHandle bias, int64_t out) {
+  const View from(x), w(weight), s(scale);
+  require(from.dims >= 1 && from.dims <= MOST_DIMS, "quantized_matmul: x has no dimension, or more than 8.");
+  require(from.floating(), "quantized_matmul: x must be float32 or bfloat16.");
+  const bool eight = w.dtype == aoti_torch_dtype_int8();
+  require(eight || w.dtype == aoti_torch_dtype_uint8(), "quantized_matmul: weight must be int8, or uint8 with two in a byte.");
+  require(w.dims == 4 && w.sizes[2] == BESIDE && w.sizes[3] == 4 && w.contiguous(),
+          "quantized_matmul: weight must be contiguous, (blocks, entries, 16, 4).");
+  require(out > 0 && w.sizes[0] == (out + BESIDE - 1) / BESIDE, "quantized_matmul: weight must have a block for every 16 of out.");
+  const int64_t in = w.sizes[1] * (eight ? 4 : 8);
+  require(from.sizes[from.dims - 1] == in, "quantized_matmul: the last size of x must be the inner size of weight.");
+  require(in > 0 && in % GROUP == 0, "quantized_matmul: the inner size must be a positive multiple of 32.");
+  const int64_t groups = in / GROUP;
+  require(s.dtype == aoti_torch_dtype_int16() && s.dims == 3 && s.contiguous() && s.sizes[0] == w.sizes[0] &&
+              s.sizes[1] == groups && s.sizes[2] == BESIDE,
+          "quantized_matmul: scale must be contiguous int16, (blocks, inner size / 32, 16).");
+  if (bias) {
+    const View b(bias);
+    require(b.dims == 1 && b.sizes[0] == out, "quantized_matmul: bias must have one dimension, of out entries.");
+    require(b.dtype == from.dtype && b.contiguous(), "quantized_matmul: bias must be contiguous and have the dtype of x.");
+  }
+  if (!from.contiguous()) return quantized_matmul(torch::stable::contiguous(borrowed(x)).get(), weight, scale, bias, out);
+  const int64_t rows = from.count() / in;
+  std::array<int64_t, MOST_DIMS> shape;
+  std::copy(from.sizes, from.sizes + from.dims - 1, shape.begin());
+  shape[from.dims - 1] = out;
+  const AtenTensorHandle result = empty(shape.data(), from.dims, from.dtype);
+  const View to(result);
+  const void* const b = bias ? View(bias).data : nullptr;
+  const auto run = [&](auto bits, auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    multiply_quantized<bits>(from.as<T>(), w.as<uint8_t>(), s.as<uint16_t>(), static_cast<const T*>(b), to.as<T>(), rows, groups,
+                             out);
+  };
+  const auto of_type = [&](auto* type) {
+    if (eight) run(std::integral_constant<int, 8>{}, type);
+    else run(std::integral_constant<int, 4>{}, type);
+  };
+  if (from.dtype == aoti_torch_dtype_float32()) of_type(static_cast<float*>(nullptr));
+  else of_type(static_cast<uint16_t*>(nullptr));
+  return result;
+}
+
+Tensor quantized_matmul_of(Tensor x, Tensor weight, Tensor scale, std::optional<Tensor> bias, int64_t out) {
+  return Tensor(quantized_matmul(x.get(), weight.get(), scale.get(), bias ? bias->get() : nullptr, out));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dynamo_lm, library) {
+  library.def("quantized_matmul(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int out) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(dynamo_lm, CPU, library) { library.impl("quantized_matmul", TORCH_BOX(&quantized_matmul_of)); }
+
+extern "C" __attribute__((visibility("default"))) AOTITorchError dynamo_lm_quantized_matmul(
+    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle scale, AtenTensorHandle* bias, int64_t out,
+    AtenTensorHandle* result) {
+  *result = quantized_matmul(x, weight, scale, bias ? *bias : nullptr, out);
+  return AOTI_TORCH_SUCCESS;
+}

@@ -1,0 +1,213 @@
+"""Linear layers and embeddings whose weights have 8 or 4 bits.
+
+A step of decoding reads every weight, so bits per weight decide how long it takes. Groups of 32 entries of a row share a
+scale in float16. Rows of x are rounded to 8 bits by the same groups and multiplied in whole numbers, so that a row's result
+does not depend on the rows beside it (csrc/quantized_matmul.cpp). llama.cpp's Q8_0 and Q4_0 have the same arithmetic. In: a
+model. Out: the same model, its layers replaced. Its weights cannot be trained any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from dynamo_lm.kernels import loader
+from dynamo_lm.kernels.ops import BESIDE, GROUP
+
+FORMATS = {"int8": 8, "int4": 4}
+LEAST_SHARE, TRIES = 0.8, 5  # of the scales of 4 bits that are tried for a group: the smallest, relative to the largest
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """A weight (out, in) in the kernel's order: 16 rows side by side, four entries of each.
+
+    Attributes:
+        packed: (blocks, in / 4, 16, 4) int8, or (blocks, in / 8, 16, 4) uint8: entries plus 8, of eight the first four in
+            the low halves of the bytes. Rows beyond `out` are 0.
+        scale: (blocks, in / 32, 16), the bits of float16 as int16, which no conversion of a model touches.
+        shape: (out, in).
+        dtype: of the rows that are read.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, weight: Tensor, bits: int) -> QuantizedWeight:
+        """The nearest that such a weight comes to a float one, (out, in)."""
+        out, size = weight.shape
+        rows = F.pad(weight.detach(), (0, 0, 0, -out % BESIDE)).unflatten(1, (-1, GROUP))  # (rows, groups, 32)
+        parts = [round_groups(part.float(), bits) for part in rows.split(2**8)]
+        entries, scale = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+        return cls._pack(entries.flatten(1), scale, bits, (out, size), weight.dtype)
+
+    @classmethod
+    def _pack(cls, entries: Tensor, scale: Tensor, bits: int, shape: tuple[int, int], dtype: torch.dtype) -> QuantizedWeight:
+        """entries: (rows, in) int8, scale: (rows, groups) float16, in the order of rows."""
+        blocks = len(entries) // BESIDE
+        if bits == 4:
+            eight = (entries + 8).to(torch.uint8).view(len(entries), -1, 2, 4)
+            entries = eight[:, :, 0] | eight[:, :, 1] << 4  # (rows, in / 8, 4)
+        packed = entries.reshape(blocks, BESIDE, -1, 4).transpose(1, 2).contiguous()
+        beside = scale.view(torch.int16).view(blocks, BESIDE, -1).transpose(1, 2).contiguous()
+        return cls(packed, beside, shape, dtype)
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.packed.dtype == torch.int8 else 4
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def entries(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows as they are stored: (..., in) int8 and their scales (..., groups) float16."""
+        block, lane = ids // BESIDE, ids % BESIDE
+        entries, scale = self.packed[block, :, lane], self.scale[block, :, lane]
+        if self.bits == 4:
+            entries = torch.stack([entries & 15, entries >> 4], -2).to(torch.int8) - 8  # (..., in / 8, 2, 4)
+        return entries.reshape(*ids.shape, self.shape[1]), scale.view(torch.float16)
+
+    def __getitem__(self, ids: Tensor) -> Tensor:
+        """Rows of the weight, (...) -> (..., in)."""
+        entries, scale = self.entries(ids)
+        rows = entries.unflatten(-1, (-1, GROUP)).to(torch.float32) * scale[..., None].float()
+        return rows.flatten(-2).to(self.dtype)
+
+    def dense(self) -> Tensor:
+        """The whole weight, (out, in)."""
+        return self[torch.arange(self.shape[0], device=self.device)]
+
+    def select(self, ids: Tensor) -> QuantizedWeight:
+        """The weight of these rows alone, ids: (count,)."""
+        filled = F.pad(ids, (0, -len(ids) % BESIDE), value=int(ids[0]))
+        return self._pack(*self.entries(filled), self.bits, (len(ids), self.shape[1]), self.dtype)
+
+
+def round_groups(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Numbers (..., 32) in so many bits: int8 (..., 32) in -127 .. 127 or -8 .. 7, and scales (...) float16.
+
+    With 8 bits the largest magnitude becomes 127. With 4 bits several scales are tried, and the one with the least square
+    error stays.
+    """
+    if bits == 8:
+        scale = (groups.abs().amax(-1, keepdim=True) / 127).half()
+        return _whole(groups, scale, -127, 127), scale[..., 0]
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # with its sign
+    best = torch.full_like(largest, torch.inf)
+    entries, kept = torch.zeros_like(groups, dtype=torch.int8), torch.zeros_like(largest, dtype=torch.float16)
+    for share in torch.linspace(LEAST_SHARE, 1, TRIES):
+        scale = (largest * share / -8).half()
+        tried = _whole(groups, scale, -8, 7)
+        error = (tried * scale.float() - groups).square().sum(-1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        entries, kept = torch.where(better, tried, entries), torch.where(better, scale, kept)
+    return entries, kept[..., 0]
+
+
+def _whole(groups: Tensor, scale: Tensor, least: int, most: int) -> Tensor:
+    inverse = torch.where(scale == 0, 0.0, 1 / scale.float())
+    return (groups * inverse).round_().clamp_(least, most).to(torch.int8)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """What the kernel makes of x (..., in) before it multiplies: 8 bits, a float32 scale for every 32."""
+    groups = x.float().unflatten(-1, (-1, GROUP))
+    largest = groups.abs().amax(-1, keepdim=True)
+    factor = torch.where(largest > 0, largest.new_tensor(127.0) / largest, 0.0)  # 127 / largest would be rounded twice
+    return ((groups * factor).round() * (largest / 127)).flatten(-2)
+
+
+class _Quantized(nn.Module):
+    """A layer whose weight is a `QuantizedWeight`."""
+
+    packed: Tensor
+    scale: Tensor
+    like: Tensor  # empty; has the dtype of the layer's results
+    shape: tuple[int, int]
+
+    @property
+    def weight(self) -> QuantizedWeight:
+        return QuantizedWeight(self.packed, self.scale, self.shape, self.like.dtype)
+
+    def hold(self, weight: QuantizedWeight) -> None:
+        """Take a weight in place of the float one."""
+        self._parameters.pop("weight", None)
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("scale", weight.scale)
+        self.register_buffer("like", torch.empty(0, dtype=weight.dtype, device=weight.device), persistent=False)
+        self.shape = weight.shape
+
+
+class QuantizedLinear(_Quantized, nn.Linear):
+    """A linear layer with such a weight, for any number of rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if x.is_cpu and loader.available():
+            return torch.ops.dynamo_lm.quantized_matmul(x, self.packed, self.scale, self.bias, self.out_features)
+        return F.linear(rounded(x).to(x.dtype), self.weight.dense().to(x.dtype), self.bias)
+
+    def select(self, ids: Tensor) -> QuantizedLinear:
+        """The layer that gives these outputs alone."""
+        short = nn.Linear(self.in_features, len(ids), bias=self.bias is not None, device="meta")
+        if self.bias is not None:
+            short.bias = nn.Parameter(self.bias.detach()[ids], requires_grad=False)
+        return _quantized(short, self.weight.select(ids))
+
+
+class QuantizedEmbedding(_Quantized, nn.Embedding):
+    """An embedding with such a weight."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) -> (..., hidden)."""
+        return self.weight[ids]
+
+
+def _quantized(layer: nn.Linear, weight: QuantizedWeight) -> QuantizedLinear:
+    layer.__class__ = QuantizedLinear  # type: ignore[assignment]
+    made = cast(QuantizedLinear, layer)
+    made.hold(weight)
+    return made
+
+
+def quantize_modules(model: nn.Module, bits: int) -> None:
+    """Replace the linear layers of a model, and embeddings that share their weights, in place; no gradients from here on.
+
+    Layers whose inner size is not a multiple of 32 stay as they are.
+    """
+    model.requires_grad_(False)
+    made: dict[int, QuantizedWeight] = {}  # by the identity of the float weight, so that what is shared stays so
+    kept: list[Tensor] = []  # alive, so that no identity is used again
+    for layer in list(_linear_layers(model)):
+        kept.append(layer.weight)
+        weight = made.setdefault(id(layer.weight), None) or QuantizedWeight.of(layer.weight, bits)  # type: ignore[arg-type]
+        made[id(layer.weight)] = weight
+        _quantized(layer, weight)
+    for module in list(model.modules()):
+        if isinstance(module, nn.Embedding) and not isinstance(module, _Quantized) and id(module.weight) in made:
+            weight, kind = made[id(module.weight)], type(module)
+            # A subclass that changes what an embedding gives, as by a factor, calls this class for it.
+            module.__class__ = (
+                QuantizedEmbedding if kind is nn.Embedding else type(kind.__name__, (kind, QuantizedEmbedding), {})
+            )
+            cast(QuantizedEmbedding, module).hold(weight)
+
+
+def _linear_layers(model: nn.Module) -> Iterator[nn.Linear]:
+    for module in model.modules():
+        if type(module) is nn.Linear and not parametrize.is_parametrized(module) and module.in_features % GROUP == 0:
+            yield module

@@ -1,0 +1,31 @@
+"""Weights of 8 or 4 bits for base and heads: a model that is opened so is the base whose text strict decoding keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynamo_lm.errors import InputError
+from dynamo_lm.kernels.quantized import FORMATS, quantize_modules
+
+
+def check_quantization(weights: str | None) -> None:
+    """Raise InputError for anything but None and a name in `FORMATS`."""
+    if weights is not None and weights not in FORMATS:
+        raise InputError(f'weights is "{weights}"; give {" or ".join(FORMATS)}, or leave it out.')
+
+
+def quantize(model: Any, weights: str) -> None:
+    """Round the weights of a model's base and heads in place; see `dynamo_lm.kernels.quantized`.
+
+    Args:
+        model: a `DynaMoForCausalLM`. It cannot be trained afterwards.
+        weights: "int8" or "int4".
+
+    Raises:
+        InputError: another format, or a model that is quantised already.
+    """
+    check_quantization(weights)
+    if model.config.quantization is not None:
+        raise InputError(f"The weights are {model.config.quantization} already; open the model as it was before.")
+    quantize_modules(model, FORMATS[weights])
+    model.config.quantization = weights
