@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm.cli.info import describe
 from dynamo_lm.errors import InputError
 from dynamo_lm.kernels import loader, quantized
 from dynamo_lm.kernels.quantized import QuantizedEmbedding, QuantizedLinear, quantize_modules
@@ -236,3 +237,23 @@ def test_scales_of_four_bits_are_searched_for():
     simple = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8
     plain = (groups / simple).round().clamp(-8, 7) * simple
     assert (entries * scale[:, None].float() - groups).norm() < 0.98 * (plain - groups).norm()
+
+
+@pytest.mark.parametrize("weights", ["full", "heads"])
+def test_a_rounded_model_is_saved_and_opened_as_it_is(tmp_path, weights):
+    base = base_of("llama")
+    base.save_pretrained(tmp_path / "base")
+    model = DynaMoForCausalLM.from_base(str(tmp_path / "base"), num_heads=3).eval()
+    model.save_pretrained(tmp_path / "float")
+    quantize(model, "int4")
+    model.save_pretrained(tmp_path / "rounded", weights=weights)
+    opened = DynaMoForCausalLM.from_pretrained(str(tmp_path / "rounded"))
+    assert opened.config.quantization == "int4" and describe(str(tmp_path / "rounded"))["quantization"] == "int4"
+    tokens = random_tokens(1, 9, seed=4)
+    with torch.inference_mode():
+        expected = model.logits(tokens)
+        assert torch.equal(opened.logits(tokens), expected)
+        again = DynaMoForCausalLM.from_pretrained(str(tmp_path / "float"), weights="int4")
+        assert torch.equal(again.logits(tokens), expected)
+    with pytest.raises(InputError, match="int4 weights, not int8"):
+        DynaMoForCausalLM.from_pretrained(str(tmp_path / "rounded"), weights="int8")

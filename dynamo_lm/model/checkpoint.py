@@ -29,11 +29,12 @@ from dynamo_lm.model.base_check import check_contract
 from dynamo_lm.model.base_location import describe_base, open_base
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.model_card import model_card
-from dynamo_lm.model.quantization import check_quantization, quantize
+from dynamo_lm.model.quantization import check_quantization, lay_out, quantize
 from dynamo_lm.model.resizing import check_vocabulary
 
 TABLE_FILE = "cooccurrence.safetensors"
 HEADS_FILE = "heads.safetensors"
+ROUNDED_FILE = "model.safetensors"  # of a full folder whose weights are rounded
 COUPLING = "coupling."  # names in HEADS_FILE that are not below `heads.`
 CHECKSUMS_FILE = "checksums.json"  # {weight file: CRC-32}; the tables carry one of their own
 
@@ -52,10 +53,9 @@ def save(model: Any, folder: str | os.PathLike, weights: str = "full", **kwargs:
     """
     if weights not in ("full", "heads"):
         raise InputError(f'weights is "{weights}"; give "full" or "heads".')
-    if model.config.quantization is not None:
-        raise InputError("Rounded weights are not saved; save the model as it was, and round its weights when it is opened.")
     check_vocabulary(model)
-    now = fingerprint(model.base)
+    rounded = model.config.quantization is not None
+    now = model.config.base_fingerprint if rounded else fingerprint(model.base)
     if weights == "heads":
         if model.config.base_fingerprint not in (None, now):
             raise InputError(
@@ -74,12 +74,14 @@ def save(model: Any, folder: str | os.PathLike, weights: str = "full", **kwargs:
             before = {key: getattr(model.config, key) for key in described}
             vars(model.config).update(described)
             try:
-                if weights == "full":
+                if weights == "full" and not rounded:
                     PreTrainedModel.save_pretrained(model, temporary, **kwargs)
                 else:
                     model.config.save_pretrained(temporary)
                     model.generation_config.save_pretrained(temporary)
-                    save_file(head_weights(model), temporary / HEADS_FILE, metadata={"format": "pt"})
+                    heads = weights == "heads"
+                    tensors = head_weights(model) if heads else stored_tensors(model)
+                    save_file(tensors, temporary / (HEADS_FILE if heads else ROUNDED_FILE), metadata={"format": "pt"})
                 (temporary / "README.md").write_text(model_card(model), encoding="utf-8")
             finally:
                 vars(model.config).update(before)
@@ -110,7 +112,7 @@ def save(model: Any, folder: str | os.PathLike, weights: str = "full", **kwargs:
 def head_weights(model: Any) -> dict[str, torch.Tensor]:
     """The tensors that the heads own, by their name below `heads.`, and `coupling.*` if they are coupled; what they share
     with the base is left out."""
-    shared = {parameter.data_ptr() for parameter in model.base.parameters()}
+    shared = {tensor.data_ptr() for tensor in (*model.base.parameters(), *model.base.buffers())}
     named = model.heads.state_dict()
     if model.coupling is not None:
         named |= model.coupling.state_dict(prefix=COUPLING)
@@ -119,6 +121,14 @@ def head_weights(model: Any) -> dict[str, torch.Tensor]:
         for name, tensor in named.items()
         if tensor.data_ptr() not in shared or tensor.numel() == 0
     }
+
+
+def stored_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """All tensors of a model, each under the first of its names."""
+    named: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        named.setdefault(tensor.data_ptr(), (name, tensor.detach().contiguous()))
+    return dict(named.values())
 
 
 def identity(model: Any) -> str:
@@ -140,12 +150,16 @@ def load(cls: type[PreTrainedModel], name: str, *args: Any, **kwargs: Any) -> An
     name = str(name)
     if not isinstance(config, DynaMoConfig):
         config = read_config(name)
+    if config.quantization is not None and quantization not in (None, config.quantization):
+        raise InputError(f'"{name}" holds {config.quantization} weights, not {quantization}; open it without that choice.')
     kwargs["use_safetensors"] = True
     _verify(name)
     if base is not None and config.weights == "full":
         raise InputError(f'"{name}" holds its own base; --base goes with folders that hold heads alone, so leave it out.')
     try:
-        if config.weights == "full":
+        if config.weights == "full" and config.quantization is not None:
+            model = _load_rounded(cls, name, config, kwargs.get("dtype", "auto"))
+        elif config.weights == "full":
             model = _load_full(cls, name, config, *args, **kwargs)
         else:
             kwargs.pop("use_safetensors")
@@ -153,7 +167,7 @@ def load(cls: type[PreTrainedModel], name: str, *args: Any, **kwargs: Any) -> An
     except (SafetensorError, OSError) as error:
         raise InputError(f'The weights in "{name}" are missing, truncated or altered: {first_line(error)}') from error
     model.stack_heads = check_contract(model.base, cls)  # type: ignore[arg-type]  # every class that is opened so is a MultiHeadLM
-    if quantization is not None:
+    if quantization is not None and config.quantization is None:
         quantize(model, quantization)
     table = _find(name, TABLE_FILE)
     if table is not None:
@@ -223,8 +237,28 @@ def _load_full(cls: type[PreTrainedModel], name: str, config: DynaMoConfig, *arg
     return model
 
 
+def _load_rounded(cls: type[PreTrainedModel], name: str, config: DynaMoConfig, dtype: str | torch.dtype) -> Any:
+    """A full folder with rounded weights; its other tensors take the dtype."""
+    file = _find(name, ROUNDED_FILE)
+    if file is None:
+        raise InputError(f'"{name}" has no {ROUNDED_FILE}; copy the folder again.')
+    model: Any = cls(config)
+    lay_out(model)
+    tensors, expected = load_file(file), stored_tensors(model)
+    if tensors.keys() != expected.keys() or any(tensors[key].shape != expected[key].shape for key in tensors):
+        raise InputError(f'"{name}/{ROUNDED_FILE}" does not hold the model that its config.json describes.')
+    model.load_state_dict(tensors, strict=False)
+    given = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    model.to(config.dtype or torch.float32 if given == "auto" else given)
+    if _find(name, "generation_config.json") is not None:
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model.eval()
+
+
 def _load_heads(cls: type[PreTrainedModel], name: str, config: DynaMoConfig, base: PreTrainedModel) -> Any:
     model: Any = cls(config, base)
+    if config.quantization is not None:
+        lay_out(model)
     file = _find(name, HEADS_FILE)
     if file is None:
         raise InputError(f'"{name}" has no {HEADS_FILE}; copy the folder again.')

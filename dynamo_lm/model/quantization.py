@@ -27,5 +27,10 @@ def quantize(model: Any, weights: str) -> None:
     check_quantization(weights)
     if model.config.quantization is not None:
         raise InputError(f"The weights are {model.config.quantization} already; open the model as it was before.")
-    quantize_modules(model, FORMATS[weights])
     model.config.quantization = weights
+    lay_out(model)
+
+
+def lay_out(model: Any) -> None:
+    """Round the weights of a model to the format that its configuration names."""
+    quantize_modules(model, FORMATS[model.config.quantization])
