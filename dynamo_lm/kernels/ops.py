@@ -6,6 +6,7 @@ would.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ MAX_DIMS = 8
 
 def register() -> None:
     """Register shapes for torch's tracers and the refusal of gradients, once the ops themselves are loaded."""
-    fakes = {
+    fakes: dict[str, Callable[..., Tensor]] = {
         "skinny_matmul": _skinny_matmul,
         "quantized_matmul": _quantized_matmul,
         "decode_attention": _decode_attention,
