@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module with weights computes."""
-    return execution_device(module) or next(module.parameters()).device
+    return (
+        execution_device(module) or next(chain(module.parameters(), module.buffers())).device
+    )  # rounded weights are buffers
 
 
 @contextmanager

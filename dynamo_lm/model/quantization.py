@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dynamo_lm.backbone.offloading import is_hooked
 from dynamo_lm.errors import InputError
 from dynamo_lm.kernels.quantized import FORMATS, quantize_modules
 
@@ -22,11 +23,13 @@ def quantize(model: Any, weights: str) -> None:
         weights: "int8" or "int4".
 
     Raises:
-        InputError: another format, or a model that is quantised already.
+        InputError: another format, a model that is quantised already, or a base that accelerate moves.
     """
     check_quantization(weights)
     if model.config.quantization is not None:
         raise InputError(f"The weights are {model.config.quantization} already; open the model as it was before.")
+    if is_hooked(model.base):
+        raise InputError("The base is spread over devices or offloaded; open it whole, without device_map, to round it.")
     model.config.quantization = weights
     lay_out(model)
 
