@@ -152,7 +152,7 @@ class _Quantized(nn.Module):
         self.shape = weight.shape
 
 
-class QuantizedLinear(_Quantized, nn.Linear):
+class QuantizedLinear(_Quantized, nn.Linear):  # type: ignore[misc]  # its weight is no tensor
     """A linear layer with such a weight, for any number of rows."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class QuantizedLinear(_Quantized, nn.Linear):
         return _quantized(short, self.weight.select(ids))
 
 
-class QuantizedEmbedding(_Quantized, nn.Embedding):
+class QuantizedEmbedding(_Quantized, nn.Embedding):  # type: ignore[misc]  # its weight is no tensor
     """An embedding with such a weight."""
 
     def forward(self, ids: Tensor) -> Tensor:
