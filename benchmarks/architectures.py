@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -40,17 +41,13 @@ _gemma = _dense | _turns | {"head_dim": 16}
 _by_layer = {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16}
 SMALL: dict[str, dict[str, Any]] = {  # configurations of types whose default one does not make sense with fewer layers
     "codegen": {"vocab_size": 512, "n_embd": 64, "n_layer": 3, "n_head": 4, "rotary_dim": 8, "n_positions": 256},
-    "dbrx": {
-        **{"vocab_size": 512, "d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 256},
-        "attn_config": {"kv_n_heads": 2},
-        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
-    },
     "deepseek_v2": _dense | _latent | _routed | {"num_key_value_heads": 4, "head_dim": 8, "first_k_dense_replace": 1},
     "dots1": _dense | _routed | {"num_key_value_heads": 4, "head_dim": 16, "layer_types": ["full_attention"] * 3},
     "gemma3n_text": _gemma
     | _by_layer
     | {"intermediate_size": [96] * 4, "num_kv_shared_layers": 0, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4},
     "gemma4_text": _gemma | _by_layer | {"global_head_dim": 16},
+    "gemma4_unified": {"text_config": _gemma | {"global_head_dim": 16}},
     "gemma4_unified_text": _gemma | {"global_head_dim": 16},
     "granitemoehybrid": _dense | {"layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 96},
     "helium": _dense | {"num_key_value_heads": 4, "head_dim": 16},
@@ -161,30 +158,29 @@ def tiny(name: str) -> PreTrainedModel:
 
 
 def page(content: dict[str, Any]) -> str:
-    """The table as Markdown."""
-    counts: dict[str, int] = {}
-    for each in content["architectures"].values():
-        counts[each["outcome"]] = counts.get(each["outcome"], 0) + 1
+    """The results as Markdown: names by outcome, refusals and faults by reason."""
+    names: dict[str, dict[str, list[str]]] = {"right": {}, "wrong": {}, "refused": {}, "not tried": {}}
+    for name, each in content["architectures"].items():
+        reason = "" if each["outcome"] == "not tried" else each["reason"].replace(each["class"], "it").replace("\n", " ")
+        names[each["outcome"]].setdefault(reason, []).append(name)
     lines = [
         "# Architectures",
         "",
-        "Every model type that transformers opens as a causal language model, on a tiny random model of its default",
-        f"configuration (`{content['command']}`, transformers {content['transformers']}, torch {content['torch']}).",
+        "Every model type that transformers opens as a causal language model, on a tiny random model of its configuration:",
+        f"`{content['command']}`, transformers {content['transformers']}, torch {content['torch']}.",
         "",
-        "* right: strict greedy text equals the base's own `generate`, for two prompts alone and three in a padded",
-        "  batch, before and after saving and loading.",
-        "* wrong: a text differs, or an exception is raised.",
-        "* refused: `from_base` says why. Bases whose code ignores masks, positions or the cache are found by trying it.",
-        "* not tried: transformers makes no small model of the default configuration.",
-        "",
-        ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) + ".",
-        "",
-        "| model type | class | outcome | reason |",
-        "|---|---|---|---|",
+        "* Right: strict greedy text equals the base's own `generate`, for prompts alone and three in a padded batch,",
+        "  before and after saving and loading.",
+        "* Refused: `from_base` says why. Bases whose code ignores masks, positions or the cache are found by trying it.",
+        "* Not tried: transformers makes no small model of the default configuration.",
     ]
-    for name, each in content["architectures"].items():
-        reason = each["reason"].replace("|", "/").replace("\n", " ")
-        lines.append(f"| {name} | {each['class']} | {each['outcome']} | {reason} |")
+    for outcome, reasons in names.items():
+        if not reasons:
+            continue
+        lines += ["", f"## {outcome.capitalize()}: {sum(map(len, reasons.values()))}", ""]
+        for reason, group in sorted(reasons.items()):
+            text = ", ".join(group) + (f": {reason}" if reason else "")
+            lines += textwrap.wrap("* " + text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
@@ -140,6 +141,30 @@ def test_processors_see_what_the_bases_generate_shows_them(model, name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sample", [False, True])
+def test_logits_that_are_not_numbers_are_refused(model, sample):
+    def spoil(ids, scores):
+        return scores.masked_fill(torch.arange(scores.shape[1]) == 50, math.nan)
+
+    with pytest.raises(InputError, match="not numbers"):
+        model.generate(IDS, logits_processor=LogitsProcessorList([spoil]), **COMMON | {"do_sample": sample})
+
+
+def test_processors_that_forbid_every_token_are_refused_where_tokens_are_drawn(model):
+    def forbid(ids, scores):
+        return torch.full_like(scores, -math.inf)
+
+    with pytest.raises(InputError, match="forbid every token"):
+        model.generate(IDS, logits_processor=LogitsProcessorList([forbid]), **COMMON | {"do_sample": True})
+    same_as_the_base(model, logits_processor=LogitsProcessorList([forbid]))
+
+
+@pytest.mark.parametrize(("prompts", "says"), [([[5, 6]], "a list"), (torch.tensor([5, 6]), r"shape \(2,\)")])
+def test_prompts_that_are_no_rows_of_ids_are_refused(model, prompts, says):
+    with pytest.raises(InputError, match=says):
+        model.generate(prompts, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("ignored", [6, torch.tensor([6, 6, 6]), torch.tensor([4, 0, 6])], ids=str)
 def test_a_repetition_penalty_ignores_as_much_of_each_row_as_it_was_told(model, ignored):
     def penalty():

@@ -253,6 +253,11 @@ REFUSED = [
     ({"num_heads": 4}, 400, "num_heads"),
     ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
     ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+    ({"min_p": 0.1}, 400, "min_p"),  # other servers' fields
+    ({"min_tokens": 5}, 400, "min_tokens"),
+    ({"ignore_eos": True}, 400, "ignore_eos"),
+    ({"stop_token_ids": [7]}, 400, "stop_token_ids"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format"),
     ({"suffix": "x"}, 400, "suffix"),
     ({"best_of": 2}, 400, "best_of"),
     ({"stream_options": {"include_usage": True}}, 400, "stream"),
@@ -267,6 +272,12 @@ def test_what_cannot_be_done_is_one_sentence_in_openais_form(served, changed, st
     assert answer.status_code == status and says in error["message"], error
     assert error.keys() == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert "\n" not in error["message"]
+
+
+def test_fields_of_other_servers_that_change_nothing_are_taken(served):
+    nothing = {"min_p": 0, "min_tokens": 0, "ignore_eos": False, "stop_token_ids": [], "logit_bias": {}}
+    answer = served.post("/v1/completions", json={**GREEDY, "prompt": "a", "max_tokens": 2, **nothing})
+    assert answer.status_code == 200
 
 
 @pytest.mark.parametrize(

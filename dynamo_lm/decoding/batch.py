@@ -43,7 +43,7 @@ from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.decoding.sequence import SequenceState
 from dynamo_lm.decoding.sequential import SequentialDrafter
 from dynamo_lm.decoding.statistics import Statistics
-from dynamo_lm.decoding.verification import accept_greedy, accept_sampled, accept_synthetic, accept_tree
+from dynamo_lm.decoding.verification import accept_greedy, accept_sampled, accept_synthetic, accept_tree, check_logits
 from dynamo_lm.errors import InputError
 from dynamo_lm.sampling.algorithm1 import draw_from
 from dynamo_lm.sampling.drafting import draft_from
@@ -312,6 +312,7 @@ class Batch:
             return _Verified([], [], list(range(1, len(drafts) + 1)), len(drafts))
         options = sequence.options
         processed, budgets = sequence.process_logits(logits, first), sequence.regret_budgets
+        check_logits(processed[: len(drafts) + 1], sample=options.sample)
         if options.synthetic_acceptance is not None:
             verification = accept_synthetic(processed, drafts, options.synthetic_acceptance, sequence.generator)
         elif options.sample:

@@ -107,6 +107,9 @@ def generate(
             raise InputError("stop_strings need the tokenizer: pass tokenizer=... to generate.")
         criteria.append(StopStringCriteria(tokenizer, stop_strings))
     ids = inputs if inputs is not None else kwargs.get("input_ids")
+    if ids is not None and not (isinstance(ids, Tensor) and ids.ndim == 2):
+        form = f"of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise InputError(f"The prompts are {form}; give token ids as a tensor of shape (rows, length).")
     if ids is not None and ids.shape[-1] == 0:
         raise InputError("The prompt is empty; give at least one token.")
     context = context_limit(model.config)

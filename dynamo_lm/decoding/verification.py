@@ -16,9 +16,11 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dynamo_lm.errors import InputError
 from dynamo_lm.kernels import loader
 
 Proposal = tuple[Tensor, Tensor]  # distinct candidate ids (k,) int64 and their probabilities (k,); contiguous, on the CPU
@@ -88,6 +90,25 @@ def accept_tree(
         costs.append(cost)
         at = chosen
     return Verification(len(path), best[at], costs, path)
+
+
+def check_logits(logits: Tensor, *, sample: bool) -> None:
+    """Refuse logits that no token can be chosen from: a text of arbitrary tokens would follow.
+
+    Args:
+        logits: what tokens are chosen from, (positions, vocabulary).
+        sample: whether tokens are drawn; transformers takes the first token where all are forbidden and none is drawn.
+
+    Raises:
+        InputError: a logit is not a number, or with `sample` all are minus infinity.
+    """
+    highest = logits.numpy().max(-1)  # NaN where any is
+    if np.isnan(highest).any():
+        raise InputError(
+            "The logits are not numbers (NaN); the weights are damaged, or the model needs bfloat16 or float32."
+        )
+    if sample and np.isneginf(highest).any():
+        raise InputError("Logits processors forbid every token, so none can be drawn; allow at least one.")
 
 
 def accept_sampled(

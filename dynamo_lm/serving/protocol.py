@@ -109,6 +109,10 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None  # one more chunk, with the tokens counted
 
 
+class ResponseFormat(BaseModel):
+    type: Literal["text"]
+
+
 class Request(BaseModel):
     """What completions and chats have in common. None is the same as no value at all."""
 
@@ -131,10 +135,19 @@ class Request(BaseModel):
     top_k: Annotated[int, Field(ge=1, le=1000)] | None = None
     repetition_penalty: Annotated[Finite, Field(ge=0.1, le=10)] | None = None
 
-    # Not supported: refused if set to a value that would change the text
+    # Not supported, some of them other servers': refused if set to a value that would change the text
     presence_penalty: Finite | None = None
     frequency_penalty: Finite | None = None
     logit_bias: dict[str, float] | None = None
+    min_p: Finite | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    no_repeat_ngram_size: int | None = None
+    grammar: str | None = None
+    structured_outputs: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
 
 
 class CompletionRequest(Request):
@@ -167,10 +180,6 @@ class Message(BaseModel):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ResponseFormat(BaseModel):
-    type: Literal["text"]
-
-
 class ChatRequest(Request):
     """POST /v1/chat/completions"""
 
@@ -178,7 +187,6 @@ class ChatRequest(Request):
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: ResponseFormat | None = None
     tools: list[Any] | None = None
     functions: list[Any] | None = None
 

@@ -28,6 +28,10 @@ from dynamo_lm.serving.token_text import Vocabulary
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; chats may fill what is left
 MAX_TOP_K = 100  # under "off": grids grow with a power of it, and everybody waits for a step
 TOO_LONG = "context_length_exceeded"
+UNSUPPORTED = (
+    *("logit_bias", "min_p", "min_tokens", "ignore_eos", "stop_token_ids", "bad_words", "no_repeat_ngram_size", "grammar"),
+    "structured_outputs",
+)
 
 
 @dataclass(frozen=True)
@@ -255,8 +259,11 @@ def _offsets(tokenizer: Any, text: str, count: int) -> list[int]:
 
 def refuse_unsupported(request: Request) -> None:
     """Raises APIError for what would change the text and is not supported."""
-    for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
+    for name in ("presence_penalty", "frequency_penalty"):
         if getattr(request, name):
             raise APIError(400, f"{name} is not supported; leave it out, or see repetition_penalty.", param=name)
+    for name in UNSUPPORTED:
+        if getattr(request, name):
+            raise APIError(400, f"{name} is not supported; leave it out.", param=name)
     if request.stream_options is not None and not request.stream:
         raise APIError(400, "stream_options goes with stream: true.", param="stream_options")
