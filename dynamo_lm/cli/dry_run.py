@@ -55,7 +55,8 @@ def _print_description(base: str, facts: dict[str, Any]) -> None:
     parts = ", ".join(f"{name} {_bytes(value)}" for name, value in memory.items() if name != "total")
     print(f"memory      about {_bytes(memory['total'])} (an estimate): {parts}")
     passes = facts["options"]["accumulation"]
-    print(f"            a step is {passes} forward and backward passes (--accumulation); more need less memory")
+    less = "; more need less memory" if passes < facts["options"]["batch_size"] else ""
+    print(f"            a step is {passes} forward and backward passes (--accumulation){less}")
     if "training_tokens" not in facts:
         print(
             f"steps       of {facts['tokens_per_step']:,} tokens; name the text with --data to know how many, and how long"

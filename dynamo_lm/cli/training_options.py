@@ -137,11 +137,11 @@ class LengthOptions(ScheduleOptions):
         "Tokens a block. Default: 512 (2048 with a preset), or the model's context if shorter.",
     ] = None
     batch_size: Annotated[int | None, "Blocks per step. Default: 16 (64 with a preset)."] = None
-    accumulation: Annotated[  # type: ignore[assignment]  # None: the command decides by memory
+    accumulation: Annotated[
         int | None,
         "Forward passes a step is split into, for less memory and, but for rounding, the same result. Default: the fewest "
         "that keep the activations of a pass below 1 GB, or that fit a GPU.",
-    ] = None
+    ] = None  # type: ignore[assignment]  # the command decides by memory
     steps: Annotated[int | None, "Number of optimizer steps."] = None
     epochs: Annotated[float | None, "Passes over the text, instead of --steps. Default: 1."] = None
 

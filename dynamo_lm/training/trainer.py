@@ -81,6 +81,11 @@ def train(
                 raise _StoppedInStep
             report_part(steps)
 
+        def save(steps: int) -> None:
+            save_checkpoint(folder, steps, model, optimization.optimizer, options)
+            if features is not None:
+                features.save()
+
         report_part(start)
         for step in range(start, options.steps):
             began = time.perf_counter()
@@ -91,7 +96,7 @@ def train(
                 optimization.discard()
                 set_random_state(random, model.device)
                 if step > saved:
-                    save_checkpoint(folder, step, model, optimization.optimizer, options)
+                    save(step)
                 raise KeyboardInterrupt from None
             if not taken.finite:
                 raise InputError(
@@ -113,10 +118,8 @@ def train(
             report(progress)
             interrupted = bool(stopped)  # read once: a Ctrl-C from here on waits for the next step's checkpoint
             if schedule.due(step + 1, time.monotonic()) or done or interrupted:
-                save_checkpoint(folder, step + 1, model, optimization.optimizer, options)
+                save(step + 1)
                 saved = step + 1
-                if features is not None:
-                    features.save()
             if interrupted:
                 raise KeyboardInterrupt
     model.eval()
