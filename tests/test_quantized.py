@@ -220,6 +220,13 @@ def test_an_embedding_that_multiplies_by_a_factor_keeps_it():
     torch.testing.assert_close(base.get_input_embeddings()(ids), before, atol=before.abs().max().item() / 100, rtol=0)
 
 
+def test_output_embeddings_keep_eight_bits():
+    base = base_of("llama")
+    quantize_modules(base, 4)
+    assert base.get_output_embeddings().weight.bits == 8
+    assert {m.weight.bits for m in base.model.modules() if isinstance(m, QuantizedLinear)} == {4}
+
+
 def test_layers_that_groups_of_32_do_not_fit_stay_as_they_are():
     both = nn.Sequential(nn.Linear(48, 32), nn.Linear(32, 48))
     quantize_modules(both, 4)

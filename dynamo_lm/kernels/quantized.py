@@ -187,16 +187,18 @@ def _quantized(layer: nn.Linear, weight: QuantizedWeight) -> QuantizedLinear:
 def quantize_modules(model: nn.Module, bits: int) -> None:
     """Replace the linear layers of a model, and embeddings that share their weights, in place; no gradients from here on.
 
-    Layers whose inner size is not a multiple of 32 stay as they are.
+    Output embeddings, and what shares their weights, have 8 bits at least, which quality needs (LOG.md). Layers whose inner
+    size is not a multiple of 32 stay as they are.
     """
     model.requires_grad_(False)
+    vocabulary = max((module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)), default=0)
     made: dict[int, QuantizedWeight] = {}  # by the identity of the float weight, so that what is shared stays so
     kept: list[Tensor] = []  # alive, so that no identity is used again
     for layer in list(_linear_layers(model)):
         kept.append(layer.weight)
-        weight = made.setdefault(id(layer.weight), None) or QuantizedWeight.of(layer.weight, bits)  # type: ignore[arg-type]
-        made[id(layer.weight)] = weight
-        _quantized(layer, weight)
+        if id(layer.weight) not in made:
+            made[id(layer.weight)] = QuantizedWeight.of(layer.weight, 8 if layer.out_features == vocabulary else bits)
+        _quantized(layer, made[id(layer.weight)])
     for module in list(model.modules()):
         if isinstance(module, nn.Embedding) and not isinstance(module, _Quantized) and id(module.weight) in made:
             weight, kind = made[id(module.weight)], type(module)
