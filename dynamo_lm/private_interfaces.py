@@ -1,8 +1,8 @@
 """Every interface of torch and transformers that the package uses and that they do not document, in one place.
 
-Checked on torch 2.13.0 and on transformers 5.23.0 and 5.24.0. The upper bounds in pyproject.toml exclude what did not exist
-then (torch 2.16, transformers 5.25); raise them after running the tests. torch is imported inside the functions, because
-its compiler takes a second to import.
+Checked on torch 2.10.0, 2.13.0 and 2.14.1 and on transformers 5.16.0, 5.23.0 and 5.24.0. The upper bounds in pyproject.toml
+exclude what was not run then (torch 2.15, transformers 5.25); raise them after running the tests. torch is imported inside
+the functions, because its compiler takes a second to import.
 
 Hooks that transformers' own models override (`_init_weights`, `_tied_weights_keys`, `_supports_sdpa`, ...) stay with the
 model's class, and so does `_modules`, which shallow copies of `torch.nn` modules are made with.
