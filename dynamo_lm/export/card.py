@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 
 from dynamo_lm.export.forms import READERS
@@ -45,19 +46,25 @@ def card(model: DynaMoForCausalLM, form: str, commands: dict[str, str]) -> str:
     vocabulary = f"{count:,} of the base's {config.vocab_size:,} tokens" if count else "any of the base's tokens"
     shown = "\n\n".join(f"{program}:\n\n```bash\n{command}\n```" for program, command in commands.items())
     contents = "the head and a copy of the base" if form == "mtp" else "the head alone"
+    reads = "read" if " and " in READERS[form][0] else "reads"
+    says = (
+        f"One decoder layer that reads the states of three layers of {base} and drafts the next tokens one after another. "
+        f"It was trained to draft {drafts} a step, from {vocabulary}. The base verifies every draft, so greedy text is the "
+        "base's own text up to rounding, and sampled text has the base's distribution."
+    )
+    holds = (
+        f"The folder holds {contents}, in the form that {READERS[form][0]} {reads}. The head belongs to this base alone "
+        f"(fingerprint {config.base_fingerprint}): with other weights, a fine-tuned copy among them, it drafts worse."
+    )
     return f"""---
 tags: [eagle3, speculative-decoding]
 {hub_id}---
 
 # An EAGLE-3 head for {base}
 
-One decoder layer that reads the states of three layers of {base} and drafts the next tokens one after another. It was
-trained to draft {drafts} a step, from {vocabulary}. The base verifies every draft, so greedy text is the base's own text up
-to rounding, and sampled text has the base's distribution.
+{textwrap.fill(says, 118)}
 
-The folder holds {contents}, in the form that {READERS[form][0]} read{"" if " and " in READERS[form][0] else "s"}. The head
-belongs to this base alone (fingerprint {config.base_fingerprint}): with other weights, a fine-tuned copy among them, it
-drafts worse.
+{textwrap.fill(holds, 118)}
 
 {shown}
 

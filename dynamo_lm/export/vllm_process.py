@@ -21,7 +21,7 @@ def texts(
     Raises:
         RuntimeError: vLLM ends with an error; the last line that it says is quoted.
     """
-    request = {"base": base, "draft": draft, "draft_tokens": draft_tokens}
+    request: dict[str, Any] = {"base": base, "draft": draft, "draft_tokens": draft_tokens}
     request |= {"prompts": [list(prompt) for prompt in prompts], "max_tokens": max_new_tokens}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-m", "dynamo_lm.export.vllm_process"]
