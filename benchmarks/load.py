@@ -77,13 +77,14 @@ class Server:
 
     def requests(self) -> list[dict[str, Any]]:
         """What its log says of requests."""
-        lines = [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
-        return [line for line in lines if line["event"] == "request" and line["path"].startswith("/v1")]
+        return [line for line in self._lines() if line["event"] == "request" and line["path"].startswith("/v1")]
 
     def violations(self) -> list[str]:
         """What its audits found wrong."""
-        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
-        return [sentence for line in lines if line["event"] == "audit" for sentence in line["violations"]]
+        return [sentence for line in self._lines() if line["event"] == "audit" for sentence in line["violations"]]
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text(encoding="utf-8").split("\n") if line]
 
 
 def clients(server: Server, number: int, seconds: float, folder: Path) -> subprocess.Popen:

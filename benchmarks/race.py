@@ -17,7 +17,7 @@ import typer
 from dynamo_lm.bench.options import PromptOptions, RaceOptions
 from dynamo_lm.cli.bench import show
 from dynamo_lm.cli.dataclass_options import dataclass_options
-from dynamo_lm.cli.options import Json, Model, ModelOptions, Out
+from dynamo_lm.cli.options import Json, Model, ModelOptions
 from dynamo_lm.errors import InputError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def main(
     other: OtherOptions,
     compute: ModelOptions,
     profile: Annotated[bool, "Where a step's time goes, too."] = False,
-    out: Out = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results, which `report` reads.")] = None,
     json: Json = False,
 ) -> None:
     """Race a model against everything else that decodes the same weights."""

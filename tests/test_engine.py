@@ -298,7 +298,7 @@ def test_reading_all_heads_together_changes_no_token(changes, dtype, monkeypatch
     prompts = random_tokens(1, 9).tolist()
     texts, widths = [], []
     monkeypatch.setattr(candidates, "HUGE", 0)
-    for rule in (lambda *states, known: False, candidates._pays_together):
+    for rule in (lambda *states, one_place: False, candidates._pays_together):
         monkeypatch.setattr(candidates, "_pays_together", rule)
         readout = DynaMoForCausalLM.readout
 

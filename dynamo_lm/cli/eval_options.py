@@ -116,7 +116,7 @@ class WindowOptions:
             InputError: the text is shorter than a window that the user asked for; a default window gets a warning instead.
         """
         from dynamo_lm.cli.progress import bar, console
-        from dynamo_lm.evaluation.perplexity.scoring import measure
+        from dynamo_lm.evaluation.perplexity.scoring import check_text, measure
 
         documents = text.read(tokenizer)
         if documents.tokens < options.window:
@@ -124,6 +124,7 @@ class WindowOptions:
             if self.window is not None:
                 raise InputError(f"{few}; give more text or a smaller --window.")
             console().print(f"{few}: its perplexities are uncertain.", soft_wrap=True)
+        check_text(network, documents, options)
         with bar("scoring", documents.tokens - len(documents.documents)) as progress:
             return measure(network, documents, options, progress=progress)
 

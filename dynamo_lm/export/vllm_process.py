@@ -25,7 +25,7 @@ def texts(
     request |= {"prompts": [list(prompt) for prompt in prompts], "max_tokens": max_new_tokens}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-m", "dynamo_lm.export.vllm_process"]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, encoding="utf-8", env=environment)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["vLLM ended"])[-1])
     answer = json.loads(done.stdout.strip().splitlines()[-1])

@@ -288,15 +288,8 @@ def windows(lengths: Sequence[int], window: int, stride: int) -> list[Window]:
     return result
 
 
-@torch.inference_mode()
-def measure(
-    model: DynaMoForCausalLM, text: Text, options: Options, *, progress: Callable[[int], None] = lambda tokens: None
-) -> Measured:
-    """Scores the text; `progress` is called with the number of positions done.
-
-    Raises:
-        InputError: no document longer than the number of heads, or one with tokens the model does not have.
-    """
+def check_text(model: DynaMoForCausalLM, text: Text, options: Options) -> None:
+    """Raise InputError if no document is longer than the number of heads, or if one has tokens that the model lacks."""
     n, lengths = options.num_heads, [len(document) for document in text.documents]
     if max(lengths) <= n:
         raise InputError(
@@ -304,6 +297,19 @@ def measure(
         )
     if max(int(document.max()) for document in text.documents) >= model.config.vocab_size:
         raise InputError("The text has tokens beyond the model's vocabulary; use the model's own tokenizer.")
+
+
+@torch.inference_mode()
+def measure(
+    model: DynaMoForCausalLM, text: Text, options: Options, *, progress: Callable[[int], None] = lambda tokens: None
+) -> Measured:
+    """Scores the text; `progress` is called with the number of positions done.
+
+    Raises:
+        InputError: see `check_text`.
+    """
+    check_text(model, text, options)
+    n, lengths = options.num_heads, [len(document) for document in text.documents]
     table = model.cooccurrence.to("cpu") if options.masked and model.cooccurrence is not None else None
     mask = Mask(table, options.algorithm.alpha_c, options.smoothing) if table is not None else None
     # Per document (n, length): log-probability of head i's target after each position; NaN where there is none.
