@@ -69,8 +69,9 @@ def export(
         model, tokenizer=files.tokenizer, dtype=files.dtype, device="cpu", base=files.base
     )
     if not files.check_only:
-        sources = {"base_gguf": files.base_gguf, "with_base": files.with_base}
-        commands = write(network, model, tokenizer, files.to, files.out, **sources)
+        commands = write(
+            network, model, tokenizer, files.to, files.out, base_gguf=files.base_gguf, with_base=files.with_base
+        )
         print(f"{files.out}: written; serve it with:")
         for program, command in commands.items():
             print(f"{program}:\n{textwrap.indent(command, '  ')}")

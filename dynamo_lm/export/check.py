@@ -147,7 +147,8 @@ def _likeliest(model: DynaMoForCausalLM, state: Tensor) -> Tensor:
 
 def _llama_cpp(model: DynaMoForCausalLM, out: Path, prompts: list[list[int]], base_gguf: Path | None) -> Written:
     longest = max(len(prompt) for prompt in prompts) + TOKENS + 64
-    texts, accepted = [], 0
+    texts: list[list[list[int]]] = []
+    accepted = 0
     for draft in (None, str(out / DRAFT_GGUF)):
         engine = LlamaCpp(
             str(base_gguf),
@@ -170,7 +171,7 @@ def _llama_cpp(model: DynaMoForCausalLM, out: Path, prompts: list[list[int]], ba
 def _transformers(model: DynaMoForCausalLM, out: Path, prompts: list[list[int]], base_gguf: Path | None) -> Written:
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype="auto")
+    network: Any = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype="auto")
     steps: list[int] = []
     network.register_forward_hook(lambda *_: steps.append(1))
     greedy: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

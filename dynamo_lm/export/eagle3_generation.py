@@ -42,7 +42,10 @@ class Eagle3Candidates(CandidateGenerator):
         self.model, self.options, self.processor = model, generation_config, logits_processor
         self.cache = DraftCache()
 
-    def get_candidates(
+    def update_candidate_strategy(self, *_: Any) -> None:
+        """The number of drafts stays as it is; transformers 5.16 wants this method."""
+
+    def get_candidates(  # type: ignore[override]  # transformers itself hands these arguments over by name
         self, input_ids: Tensor, model_outputs: Any = None, is_first_iteration: bool = False, **_: Any
     ) -> tuple[Tensor, Tensor | None]:
         """input_ids: (1, tokens), all of them verified; the last one has not been read by the base."""
