@@ -14,7 +14,7 @@ from dynamo_lm.report.columns import fit
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *(p for top in ("docs", "results", "dynamo_lm") for p in (ROOT / top).rglob("*.md"))]
+    [*ROOT.glob("*.md"), *(p for top in ("docs", "results", "dynamo_lm", "models") for p in (ROOT / top).rglob("*.md"))]
 )
 GUIDES = [path for path in DOCUMENTS if path.parent in (ROOT, ROOT / "docs") and path.name != "LOG.md"]
 
