@@ -164,6 +164,8 @@ def test_what_cannot_be_exported_says_so(base_folder, tokenizer, tmp_path, capsy
         export(eagle(base_folder), "mine", tokenizer, "onnx", out)
     with pytest.raises(InputError, match='--with-base is "q4"; give f32, bf16, f16, q8_0'):
         export(eagle(base_folder), "mine", tokenizer, "gguf", out, with_base="q4")
+    with pytest.raises(InputError, match="--draft-precision is for --to gguf, and --to is eagle3"):
+        export(eagle(base_folder), "mine", tokenizer, "eagle3", out, draft_precision="f16")
     with pytest.raises(InputError, match="--with-base is for --to gguf, and --to is mtp"):
         export(eagle(base_folder), "mine", tokenizer, "mtp", out, with_base="f16")
     with pytest.raises(InputError, match="leaves out 3 bytes or special tokens, such as '<unk>'"):
@@ -185,6 +187,16 @@ def test_what_cannot_be_exported_says_so(base_folder, tokenizer, tmp_path, capsy
     assert main(["export", str(tmp_path / "heads"), "--to", "gguf", "--out", str(tmp_path / "new")]) == 2
     assert 'install it with: pip install "dynamo-lm[bench]"' in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("precision", "kind"), [(None, "F32"), ("f16", "F16"), ("q8_0", "Q8_0")])
+def test_the_matrices_of_the_draft_have_the_precision_that_is_asked_for(base_folder, tokenizer, tmp_path, precision, kind):
+    gguf = pytest.importorskip("gguf")
+    export(eagle(base_folder), "heads", tokenizer, "gguf", tmp_path / "out", draft_precision=precision)
+    read = gguf.GGUFReader(tmp_path / "out/draft.gguf")
+    assert {tensor.tensor_type.name for tensor in read.tensors if len(tensor.shape) > 1 and tensor.shape[0] % 32 == 0} == {
+        kind
+    }
 
 
 def test_the_gguf_file_has_the_keys_that_llama_cpp_reads(base_folder, tokenizer, tmp_path):

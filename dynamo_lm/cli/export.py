@@ -32,6 +32,10 @@ class ExportOptions:
         str | None,
         typer.Option(metavar="PRECISION", help="With --to gguf: write the base, too, as f32, bf16, f16 or q8_0."),
     ] = None
+    draft_precision: Annotated[
+        str | None,
+        typer.Option(metavar="PRECISION", help="With --to gguf: of the head's matrices, as above. Default: --dtype."),
+    ] = None
     check: Annotated[
         bool,
         "Then write a few texts with the program that the files are for, and compare text and accepted drafts with the same "
@@ -70,7 +74,14 @@ def export(
     )
     if not files.check_only:
         commands = write(
-            network, model, tokenizer, files.to, files.out, base_gguf=files.base_gguf, with_base=files.with_base
+            network,
+            model,
+            tokenizer,
+            files.to,
+            files.out,
+            base_gguf=files.base_gguf,
+            with_base=files.with_base,
+            draft_precision=files.draft_precision,
         )
         print(f"{files.out}: written; serve it with:")
         for program, command in commands.items():

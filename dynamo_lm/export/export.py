@@ -28,6 +28,7 @@ def export(
     *,
     base_gguf: Path | None = None,
     with_base: str | None = None,
+    draft_precision: str | None = None,
 ) -> dict[str, str]:
     """Writes the head of `model` into `out`.
 
@@ -36,6 +37,7 @@ def export(
         form: one of `forms.READERS`.
         base_gguf: the base's file, for "gguf": the tokens are copied from it.
         with_base: for "gguf": writes the base, too, in this precision, one of `gguf_tensors.PRECISIONS`.
+        draft_precision: for "gguf": of the head's matrices, one of the same; None for the model's dtype.
 
     Returns:
         The commands that serve it, by program.
@@ -46,12 +48,12 @@ def export(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f'The folder "{out}" is not empty; name another with --out.')
-    check_request(model, name, tokenizer, form, with_base)
+    check_request(model, name, tokenizer, form, {"--with-base": with_base, "--draft-precision": draft_precision})
     commands = serve_commands(model, form, out, out / BASE_GGUF if with_base else base_gguf)
     with atomic_folder(out) as temporary:
         if form == "gguf":
             tokens = _tokens(model, tokenizer, base_gguf)
-            gguf_head.write(model, temporary / DRAFT_GGUF, tokens)
+            gguf_head.write(model, temporary / DRAFT_GGUF, tokens, draft_precision)
             if with_base:
                 gguf_base.write(model.base, temporary / BASE_GGUF, precision=with_base, tokens=tokens)
         elif form == "mtp":
@@ -66,20 +68,25 @@ def export(
     return commands
 
 
-def check_request(model: DynaMoForCausalLM, name: str, tokenizer: Any, form: str, with_base: str | None) -> None:
-    """Refuses what no program would read, and a copy of the base that cannot be written.
+def check_request(model: DynaMoForCausalLM, name: str, tokenizer: Any, form: str, precisions: dict[str, str | None]) -> None:
+    """Refuses what no program would read, and files that cannot be written.
+
+    Args:
+        precisions: of GGUF files, by the option that asks for each.
 
     Raises:
         InputError: with the reason.
     """
     check(model, name, form, tokenizer)
-    if with_base is None:
-        return
-    if form != "gguf":
-        raise InputError(f"--with-base is for --to gguf, and --to is {form}; leave it out.")
-    if with_base not in PRECISIONS:
-        raise InputError(f'--with-base is "{with_base}"; give {", ".join(PRECISIONS)}.')
-    gguf_base.check(model.base)
+    for option, precision in precisions.items():
+        if precision is None:
+            continue
+        if form != "gguf":
+            raise InputError(f"{option} is for --to gguf, and --to is {form}; leave it out.")
+        if precision not in PRECISIONS:
+            raise InputError(f'{option} is "{precision}"; give {", ".join(PRECISIONS)}.')
+    if precisions["--with-base"] is not None:
+        gguf_base.check(model.base)
 
 
 def _tokens(model: DynaMoForCausalLM, tokenizer: Any, base_gguf: Path | None) -> Callable[[Any], None]:

@@ -29,8 +29,8 @@ NAMES = {
 }
 
 
-def write(model: DynaMoForCausalLM, path: Path, tokens: Callable[[Any], None]) -> None:
-    """Writes the head: matrices in its dtype (float32, bfloat16 or float16), vectors in float32.
+def write(model: DynaMoForCausalLM, path: Path, tokens: Callable[[Any], None], precision: str | None = None) -> None:
+    """Writes the head: matrices in `precision`, or in its own dtype (float32, bfloat16, float16), vectors in float32.
 
     Args:
         tokens: adds the base's tokens to a writer; llama.cpp compares them with those of the base's file.
@@ -40,7 +40,7 @@ def write(model: DynaMoForCausalLM, path: Path, tokens: Callable[[Any], None]) -
     """
     import gguf
 
-    config, precision = layer_config(model), BY_DTYPE[model.dtype]
+    config, precision = layer_config(model), precision or BY_DTYPE[model.dtype]
     writer = gguf.GGUFWriter(path, "eagle3")
     writer.add_name(f"eagle3 head for {model.config.base_name or 'a base'}")
     writer.add_context_length(config["max_position_embeddings"])
