@@ -20,18 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
+from benchmarks.smollm2 import answered, opened
 from dynamo_lm import DynaMoForCausalLM
-from dynamo_lm.data.chat_template import encode_chat, end_of_turn
-from dynamo_lm.decoding.batch import Batch
-from dynamo_lm.decoding.settings import resolve
 from dynamo_lm.files import write_text
 from dynamo_lm.jsonl_cache import JsonlLog
-from dynamo_lm.kernels.linear import arrange_for_batches
 from recipes.smollm2.prompts import json_lines
 
-NEW_TOKENS, ROWS, REDRAWS = 384, 16, 10_000
+NEW_TOKENS, REDRAWS = 384, 10_000
 MODES: dict[str, dict[str, Any]] = {
     "strict": {"verify": "strict"},
     "budget 0.05": {"verify": 0.05},
@@ -45,32 +41,18 @@ def answer(
 ) -> dict[int, dict[str, Any]]:
     """The answers of one mode by prompt, of the log and new ones, which are appended to it."""
     done = {record["key"]: record for record in log.records if record["mode"] == mode}
+    asked = [prompt for prompt in prompts if prompt["key"] not in done]
     settings = {**MODES[mode], "temperature": 0.0, "tree": 0}
-    ends = [end_of_turn(tokenizer), tokenizer.eos_token_id]
-    options = resolve(model, settings, max_new_tokens=NEW_TOKENS, end_tokens=ends)
-    encoded = {
-        prompt["key"]: encode_chat(tokenizer, [{"role": "user", "content": prompt["prompt"]}])
-        for prompt in prompts
-        if prompt["key"] not in done
-    }
-    waiting = sorted(encoded, key=lambda key: -len(encoded[key]))
-    batch, began, tokens = Batch(model, model.num_heads), time.monotonic(), 0
-    arrange_for_batches(batch.model, ROWS * model.num_heads)
-    while waiting or batch.running:
-        while waiting and len(batch.running) < ROWS:
-            key = waiting.pop()
-            batch.join(encoded[key], options, seed=key, number=key)
-        for row in batch.step():
-            if not row.finished:
-                continue
-            key, counts = row.number, row.statistics
-            text = tokenizer.decode(row.new_tokens, skip_special_tokens=True)
-            record = {"mode": mode, "key": key, "text": text, "tokens": counts.new_tokens, "steps": counts.forwards}
-            log.append(record)
-            done[key] = record
-            tokens += counts.new_tokens
-            rate = tokens / (time.monotonic() - began)
-            print(f"{mode}: {len(done)} of {len(prompts)} answers, {rate:.0f} tokens/s", flush=True)
+    began, tokens = time.monotonic(), 0
+    for sequence in answered(model, tokenizer, [prompt["prompt"] for prompt in asked], settings, NEW_TOKENS):
+        key, counts = asked[sequence.number]["key"], sequence.statistics
+        text = tokenizer.decode(sequence.new_tokens, skip_special_tokens=True)
+        record = {"mode": mode, "key": key, "text": text, "tokens": counts.new_tokens, "steps": counts.forwards}
+        log.append(record)
+        done[key] = record
+        tokens += counts.new_tokens
+        rate = tokens / (time.monotonic() - began)
+        print(f"{mode}: {len(done)} of {len(prompts)} answers, {rate:.0f} tokens/s", flush=True)
     return done
 
 
@@ -143,9 +125,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    kwargs = {"base": arguments.base} if arguments.base else {}
-    model = DynaMoForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16, **kwargs).eval()
+    model, tokenizer = opened(arguments.model, arguments.base)
     prompts = list(json_lines(arguments.data / "bench" / "ifeval.jsonl"))[: arguments.prompts]
     log = JsonlLog(arguments.answers)
     answers = {mode: answer(model, tokenizer, prompts, mode, log) for mode in arguments.modes}

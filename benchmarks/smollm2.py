@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import AutoTokenizer
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.data.chat_template import encode_chat, end_of_turn
 from dynamo_lm.decoding.batch import Batch
+from dynamo_lm.decoding.sequence import SequenceState
 from dynamo_lm.decoding.settings import resolve
 from dynamo_lm.files import write_text
 from dynamo_lm.kernels.linear import arrange_for_batches
@@ -68,23 +70,37 @@ def contexts(data: Path, tokenizer: Any, lengths: list[int], count: int) -> dict
     return found
 
 
+def opened(name: str, base: str | None, dtype: str = "bfloat16") -> tuple[DynaMoForCausalLM, Any]:
+    """The model in this folder and its tokenizer; base: of heads alone, if it is not where the folder says."""
+    kwargs = {"base": base} if base else {}
+    model = DynaMoForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype), **kwargs).eval()
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+def answered(
+    model: DynaMoForCausalLM, tokenizer: Any, prompts: Sequence[str], settings: dict[str, Any], new_tokens: int
+) -> Iterator[SequenceState]:
+    """One answer of the model to each prompt, as a chat turn, as they end; `number` is the place of its prompt."""
+    ends = [end_of_turn(tokenizer), tokenizer.eos_token_id]
+    options = resolve(model, settings, max_new_tokens=new_tokens, end_tokens=ends)
+    encoded = [encode_chat(tokenizer, [{"role": "user", "content": text}])[-LONGEST:] for text in prompts]
+    waiting = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    batch = Batch(model, options.num_heads)
+    arrange_for_batches(batch.model, ROWS * options.num_heads)
+    while waiting or batch.running:
+        while waiting and len(batch.running) < ROWS:
+            number = waiting.pop()
+            batch.join(encoded[number], options, seed=number, number=number)
+        yield from (sequence for sequence in batch.step() if sequence.finished)
+
+
 def run(
     model: DynaMoForCausalLM, tokenizer: Any, prompts: list[str], *, num_heads: int, temperature: float
 ) -> dict[str, Any]:
     """Tokens and steps of every prompt, and acceptance by head."""
-    ends = [end_of_turn(tokenizer), tokenizer.eos_token_id]
     settings = {"num_heads": num_heads, "temperature": temperature, "verify": "strict", "tree": 0}
-    options = resolve(model, settings, max_new_tokens=NEW_TOKENS, end_tokens=ends)
-    encoded = [encode_chat(tokenizer, [{"role": "user", "content": text}])[-LONGEST:] for text in prompts]
-    waiting = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    batch, rows = Batch(model, num_heads), {}
-    arrange_for_batches(batch.model, ROWS * num_heads)
-    while waiting or batch.running:
-        while waiting and len(batch.running) < ROWS:
-            number = waiting.pop()
-            rows[number] = batch.join(encoded[number], options, seed=number, number=number)
-        batch.step()
-    statistics = [rows[number].statistics for number in range(len(encoded))]
+    answers = sorted(answered(model, tokenizer, prompts, settings, NEW_TOKENS), key=lambda sequence: sequence.number)
+    statistics = [sequence.statistics for sequence in answers]
     tokens = np.array([each.new_tokens for each in statistics], dtype=float)
     steps = np.array([each.forwards for each in statistics], dtype=float)
     draws = np.random.default_rng(0).integers(0, len(tokens), (REDRAWS, len(tokens)))
@@ -137,9 +153,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    kwargs = {"base": arguments.base} if arguments.base else {}
-    model = DynaMoForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype), **kwargs).eval()
+    model, tokenizer = opened(arguments.model, arguments.base, arguments.dtype)
     file = arguments.out / "tokens_per_step.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"new_tokens": NEW_TOKENS, "runs": {}}
     prompts = groups(arguments.data, arguments.held_out, arguments.prompts)
