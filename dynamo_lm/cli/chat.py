@@ -216,10 +216,9 @@ class Session:
             self.interface.note(f"The oldest {turns} not fit into the context any more; this answer was written without.")
         statistics = answer.statistics
         settings = self.conversation.settings
-        if settings.verify == "off" and (settings.temperature or 1.0) <= 1:
-            warning = weak_heads([statistics])
-            if warning is not None:
-                self.interface.note(warning)
+        warning = weak_heads([statistics], verify=settings.verify, temperature=settings.temperature)
+        if warning is not None:
+            self.interface.note(warning)
         if isinstance(self.interface, Terminal):
             rate = statistics.new_tokens / statistics.seconds if statistics.seconds else 0.0
             cost = f"{statistics.tokens_per_step:.2f} tokens per step of at most {statistics.ceiling}, {rate:.0f} tokens/s"

@@ -249,10 +249,9 @@ def _write(
             _print((rest if streaming else text + written.text) + "\n")
         if stats:
             print(sentence(statistics), file=sys.stderr)
-    if arguments["verify"] == "off" and arguments.get("temperature", 1.0) <= 1:
-        warning = weak_heads(output.statistics)
-        if warning is not None:
-            print(f"dynamo-lm: {warning}", file=sys.stderr)
+    warning = weak_heads(output.statistics, verify=arguments["verify"], temperature=arguments.get("temperature"))
+    if warning is not None:
+        print(f"dynamo-lm: {warning}", file=sys.stderr)
 
 
 def numbers(statistics: Statistics) -> dict[str, Any]:
@@ -285,11 +284,16 @@ def sentence(statistics: Statistics) -> str:
     return f"{text}; drafts accepted: {accepted}" if any(statistics.proposed) else text
 
 
-def weak_heads(statistics: Sequence[Statistics]) -> str | None:
+def weak_heads(statistics: Sequence[Statistics], *, verify: Any, temperature: float | None) -> str | None:
     """A warning for texts of --verify off that cost the base more than sampling from it does, or None.
+
+    Args:
+        verify, temperature: what the texts were written with; above temperature 1 the base's own texts cost as much.
 
     The base's own samples at temperature 0.7 cost 0.2 to 0.7 nats per token (SmolLM2-135M-Instruct, 6 prompts).
     """
+    if verify != "off" or (temperature or 0.0) > 1:
+        return None
     scored = sum(text.scored for text in statistics)
     regret = sum(text.regret for text in statistics) / max(1, scored)
     if scored < ENOUGH_TOKENS or regret <= INCOHERENT:
