@@ -128,15 +128,19 @@ class _Readout:
         """Logits of these tokens alone, of any head: (positions, hidden) -> (positions, s)."""
         if head > 1 and self.own and self.model.config.sequential:
             return self.model.sequential_head.lm_head(states)
-        if self.rows is not None and (head == 1 or not self.own):
-            return F.linear(states, self.rows)
+        if (rows := self._rows(head)) is not None:
+            return F.linear(states, rows)
         logits = self.model.readout(states[None], head)[0]
         return logits if self.ids is None else logits[:, self.ids]
 
+    def _rows(self, head: int) -> Tensor | None:
+        """The base's rows where this head reads them."""
+        return self.rows if head == 1 or not self.own else None
+
     def weight(self, head: int) -> Tensor:
         """The output embedding of these tokens, (s, hidden), without gradient."""
-        if self.rows is not None and (head == 1 or not self.own):
-            return self.rows
+        if (rows := self._rows(head)) is not None:
+            return rows
         weight = self.model.output_weight(head).detach()
         return weight if self.ids is None else weight[self.ids]
 
