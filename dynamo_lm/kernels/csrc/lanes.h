@@ -177,6 +177,14 @@ inline AtenTensorHandle empty(const int64_t* sizes, int64_t dims, int32_t dtype)
   return made;
 }
 
+// Uninitialized results of a product with rows `from`, (..., in) -> (..., out).
+inline AtenTensorHandle empty_product(const View& from, int64_t out) {
+  std::array<int64_t, MOST_DIMS> shape;
+  std::copy(from.sizes, from.sizes + from.dims - 1, shape.begin());
+  shape[from.dims - 1] = out;
+  return empty(shape.data(), from.dims, from.dtype);
+}
+
 inline Tensor borrowed(AtenTensorHandle handle) {
   AtenTensorHandle own;
   checked(aoti_torch_new_tensor_handle(handle, &own));

@@ -211,10 +211,7 @@ AtenTensorHandle quantized_matmul(
   }
   if (!from.contiguous()) return quantized_matmul(torch::stable::contiguous(borrowed(x)).get(), weight, scale, bias, out);
   const int64_t rows = from.count() / in;
-  std::array<int64_t, MOST_DIMS> shape;
-  std::copy(from.sizes, from.sizes + from.dims - 1, shape.begin());
-  shape[from.dims - 1] = out;
-  const AtenTensorHandle result = empty(shape.data(), from.dims, from.dtype);
+  const AtenTensorHandle result = empty_product(from, out);
   const View to(result);
   const void* const b = bias ? View(bias).data : nullptr;
   const auto run = [&](auto bits, auto* type) {
