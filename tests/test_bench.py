@@ -20,6 +20,7 @@ from dynamo_lm.bench.prompts import Prompt, batches, fitted
 from dynamo_lm.bench.runners import BenchmarkContext, Output, open_runner
 from dynamo_lm.errors import InputError
 from dynamo_lm.export import gguf_base, llama_cpp
+from dynamo_lm.kernels.quantized import quantize_modules
 
 PROMPTS = [Prompt("a", (5, 6, 7)), Prompt("b", (8, 9, 10, 11))]
 
@@ -173,6 +174,16 @@ def test_a_step_reads_all_weights_but_an_embedding_table_of_its_own():
     assert roofline.weight_bytes(untied) == roofline.weight_bytes(tied) == 4 * weights
     assert roofline.weight_bytes(untied.to(torch.bfloat16)) == 2 * weights
     assert sum(parameter.numel() for parameter in untied.parameters()) == weights + 300 * 32
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rounded_weights_are_read_in_their_bits_and_a_scale_of_two_bytes_for_every_group(bits):
+    layer = (32 * 96 + 32 * 32 + 32 * 64 + 64 * 32) * (bits / 8 + 2 / 32) + 4 * (2 * 64 + 96 + 32 + 64 + 32)
+    output = 304 * 32 * (1 + 2 / 32)  # 8 bits at least; rows in blocks of 16
+    for tied in (False, True):
+        base = neox(tie_word_embeddings=tied)
+        quantize_modules(base, bits)
+        assert roofline.weight_bytes(base) == 3 * layer + 4 * 64 + output
 
 
 def test_a_step_reads_keys_and_values_of_every_layer_and_position():

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from dynamo_lm.kernels.quantized import stored_weights
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 LARGE = 256 * 2**20  # bytes of a tensor that no CPU cache holds
@@ -35,26 +36,19 @@ class Bandwidth:
 def weight_bytes(base: PreTrainedModel) -> int:
     """Bytes of weights that a one-token step must read.
 
-    All parameters of the base but embedding tables, of which a step reads one row; a table that also is the output
+    All weights of the base but embedding tables, of which a step reads one row; a table that also is the output
     embedding is read whole, once. Of a mixture of experts this counts every expert, which is more than a step reads.
     """
     output = base.get_output_embeddings()
-    read_whole = {id(parameter) for parameter in output.parameters()} if output is not None else set()
-    tables = {
-        id(parameter) for module in base.modules() if isinstance(module, nn.Embedding) for parameter in module.parameters()
-    }
-    return sum(
-        parameter.numel() * parameter.element_size()
-        for parameter in base.parameters()  # every shared one once
-        if id(parameter) in read_whole or id(parameter) not in tables
-    )
+    read_whole = set(map(id, stored_weights(output))) if output is not None else set()
+    tables = {id(t) for module in base.modules() if isinstance(module, nn.Embedding) for t in stored_weights(module)}
+    return sum(t.nbytes for t in stored_weights(base) if id(t) in read_whole or id(t) not in tables)
 
 
 def head_bytes(model: DynaMoForCausalLM, num_heads: int) -> int:
     """Bytes of their own weights that heads 2..n add to a step; a shared output embedding read again is not counted."""
-    own = {id(parameter) for parameter in model.base.parameters()}
-    heads = (parameter for head in model.heads[: num_heads - 1] for parameter in head.parameters())
-    return sum(parameter.numel() * parameter.element_size() for parameter in heads if id(parameter) not in own)
+    own = set(map(id, stored_weights(model.base)))
+    return sum(t.nbytes for t in stored_weights(model.heads[: num_heads - 1]) if id(t) not in own)
 
 
 def cache_bytes(base: PreTrainedModel, length: float) -> float:

@@ -23,6 +23,7 @@ from dynamo_lm.backbone.stacked_heads import StackedHeads
 from dynamo_lm.decoding.kv_cache import RaggedKVCache, StaticKVCache
 from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.errors import InputError
+from dynamo_lm.kernels.quantized import stored_weights
 from dynamo_lm.private_interfaces import allow_recompiles, compile_for_cpu, cpp_compiler
 
 MIN_CAPACITY = 256  # slots of the smallest cache; larger ones double
@@ -110,8 +111,7 @@ class CompiledStep:
         self.weight_ids = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self.runs: list[_Run] | None = None  # of the step that is being recorded
         self.graphs: dict[tuple[int, int], _Graph | None] = {}  # by width and capacity; None: through torch
-        layers = decoder_layers(model.base)
-        self.weight_bytes = sum(t.numel() * t.element_size() for t in (*layers.parameters(), *layers.buffers()))
+        self.weight_bytes = sum(tensor.nbytes for tensor in stored_weights(decoder_layers(model.base)))
         self.layout = _layout(model, num_heads)
 
     def prefills_faster(self, prompt: int, width: int) -> bool:

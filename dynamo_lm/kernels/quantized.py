@@ -209,6 +209,12 @@ def quantize_modules(model: nn.Module, bits: int) -> None:
             cast(QuantizedEmbedding, module).hold(weight)
 
 
+def stored_weights(model: nn.Module) -> list[Tensor]:
+    """The tensors that hold a model's weights, every shared one once: parameters, and what rounded layers have instead."""
+    rounded_ones = (t for layer in model.modules() if isinstance(layer, _Quantized) for t in (layer.packed, layer.scale))
+    return list({id(tensor): tensor for tensor in (*model.parameters(), *rounded_ones)}.values())
+
+
 def _linear_layers(model: nn.Module) -> Iterator[nn.Linear]:
     for module in model.modules():
         if type(module) is nn.Linear and not parametrize.is_parametrized(module) and module.in_features % GROUP == 0:
