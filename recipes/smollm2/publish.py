@@ -2,7 +2,8 @@
 
 RUN is the folder of recipes.smollm2.train (RUN/model its heads, RUN/log.jsonl their log). Heads are stored in bfloat16,
 the table without n-grams that occur once, the base as the folder that `make chat` makes. The model card takes its numbers
-from the run and, where it exists, from results/smollm2/tokens_per_step.json.
+from the run and, where it exists, from results/smollm2/tokens_per_step.json. What the run's validations measured goes
+beside that file.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.files import write_text
 from recipes.smollm2.base import HUB_ID
+from recipes.smollm2.prompts import json_lines
 
 BASE = "../../runs/smollm2-135m-instruct"  # seen from the folder that ships
 RESULTS = Path("results/smollm2/tokens_per_step.json")
@@ -121,6 +123,13 @@ Method: Tuli et al., "DynaMo: Accelerating Language Model Inference with Dynamic
 """
 
 
+def expected_tokens(run: Path) -> str:
+    """JSON lines: the tokens per step to expect that each validation of the run measured, from its log."""
+    records = [record for record in json_lines(run / "log.jsonl") if "tokens_per_step" in record]
+    keys = ("step", "acceptance", "tokens_per_step")
+    return "".join(json.dumps({key: record[key] for key in keys}) + "\n" for record in records)
+
+
 def main() -> None:
     run, target = Path(sys.argv[1]), Path(sys.argv[2])
     model = DynaMoForCausalLM.from_pretrained(str(run / "model"), dtype=torch.float32)
@@ -136,6 +145,7 @@ def main() -> None:
     config["base_config"]["_name_or_path"] = HUB_ID
     write_text(file, json.dumps(config, indent=2) + "\n")
     write_text(target / "README.md", card(model, run, target))
+    write_text(RESULTS.with_name(f"{target.name}.jsonl"), expected_tokens(run))
     size = sum(path.stat().st_size for path in target.iterdir())
     print(f"{target}: {size / 1e6:.1f} MB")
 
