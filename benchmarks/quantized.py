@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dynamo_lm.bench.tables import machine
 from dynamo_lm.files import write_text
@@ -30,10 +30,10 @@ ROWS = (1, 2, 3, 4, 8)
 Product = Callable[[Tensor], Tensor]
 
 
-def contenders(weight: Tensor) -> dict[str, Product]:
-    """By name, x (rows, in) bfloat16 @ weight^T."""
+def contenders(weight: Tensor, *, output_embedding: bool) -> dict[str, Product]:
+    """By name, x (rows, in) bfloat16 @ weight^T; an output embedding has 8 bits in this package's int4, as in its models."""
     half, ops = weight.bfloat16(), torch.ops.dynamo_lm
-    eight, four = (QuantizedWeight.of(half, bits) for bits in (8, 4))
+    eight, four = (QuantizedWeight.of(half, bits) for bits in (8, 8 if output_embedding else 4))
     scale = weight.abs().amax(1) / 127
     whole, row_scale = (weight / scale[:, None]).round().to(torch.int8), scale.bfloat16()
     groups = weight.unflatten(1, (-1, 32))
@@ -51,9 +51,14 @@ def contenders(weight: Tensor) -> dict[str, Product]:
     }
 
 
-def products(base: nn.Module, repetitions: int) -> list[dict[str, Any]]:
+def products(base: PreTrainedModel, repetitions: int) -> list[dict[str, Any]]:
     """By rows and contender: milliseconds of one step's products, and their ratio to the bfloat16 kernel's."""
-    layers = [(m.in_features, contenders(m.weight.detach())) for m in base.modules() if type(m) is nn.Linear]
+    output = base.get_output_embeddings()
+    layers = [
+        (m.in_features, contenders(m.weight.detach(), output_embedding=m is output))
+        for m in base.modules()
+        if type(m) is nn.Linear
+    ]
     names, lines = list(layers[0][1]), []
     for rows in ROWS:
         x = {size: torch.randn(rows, size).bfloat16() for size, _ in layers}
