@@ -39,6 +39,9 @@ def race(gguf: Path, draft: Path, prompts: list[list[int]], *, threads: int, rep
                 ratios.append(slow / fast)
                 rates.append(len(alone) / slow)
             same += alone == with_head
+            print(
+                f"{gguf.name}: {len(rates)} of {len(prompts) * repetitions} pairs, ratio {np.median(ratios):.2f}", flush=True
+            )
             tokens, steps = tokens + len(with_head), steps + len(with_head) - drafted.accepted
     finally:
         plain.close()
