@@ -248,6 +248,38 @@ def test_a_base_of_other_weights_is_taken_with_a_warning_and_of_another_shape_ne
         open_model(str(folder), base=str(tmp_path / "neox"), allow_base_mismatch=True)
 
 
+def with_small_weights(folder: Path) -> DynaMoForCausalLM:
+    """Heads of a base in `folder`/base whose weights float16 cannot hold all."""
+    base = base_of("llama")
+    decoder_layers(base)[-1].mlp.up_proj.weight.data[0] = 1.2345e-9
+    base.save_pretrained(folder / "base")
+    return DynaMoForCausalLM.from_base(str(folder / "base"), num_heads=3).eval()
+
+
+def test_a_base_opened_in_float16_is_still_the_base_of_its_heads(tmp_path):
+    with_small_weights(tmp_path).save_pretrained(tmp_path / "heads", weights="heads")
+    half = open_model(str(tmp_path / "heads"), dtype="float16")
+    assert half.dtype == torch.float16
+    half.save_pretrained(tmp_path / "again", weights="heads")
+    half.save_pretrained(tmp_path / "full")
+    open_model(str(tmp_path / "full"), dtype="float16").save_pretrained(tmp_path / "third", weights="heads")
+    assert open_model(str(tmp_path / "again")).dtype == open_model(str(tmp_path / "third")).dtype == torch.float32
+    decoder_layers(half.base)[-1].mlp.up_proj.weight.data.add_(1)
+    with pytest.raises(InputError, match="base was changed by training"):
+        half.save_pretrained(tmp_path / "trained", weights="heads")
+
+
+def test_heads_that_were_added_to_a_base_in_float16_open_with_its_files(tmp_path):
+    with_small_weights(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float16)
+    for place, given in enumerate((base, str(tmp_path / "base"))):
+        options = {"dtype": torch.float16} if isinstance(given, str) else {}
+        DynaMoForCausalLM.from_base(given, num_heads=3, **options).save_pretrained(tmp_path / str(place), weights="heads")
+        for dtype in ("float16", "float32"):
+            model = open_model(str(tmp_path / str(place)), dtype=dtype)
+            model.save_pretrained(tmp_path / "again", weights="heads")
+
+
 def test_a_folder_that_holds_its_base_takes_no_other(tmp_path):
     _, folder = saved(tmp_path, "full")
     with pytest.raises(InputError, match="holds its own base"):

@@ -118,5 +118,5 @@ def test_heads_alone_do_not_fit_a_base_that_was_resized(tmp_path):
     model.base.save_pretrained(tmp_path / "base")
     model = DynaMoForCausalLM.from_base(str(tmp_path / "base"), num_heads=3)
     model.resize_token_embeddings(101)
-    with pytest.raises(InputError, match=r'changed by training or by resizing its vocabulary.*weights="full"'):
+    with pytest.raises(InputError, match=r'changed by training, by resizing its vocabulary.*weights="full"'):
         model.save_pretrained(tmp_path / "model", weights="heads")

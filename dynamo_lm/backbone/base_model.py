@@ -133,6 +133,8 @@ def check_base(base: PreTrainedModel) -> None:
 def load_base(name: str, **kwargs: Any) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained` (safetensors only) with one-sentence errors.
 
+    A model that is opened in float16 keeps the fingerprint that it has in its files' precision.
+
     Raises:
         InputError: the model cannot be loaded, with the reason.
     """
@@ -140,7 +142,10 @@ def load_base(name: str, **kwargs: Any) -> PreTrainedModel:
         offline_if_unreachable()
     kwargs.setdefault("use_safetensors", None if "gguf_file" in kwargs else True)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        if kwargs.get("dtype") not in (torch.float16, "float16"):
+            return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+        stored = fingerprint(AutoModelForCausalLM.from_pretrained(name, **kwargs | {"dtype": "auto"}))
+        return keep_fingerprint(AutoModelForCausalLM.from_pretrained(name, **kwargs), stored)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f'"{name}" could not be opened as a causal language model: {first_line(error)}') from error
 
@@ -155,9 +160,12 @@ def offline_if_unreachable() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
-def fingerprint(base: PreTrainedModel) -> str:
+def fingerprint(base: PreTrainedModel, *, cast: torch.dtype | None = None) -> str:
     """Identity of a base: a hash of its shape and of its last layer's weights rounded to bfloat16, so that the same
-    checkpoint opened in another precision is still the same base. 16 hexadecimal digits; "meta" without weights."""
+    checkpoint opened in another precision is still the same base. 16 hexadecimal digits; "meta" without weights.
+
+    A cast to float16 loses small weights for good: such a base has the fingerprint that `keep_fingerprint` was given.
+    With `cast`, the fingerprint that the base would have after a cast to that dtype."""
     config = base.config.get_text_config()
     digest = hashlib.sha256(
         f"{config.model_type} {config.num_hidden_layers} {config.hidden_size} {config.vocab_size}".encode()
@@ -168,5 +176,14 @@ def fingerprint(base: PreTrainedModel) -> str:
             if tensor.is_meta:
                 return "meta"
             digest.update(name.encode())
-            digest.update(tensor.detach().to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+            rounded = tensor.detach().to("cpu", cast).to(torch.bfloat16)
+            digest.update(rounded.flatten().view(torch.uint8).numpy().tobytes())
+    now = digest.hexdigest()[:16]
+    after, stored = vars(base).get("_fingerprints", (None, None))
+    return stored if now == after and cast is None else now
+
+
+def keep_fingerprint(base: PreTrainedModel, stored: str) -> PreTrainedModel:
+    """Gives a base whose weights were cast the fingerprint `stored` of before, until its weights change."""
+    vars(base)["_fingerprints"] = fingerprint(base), stored
+    return base

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from dynamo_lm.backbone.base_model import fingerprint, load_base
@@ -65,7 +66,8 @@ def open_base(
                 loaded = load_base(source, **kwargs)
             except InputError as error:
                 raise InputError(f'The base of the heads in "{name}": {error}; name another with --base.') from error
-        if fingerprint(loaded) == config.base_fingerprint:
+        if config.base_fingerprint in (known := fingerprint(loaded), fingerprint(loaded, cast=torch.float16)):
+            config.base_fingerprint = known  # the heads may have been added to a base that was cast to float16
             if Path(source).is_dir():
                 config.base_path = os.path.realpath(source)
             return loaded

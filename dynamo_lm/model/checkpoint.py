@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from dynamo_lm.backbone.base_model import fingerprint
+from dynamo_lm.backbone.base_model import fingerprint, keep_fingerprint
 from dynamo_lm.backbone.offloading import device_of
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.errors import InputError, first_line
@@ -59,8 +59,8 @@ def save(model: Any, folder: str | os.PathLike, weights: str = "full", **kwargs:
     if weights == "heads":
         if model.config.base_fingerprint not in (None, now):
             raise InputError(
-                "The base was changed by training or by resizing its vocabulary, so heads alone would not fit it; save with "
-                'weights="full".'
+                "The base was changed by training, by resizing its vocabulary or by a cast to float16, so heads alone would "
+                'not fit it; save with weights="full".'
             )
         if not model.config.base_name_or_path:
             raise InputError('The base has no name or path to be found again by; save with weights="full".')
@@ -132,7 +132,7 @@ def stored_tensors(model: Any) -> dict[str, torch.Tensor]:
 
 
 def identity(model: Any) -> str:
-    """A hash of base, heads and whether there are tables: 16 hexadecimal digits, the same in every precision."""
+    """A hash of base, heads and whether there are tables: 16 hexadecimal digits, the same in float32 and bfloat16."""
     digest = hashlib.sha256(fingerprint(model.base).encode())
     for name, tensor in sorted(model.heads.state_dict().items()):
         digest.update(name.encode())
@@ -231,6 +231,8 @@ def _load_full(cls: type[PreTrainedModel], name: str, config: DynaMoConfig, *arg
     # transformers would start from random numbers where weights are missing; here that is an error.
     kwargs |= {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = PreTrainedModel.from_pretrained.__func__(cls, name, *args, **kwargs)  # type: ignore[attr-defined]
+    if config.base_fingerprint is not None and model.dtype == torch.float16:
+        keep_fingerprint(model.base, config.base_fingerprint)
     unfit = [*sorted(report["missing_keys"]), *sorted(key for key, *_ in report["mismatched_keys"])]
     if unfit:
         raise InputError(f'The weights in "{name}" do not hold {unfit[0]} as its config.json describes it.')
