@@ -164,68 +164,73 @@ def finetune(
     from dynamo_lm.data.tokenize_chat import tokenize_conversations
     from dynamo_lm.model.loading import open_config, resolve
     from dynamo_lm.model.presets import PAPER
+    from dynamo_lm.training import ranks
     from dynamo_lm.training.answer_table import add_answers
     from dynamo_lm.training.lora import TrunkLora
 
-    # 1. Validate arguments.
-    output.check_text(text.data)
-    if answers.keep is not None and not judge.chosen:
-        raise InputError("--keep needs a judge: --reference or --endpoint.")
-    if answers.keep is None and judge.chosen:
-        raise InputError("A judge needs to know how many conversations to keep: --keep.")
-    name = resolve(base)
-    config = open_config(name)
-    lora_rates = {} if learning.lora_rank is None else {"lr_b": 1e-4, "lr_mb": 1e-5}  # about ten times those of weights
-    run = Run.plan(
-        base,
-        name,
-        config,
-        {"num_heads": heads.heads, "init": heads.init, **heads.kind(heads.init is not None)},
-        learning,
-        length,
-        output,
-        usual=Defaults(block_size=2048, batch_size=BATCH, epochs=3.0, rates=PAPER.rates | lora_rates),
-        lora_rank=learning.lora_rank,
-    )
-    tokenizer = run.open_tokenizer(text.tokenizer)
-    chat_template(tokenizer, text.read_template())
-    table = load_table(heads.tables, tokenizer, run.vocab_size)
+    with output.ranks():
+        # 1. Validate arguments.
+        output.check_text(text.data)
+        if answers.keep is not None and not judge.chosen:
+            raise InputError("--keep needs a judge: --reference or --endpoint.")
+        if answers.keep is None and judge.chosen:
+            raise InputError("A judge needs to know how many conversations to keep: --keep.")
+        name = resolve(base)
+        config = open_config(name)
+        lora_rates = {} if learning.lora_rank is None else {"lr_b": 1e-4, "lr_mb": 1e-5}  # about ten times those of weights
+        run = Run.plan(
+            base,
+            name,
+            config,
+            {"num_heads": heads.heads, "init": heads.init, **heads.kind(heads.init is not None)},
+            learning,
+            length,
+            output,
+            usual=Defaults(block_size=2048, batch_size=BATCH, epochs=3.0, rates=PAPER.rates | lora_rates),
+            lora_rank=learning.lora_rank,
+        )
+        tokenizer = run.open_tokenizer(text.tokenizer)
+        chat_template(tokenizer, text.read_template())
+        table = load_table(heads.tables, tokenizer, run.vocab_size)
 
-    # 2. Read the conversations: the best of them, with answers of the model's own if so chosen.
-    folder = output.out or scratch_folder()
-    corpus = model = None
-    if text.data:
-        sources: list[str] = list(text.data)
-        facts: dict[str, Any] = {}
-        if not output.dry_run:
-            sources, model, facts = _choose(sources, run, tokenizer, folder, answers, judge, output.device)
-        read = partial(tokenize_conversations, tokenizer=tokenizer, longest=run.block_size)
-        corpus = read_text(
-            sources, text, read, folder, run,
-            account=lambda store: typer.echo(f"dynamo-lm: {account(store.facts, run.block_size)}", err=True), **facts,
-        )  # fmt: skip
-        run = run.of(corpus)
+        # 2. Read the conversations: the best of them, with answers of the model's own if so chosen.
+        folder = output.out or scratch_folder()
+        corpus = model = None
+        if text.data:
+            sources: list[str] = list(text.data)
+            facts: dict[str, Any] = {}
+            if not output.dry_run:
+                with ranks.first_rank_first("answers"):
+                    if ranks.rank() == 0:
+                        sources, model, facts = _choose(sources, run, tokenizer, folder, answers, judge, output.device)
+                sources, facts = ranks.of_first((sources, facts))
+            read = partial(tokenize_conversations, tokenizer=tokenizer, longest=run.block_size)
+            corpus = read_text(
+                sources, text, read, folder, run,
+                account=lambda store: typer.echo(f"dynamo-lm: {account(store.facts, run.block_size)}", err=True), **facts,
+            )  # fmt: skip
+            run = run.of(corpus)
 
-    # 3. Train.
-    if output.dry_run:
-        if answers.self_distill:
-            typer.echo("dynamo-lm: the time below does not include the answers of --self-distill.", err=True)
-        describe(run, corpus, as_json=output.json)
-        return
-    assert corpus is not None
-    model = model or run.open_model()
-    if table is not None:
-        model.cooccurrence = table
-    _end_after_turns(model, tokenizer)
-    lora = TrunkLora(model, learning.lora_rank) if learning.lora_rank is not None else None
+        # 3. Train.
+        if output.dry_run:
+            if answers.self_distill:
+                typer.echo("dynamo-lm: the time below does not include the answers of --self-distill.", err=True)
+            describe(run, corpus, as_json=output.json)
+            return
+        assert corpus is not None
+        model = model or run.open_model()
+        if table is not None:
+            model.cooccurrence = table
+        _end_after_turns(model, tokenizer)
+        lora = TrunkLora(model, learning.lora_rank) if learning.lora_rank is not None else None
 
-    def finish() -> None:
-        if lora is not None:
-            lora.merge()
-        if model.num_heads > 1 and (heads.count or (heads.count is None and model.cooccurrence is not None)):
-            add_answers(model, corpus.store, corpus.blocks.documents, heads.count_weight)
+        def finish() -> None:
+            if lora is not None:
+                lora.merge()
+            if model.num_heads > 1 and (heads.count or (heads.count is None and model.cooccurrence is not None)):
+                add_answers(model, corpus.store, corpus.blocks.documents, heads.count_weight)
 
-    carry_out(context, run, model, tokenizer, corpus, output, finish=finish, try_it="dynamo-lm chat {}")
+        carry_out(context, run, model, tokenizer, corpus, output, finish=finish, try_it="dynamo-lm chat {}")
 
 
 def _choose(

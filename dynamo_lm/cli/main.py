@@ -146,7 +146,8 @@ def _tolerate_narrow_encodings() -> None:
 
 
 def _complain(message: str) -> int:
-    print("dynamo-lm: " + " ".join(message.split()), file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # of a training run of several processes, which often fail together
+    print(f"dynamo-lm{'' if rank == '0' else f' (rank {rank})'}: " + " ".join(message.split()), file=sys.stderr)
     return BAD_INPUT
 
 

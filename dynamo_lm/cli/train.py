@@ -111,40 +111,41 @@ def train(
     from dynamo_lm.model.loading import open_config, resolve
     from dynamo_lm.model.presets import PAPER, PRESETS
 
-    # 1. Validate arguments. The shape of a preset is known, so a dry run of one needs no hub.
-    output.check_text(text.data)
-    preset = PRESETS.get(base)
-    name = resolve(preset.base if preset else base)
-    config = preset.base_config(PAPER_BLOCK) if preset and output.dry_run else open_config(name)
-    run = Run.plan(
-        base,
-        name,
-        config,
-        heads.arguments(base, config, preset),
-        replace(learning, freeze=learning.freeze or heads.coupling_only),
-        length,
-        output,
-        usual=Defaults(
-            block_size=PAPER_BLOCK if preset else 512,
-            batch_size=64 if preset else 16,
-            epochs=1.0,
-            rates=(preset or PAPER).rates,
-        ),
-        coupling_only=heads.coupling_only,
-    )
+    with output.ranks():
+        # 1. Validate arguments. The shape of a preset is known, so a dry run of one needs no hub.
+        output.check_text(text.data)
+        preset = PRESETS.get(base)
+        name = resolve(preset.base if preset else base)
+        config = preset.base_config(PAPER_BLOCK) if preset and output.dry_run else open_config(name)
+        run = Run.plan(
+            base,
+            name,
+            config,
+            heads.arguments(base, config, preset),
+            replace(learning, freeze=learning.freeze or heads.coupling_only),
+            length,
+            output,
+            usual=Defaults(
+                block_size=PAPER_BLOCK if preset else 512,
+                batch_size=64 if preset else 16,
+                epochs=1.0,
+                rates=(preset or PAPER).rates,
+            ),
+            coupling_only=heads.coupling_only,
+        )
 
-    # 2. Read the text.
-    corpus = tokenizer = table = None
-    if text.data:
-        tokenizer = run.open_tokenizer(text.tokenizer)
-        table = load_table(heads.tables, tokenizer, run.vocab_size)
-        read = partial(tokenize, tokenizer=tokenizer, text_field=text.text_field)
-        corpus = read_text(text.data, text, read, output.out or scratch_folder(), run)
-        run = run.of(corpus)
+        # 2. Read the text.
+        corpus = tokenizer = table = None
+        if text.data:
+            tokenizer = run.open_tokenizer(text.tokenizer)
+            table = load_table(heads.tables, tokenizer, run.vocab_size)
+            read = partial(tokenize, tokenizer=tokenizer, text_field=text.text_field)
+            corpus = read_text(text.data, text, read, output.out or scratch_folder(), run)
+            run = run.of(corpus)
 
-    # 3. Train.
-    if output.dry_run:
-        describe(run, corpus, as_json=output.json)
-        return
-    assert corpus is not None
-    carry_out(context, run, run.open_model(table), tokenizer, corpus, output, try_it="dynamo-lm generate {} PROMPT")
+        # 3. Train.
+        if output.dry_run:
+            describe(run, corpus, as_json=output.json)
+            return
+        assert corpus is not None
+        carry_out(context, run, run.open_model(table), tokenizer, corpus, output, try_it="dynamo-lm generate {} PROMPT")

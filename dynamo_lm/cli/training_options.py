@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from dynamo_lm.cli.options import ComputeOptions, Tokenizer
 from dynamo_lm.errors import InputError
 from dynamo_lm.training.options import OptimizerOptions, ScheduleOptions
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +189,9 @@ class RunOptions(ComputeOptions):
             "up to this size, so that later epochs cost the heads alone.",
         ),
     ] = None
+    rank_timeout: Annotated[
+        float, "With torchrun: minutes that a rank waits for the others, before the job ends with a message."
+    ] = 10.0
     save: Annotated[
         str | None, "heads (small; the base is fetched by its name) or full. Default: heads if the base was frozen."
     ] = None
@@ -195,8 +203,27 @@ class RunOptions(ComputeOptions):
     def __post_init__(self) -> None:
         if self.attention not in (None, "sdpa", "eager"):
             raise InputError(f'--attention is "{self.attention}"; give sdpa or eager.')
+        if not self.rank_timeout > 0:
+            raise InputError(f"--rank-timeout is {self.rank_timeout}; give minutes above 0.")
         if self.feature_cache is not None and not self.feature_cache > 0:
             raise InputError(f"--feature-cache is {self.feature_cache}; give a size in GB above 0.")
+
+    def torch_device(self) -> torch.device:
+        from dynamo_lm.training import ranks
+
+        return ranks.own_device(super().torch_device())
+
+    @contextmanager
+    def ranks(self) -> Iterator[None]:
+        """The group of the ranks that torchrun started, of which the first alone prints."""
+        from dynamo_lm.training import ranks
+
+        with ranks.process_group(self.torch_device(), self.rank_timeout):
+            if ranks.rank() == 0:
+                yield
+                return
+            with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                yield
 
     def check_text(self, data: list[str] | None) -> None:
         """Raises InputError for a run without a text or a folder; a dry run needs neither."""

@@ -26,7 +26,7 @@ from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.coupling import add_coupling
 from dynamo_lm.model.loading import check_table, open_tokenizer, print_json, resolve, skeleton, table_file
 from dynamo_lm.model.modeling import DynaMoForCausalLM
-from dynamo_lm.training import provenance
+from dynamo_lm.training import provenance, ranks
 from dynamo_lm.training.checkpoints import latest_checkpoint, step_of
 from dynamo_lm.training.feature_cache import FeatureCache
 from dynamo_lm.training.memory_estimate import fitting_accumulation
@@ -126,7 +126,9 @@ class Run:
         )
         if length.accumulation is not None:
             return run
-        fitting = fitting_accumulation(run.model_of(), run.options, run.block_size, fused=run.fused, device=device)
+        fitting = fitting_accumulation(
+            run.model_of(), run.options, run.block_size, fused=run.fused, device=device, ranks=ranks.size()
+        )
         return replace(run, options=replace(run.options, accumulation=fitting))
 
     @property
@@ -248,6 +250,8 @@ def read_text(
 ) -> Text:
     """Tokenize `sources`, and hold out a part unless there is a text to measure on; conversations stay whole.
 
+    Where there are several ranks the first tokenizes and the others open what it wrote.
+
     Args:
         tokenize: takes sources, folder=.., progress=...
         folder: where the tokens are kept.
@@ -258,7 +262,7 @@ def read_text(
         InputError: too little text.
     """
     held_out = None
-    with tokenizing() as progress:
+    with ranks.first_rank_first("tokens"), tokenizing() as progress:
         store = tokenize(sources, folder=folder / "tokens", progress=progress)
         if options.validation:
             held_out = tokenize(options.validation, folder=folder / "validation", progress=progress)
@@ -326,7 +330,7 @@ def carry_out(
     if output.feature_cache is not None:
         limit = int(output.feature_cache * 1e9)
         features = FeatureCache(out / "features", model, text.blocks, limit_bytes=limit, bf16=run.options.bf16)
-    # 1. The record of the run, or that of the one that is resumed.
+    # 1. The record of the run, or that of the one that is resumed; the first rank keeps it.
     record = provenance.begin(
         context.obj or [],
         base={"name": run.base, "fingerprint": model.config.base_fingerprint},
@@ -339,12 +343,15 @@ def carry_out(
             **text.sizes(),
             "block_size": run.block_size,
         },
-        options=asdict(run.options) | {"attention": run.attention, "device": run.device.type, "lora_rank": run.lora_rank},
+        options=asdict(run.options)
+        | {"attention": run.attention, "device": run.device.type, "lora_rank": run.lora_rank}
+        | {"ranks": ranks.size()},
         steps=run.steps,
     )
-    if latest_checkpoint(out) is not None:
-        record["started"] = provenance.check_same_run(out, record) or record["started"]
-    provenance.write(out, record)
+    if ranks.rank() == 0:
+        if latest_checkpoint(out) is not None:
+            record["started"] = provenance.check_same_run(out, record) or record["started"]
+        provenance.write(out, record)
 
     # 2. Train; the same command resumes.
     try:
@@ -361,6 +368,8 @@ def carry_out(
             message = f"stopped with a checkpoint of step {step_of(newest):,}; the same command goes on from there."
         typer.echo(f"dynamo-lm: {message}", err=True)
         raise typer.Exit(130) from None
+    if ranks.rank() > 0:
+        return
     finish()
 
     # 3. The finished model, with what it takes to use it and to know where it comes from.

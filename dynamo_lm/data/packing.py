@@ -10,7 +10,7 @@ files.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -118,13 +118,6 @@ class Blocks:
         blocks = [self.block(*divmod(number, self.num_blocks())) for number in numbers]
         stacked = (torch.from_numpy(np.stack(rows)) for rows in zip(*blocks, strict=True))
         return dict(zip(self.names, stacked, strict=True))
-
-    def batches(self, start_step: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """`batch(start_step)`, `batch(start_step + 1)`, .. without end."""
-        step = start_step
-        while True:
-            yield self.batch(step, batch_size)
-            step += 1
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:

@@ -18,6 +18,7 @@ from torch import Tensor
 from dynamo_lm.errors import InputError
 from dynamo_lm.files import atomic_folder, is_disk_full
 from dynamo_lm.model.modeling import DynaMoForCausalLM
+from dynamo_lm.training import ranks
 from dynamo_lm.training.options import TrainingOptions
 
 # Options that do not alter what is learned; accumulation but for rounding.
@@ -59,12 +60,14 @@ def step_of(checkpoint: Path) -> int:
 def save_checkpoint(
     folder: Path, step: int, model: DynaMoForCausalLM, optimizer: torch.optim.Optimizer, options: TrainingOptions
 ) -> Path:
-    """Writes `checkpoints/step-N` and removes older ones beyond `options.keep`.
+    """Writes `checkpoints/step-N` and removes older ones beyond `options.keep`; the first rank does it for all.
 
     Raises:
         InputError: the disk is full; earlier checkpoints are intact.
     """
     target = folder / "checkpoints" / f"step-{step:08d}"
+    if ranks.rank() > 0:
+        return target
     for unfinished in target.parent.glob(".writing-*"):  # of a run that was killed while it wrote
         shutil.rmtree(unfinished, ignore_errors=True)
     names = _trained_names(model, optimizer)

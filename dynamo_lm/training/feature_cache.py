@@ -3,7 +3,7 @@
 With a frozen base the layers below the heads give the same states in every epoch, and they are nearly all of the arithmetic.
 A block's states, (block_size, hidden) in bfloat16, take 2 x hidden bytes a token: 1.2 KB for SmolLM2-135M. Blocks of whole
 conversations are packed once, so that a block has a number of its own in every epoch; blocks of running text are cut anew in
-every epoch and cannot be kept.
+every epoch and cannot be kept. Ranks on one machine share the file; each learns at checkpoints what others have kept.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dynamo_lm.errors import InputError
 from dynamo_lm.files import write_text
 from dynamo_lm.model.above_stem import AboveFeatures, AboveStem
 from dynamo_lm.model.modeling import DynaMoForCausalLM
+from dynamo_lm.training import ranks
 from dynamo_lm.training.loss import packed_mask
 
 TOLERANCE = 0.02  # relative error of bfloat16 states that are continued, against those of one forward
@@ -58,14 +59,16 @@ class FeatureCache:
             limit_bytes: the largest size of the states on disk.
 
         Raises:
-            InputError: blocks that are cut anew in every epoch, a cache of another base or other data, or a base whose
-                states cannot be continued above its stem.
+            InputError: blocks that are cut anew in every epoch, a cache of another base or other data, a base whose
+                states cannot be continued above its stem, or ranks on several machines.
         """
         if not isinstance(blocks, WholeBlocks):
             raise InputError(
                 "The feature cache needs blocks that are the same in every epoch, which conversations are and running "
                 "text is not; train without --feature-cache."
             )
+        if not ranks.on_one_machine():
+            raise InputError("The ranks of one machine share the feature cache; train on one, or without --feature-cache.")
         self.model, self.blocks, self.bf16 = model, blocks, bf16
         self.hidden = model.output_weight().shape[1] * (4 if model.config.sequential else 1)
         size = blocks.block_size * self.hidden * 2
@@ -80,6 +83,8 @@ class FeatureCache:
         self.path = folder / "cache.json"
         folder.mkdir(parents=True, exist_ok=True)
         self.done = np.zeros(blocks.num_blocks(), dtype=bool)
+        if ranks.rank() > 0:
+            ranks.meet()  # when the first rank has made the files
         if self.path.exists():
             self.done[self._recorded()] = True
         shape = (max(self.kept, 1), blocks.block_size, self.hidden)
@@ -93,6 +98,9 @@ class FeatureCache:
                     "smaller --feature-cache."
                 )
         self.states = np.memmap(states, dtype=np.uint16, mode=mode, shape=shape)  # type: ignore[call-overload]
+        if ranks.rank() == 0:
+            ranks.meet()
+        self.done = ranks.of_first(self.done)
         self.above = AboveFeatures(model) if model.config.sequential else AboveStem(model)
         self._check()
 
@@ -116,7 +124,9 @@ class FeatureCache:
     def save(self) -> None:
         """Records what is finished; called with every checkpoint."""
         self.states.flush()
-        write_text(self.path, json.dumps({"of": self.record, "done": np.flatnonzero(self.done).tolist()}))
+        self.done = ranks.add_up(torch.from_numpy(self.done.astype(np.int64))).numpy() > 0
+        if ranks.rank() == 0:
+            write_text(self.path, json.dumps({"of": self.record, "done": np.flatnonzero(self.done).tolist()}))
 
     def _recorded(self) -> list[int]:
         """The blocks that the record calls finished. Raises InputError: it is damaged, or of another base or other data."""

@@ -58,19 +58,26 @@ def memory(model: DynaMoForCausalLM, options: TrainingOptions, block_size: int, 
 
 
 def fitting_accumulation(
-    model: DynaMoForCausalLM, options: TrainingOptions, block_size: int, *, fused: bool, device: torch.device
+    model: DynaMoForCausalLM,
+    options: TrainingOptions,
+    block_size: int,
+    *,
+    fused: bool,
+    device: torch.device,
+    ranks: int = 1,
 ) -> int:
     """The fewest forward passes per step that leave a CPU's activations below 1 GB, or fit a GPU; `model` is on "meta".
 
-    As many as there are blocks in a step, one each, where nothing fits. A function of the device's kind and size, not of
+    As many as a rank has blocks in a step, one each, where nothing fits. A function of the device's kind and size, not of
     what else runs on it, so that a run resumes with the same number.
     """
-    whole = memory(model, replace(options, accumulation=1), block_size, fused=fused)
+    blocks = max(1, options.batch_size // ranks)
+    whole = memory(model, replace(options, batch_size=blocks, accumulation=1), block_size, fused=fused)
     room = float(CPU_ACTIVATIONS)
     if device.type == "cuda":
         room = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory - (whole["total"] - whole["activations"])
-    divisors = [parts for parts in range(1, options.batch_size + 1) if options.batch_size % parts == 0]
-    return next((parts for parts in divisors if whole["activations"] / parts <= room), options.batch_size)
+    divisors = [parts for parts in range(1, blocks + 1) if options.batch_size % parts == 0]
+    return next((parts for parts in divisors if whole["activations"] / parts <= room), divisors[-1])
 
 
 def _saved_by_autograd(model: DynaMoForCausalLM, options: TrainingOptions, rows: int, block_size: int, fused: bool) -> int:

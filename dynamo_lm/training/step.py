@@ -1,4 +1,8 @@
-"""Optimizer steps: a batch in, changed weights and losses out. Knows no files."""
+"""Optimizer steps: a batch in, changed weights and losses out. Knows no files.
+
+With several ranks each takes its share of a step's blocks. Losses are sums divided by the targets of all ranks, so that a
+step is the same on any number of them, but for rounding.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from torch import Tensor
 from dynamo_lm.data.packing import Blocks
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.modeling import DynaMoForCausalLM
+from dynamo_lm.training import ranks
 from dynamo_lm.training.feature_cache import FeatureCache
 from dynamo_lm.training.loss import heads_loss, loss_vocabulary, target_counts
 from dynamo_lm.training.options import TrainingOptions
@@ -89,15 +94,23 @@ class Optimization:
             raise InputError(
                 "The feature cache keeps what a frozen base computes; freeze the base or train without the cache."
             )
+        passes = ranks.size() * options.accumulation
+        if options.batch_size < passes:
+            raise InputError(
+                f"A step of {options.batch_size} blocks cannot be split into {passes} forward passes, "
+                f"{options.accumulation} on each of {ranks.size()} ranks; give a larger --batch-size, a smaller "
+                "--accumulation or fewer ranks."
+            )
         self.model, self.options, self.features = model, options, features
         self.train_mode()
         groups = parameter_groups(model, options)
         if not groups:
             raise InputError("There is nothing to train: give a learning rate, and a frozen base more than one head.")
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-        trained, coupling = [p for group in groups for p in group["params"]], _coupling(model)
+        self._trained, coupling = [p for group in groups for p in group["params"]], _coupling(model)
+        ranks.copy_from_first(self._trained)
         # The coupling by itself, so that its gradient has no say in the length of the heads' step.
-        clipped = [[p for p in trained if (id(p) in coupling) == of_coupling] for of_coupling in (False, True)]
+        clipped = [[p for p in self._trained if (id(p) in coupling) == of_coupling] for of_coupling in (False, True)]
         self._clipped = [parameters for parameters in clipped if parameters]
         self._vocabulary = model.sequential_head.draft_ids if sequential else None
         if self._vocabulary is None and options.loss_vocabulary < 1:  # counting reads all of the text
@@ -119,18 +132,19 @@ class Optimization:
 
         Args:
             step: its number, from 0; sets the learning rates.
-            batch: from `Blocks.batches`, on the CPU.
+            batch: the blocks of the step that are this rank's share, from `Blocks.rows`, on the CPU.
             after_part: called after every part but the last with the steps done, such as 3.25.
         """
         model, options = self.model, self.options
-        counts = target_counts(batch["tokens"], batch["segments"], model.num_heads, batch.get("responses"))
+        own = target_counts(batch["tokens"], batch["segments"], model.num_heads, batch.get("responses"))
+        counts = ranks.add_up(torch.tensor(own)).tolist()
         batch = {name: value.to(model.device) for name, value in batch.items()}
         factor = learning_rate_factor(step, options.steps, options.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         coupled = model.coupling is not None
         sums = torch.zeros(len(counts) + (len(counts) - 1 if coupled else 0))
-        numbers = iter(range(step * options.batch_size, (step + 1) * options.batch_size))
+        numbers = iter(step_blocks(step, options))
         for part_number, part in enumerate(_split(batch, options.accumulation), start=1):
             given: dict[str, Any] = dict(part)
             if self.features is not None:
@@ -139,8 +153,9 @@ class Optimization:
             sums += heads_loss(model, **given, options=options, counts=counts, vocabulary=self._vocabulary)
             if part_number < options.accumulation:
                 after_part(step + part_number / options.accumulation)
+        ranks.add_up_gradients(self._trained)
         means = counts + counts[1:] if coupled else counts
-        losses = tuple((sums / torch.tensor(means).clamp(min=1)).tolist())
+        losses = tuple((ranks.add_up(sums) / torch.tensor(means).clamp(min=1)).tolist())
         norms = [torch.nn.utils.clip_grad_norm_(some, options.clip or math.inf).item() for some in self._clipped]
         return Losses(losses[: model.num_heads], losses[model.num_heads :], math.hypot(*norms), factor)
 
@@ -154,11 +169,17 @@ class Optimization:
         self.optimizer.zero_grad(set_to_none=True)
 
 
+def step_blocks(step: int, options: TrainingOptions) -> range:
+    """The numbers of the blocks of a step, counted through the epochs put end to end, that are this rank's share."""
+    share, begin = ranks.share(options.batch_size), step * options.batch_size
+    return range(begin + share.start, begin + share.stop)
+
+
 def _coupling(model: DynaMoForCausalLM) -> set[int]:
     """Ids of the coupling's parameters."""
     return set() if model.coupling is None else {id(p) for p in model.coupling.parameters()}
 
 
 def _split(batch: dict[str, Tensor], parts: int) -> Iterator[dict[str, Tensor]]:
-    for chunks in zip(*(value.chunk(parts) for value in batch.values()), strict=True):
+    for chunks in zip(*(value.tensor_split(parts) for value in batch.values()), strict=True):
         yield dict(zip(batch, chunks, strict=True))

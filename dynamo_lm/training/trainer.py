@@ -2,7 +2,8 @@
 
 In: a model and a store of tokens. Out: the model trained in place, with checkpoints, a log and a provenance file in a
 folder. Every batch is a function of the seed and the step, so a run that was stopped resumes to the losses of one that was
-not. Knows nothing about text or the command line.
+not, and a run of several ranks (`dynamo_lm.training.ranks`) has those of one process, but for rounding. Knows nothing about
+text or the command line.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from dynamo_lm.data.packing import Blocks
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.modeling import DynaMoForCausalLM
+from dynamo_lm.training import ranks
 from dynamo_lm.training.checkpoints import (
     CheckpointSchedule,
     latest_checkpoint,
@@ -30,7 +32,7 @@ from dynamo_lm.training.checkpoints import (
 from dynamo_lm.training.feature_cache import FeatureCache
 from dynamo_lm.training.log import Progress, _Log
 from dynamo_lm.training.options import TrainingOptions
-from dynamo_lm.training.step import Optimization
+from dynamo_lm.training.step import Optimization, step_blocks
 from dynamo_lm.training.validation import Perplexities, validate
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,8 @@ def train(
 ) -> Perplexities | None:
     """Trains `model` in place, resuming from the newest checkpoint in `folder` if there is one.
 
+    Every rank calls it with the same arguments; the folder is one that all of them see, and the first rank writes it.
+
     Args:
         blocks: training blocks; step s of any run with the same seed sees the same ones.
         validation: blocks for the perplexities, or None.
@@ -64,20 +68,19 @@ def train(
     Raises:
         InputError: a loss or gradient that is not finite (names the step and the batch), or a checkpoint of another run.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after writing a checkpoint of the last finished step. A step that has parts
-            left is given up.
+            left is given up by a single process; several ranks finish it.
     """
     optimization = Optimization(model, blocks, options, features)
     folder.mkdir(parents=True, exist_ok=True)
-    newest = latest_checkpoint(folder)
+    newest = ranks.of_first(latest_checkpoint(folder))
     start = 0 if newest is None else load_checkpoint(newest, model, optimization.optimizer, options)
     last: Perplexities | None = None
     saved = start
-    with _Log(folder, start) as log, _stop_between_steps() as stopped:
-        batches = blocks.batches(start, options.batch_size)
+    with _log(folder, start) as log, _stop_between_steps() as stopped:
         schedule = CheckpointSchedule(options, time.monotonic())
 
         def after_part(steps: float) -> None:
-            if stopped:
+            if stopped and ranks.size() == 1:
                 raise _StoppedInStep
             report_part(steps)
 
@@ -89,7 +92,8 @@ def train(
         report_part(start)
         for step in range(start, options.steps):
             began = time.perf_counter()
-            batch, random = next(batches), random_state(model.device)
+            batch, random = blocks.rows(step_blocks(step, options)), random_state(model.device)
+            ranks.seed_step(options.seed, step)
             try:
                 taken = optimization.gradients(step, batch, after_part=after_part)
             except _StoppedInStep:
@@ -106,7 +110,7 @@ def train(
                     f"{latest_checkpoint(folder)}."
                 )
             optimization.update()
-            rate = batch["tokens"].numel() / (time.perf_counter() - began)
+            rate = options.batch_size * blocks.block_size / (time.perf_counter() - began)
             progress = Progress(step + 1, taken.losses, taken.gradient_norm, rate, taken.coupled)
             done = step + 1 == options.steps
             if validation is not None and (done or (step + 1) % options.validate_every == 0):
@@ -114,16 +118,23 @@ def train(
                 last, accepted = validate(model, validation, batch_size=size, bf16=options.bf16)
                 optimization.train_mode()
                 progress = replace(progress, validation=last, acceptance=accepted)
-            log.write(progress, taken.lr_factor)
+            if log is not None:
+                log.write(progress, taken.lr_factor)
             report(progress)
-            interrupted = bool(stopped)  # read once: a Ctrl-C from here on waits for the next step's checkpoint
-            if schedule.due(step + 1, time.monotonic()) or done or interrupted:
+            # Read once: a Ctrl-C from here on waits for the next step's checkpoint.
+            due, interrupted = ranks.any_of(schedule.due(step + 1, time.monotonic()), bool(stopped))
+            if due or done or interrupted:
                 save(step + 1)
                 saved = step + 1
             if interrupted:
                 raise KeyboardInterrupt
     model.eval()
     return last
+
+
+def _log(folder: Path, start: int) -> contextlib.AbstractContextManager[_Log | None]:
+    """The log, which the first rank writes."""
+    return _Log(folder, start) if ranks.rank() == 0 else contextlib.nullcontext()
 
 
 class _StoppedInStep(Exception):

@@ -20,6 +20,7 @@ from torch import Tensor
 from dynamo_lm.data.packing import IGNORED, Blocks, targets
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.modeling import DynaMoForCausalLM
+from dynamo_lm.training import ranks
 from dynamo_lm.training.loss import CHUNK, coupled_logits, packed_hidden
 
 
@@ -113,6 +114,8 @@ class Scored:
 class Measure(Protocol):
     """Something that is summed over scored positions, head by head: logits of one head exist at a time."""
 
+    totals: tuple[Tensor, ...]  # what is summed, on the CPU
+
     def add(self, scored: Scored, head: int, logp: Tensor, coupled: Tensor | None) -> None:
         """The log-probabilities of each head in turn, (positions, vocabulary), head 1 first."""
 
@@ -127,7 +130,8 @@ class PerplexityMeasure:
         self.n, self.drafts_some = model.num_heads, bool(model.config.draft_vocab_size)
         lines = self.n if model.coupling is None else 2 * self.n - 1  # as in heads_loss
         self.sums, self.hits, self.counts = torch.zeros(3, lines, dtype=torch.float64)
-        self.total = 0
+        self.total = torch.zeros((), dtype=torch.float64)
+        self.totals: tuple[Tensor, ...] = (self.sums, self.hits, self.counts, self.total)
 
     def add(self, scored: Scored, head: int, logp: Tensor, coupled: Tensor | None) -> None:
         self.total += len(scored.places) if head == 1 else 0
@@ -155,6 +159,7 @@ class AcceptanceMeasure:
 
     def __init__(self, model: DynaMoForCausalLM):
         self.stands = torch.zeros(2, model.num_heads)  # greedy and sampled; entry 0 counts the positions
+        self.totals: tuple[Tensor, ...] = (self.stands,)
 
     def add(self, scored: Scored, head: int, logp: Tensor, coupled: Tensor | None) -> None:
         if head == 1:
@@ -178,7 +183,7 @@ def measure(
     model: DynaMoForCausalLM, blocks: Blocks, measures: Sequence[Measure], *, batch_size: int, bf16: bool, limit: int
 ) -> None:
     """Adds to `measures` the positions of the first `limit` blocks where all n targets exist in the same document and, in
-    conversations, all are of the response.
+    conversations, all are of the response. Ranks take blocks in turn, and every one gets the sums of all.
 
     Raises:
         InputError: there is no such position.
@@ -186,10 +191,16 @@ def measure(
     was_training, n, device, any_scored = model.training, model.num_heads, model.device, False
     model.eval()
     total = min(limit, blocks.num_blocks(0))
-    for start in range(0, total, batch_size):
-        batch = {name: value.to(device) for name, value in blocks.rows(range(start, min(start + batch_size, total))).items()}
+    most = len(
+        range(0, total, ranks.size())
+    )  # blocks of a rank; one with fewer joins in the forwards that it has no block for
+    for start in range(0, most, batch_size):
+        numbers = [ranks.rank() + ranks.size() * i for i in range(start, min(start + batch_size, most))]
+        own = [number for number in numbers if number < total]
+        batch = {name: value.to(device) for name, value in blocks.rows(own or [0]).items()}
         tokens, segments, positions = (batch[name] for name in ("tokens", "segments", "positions"))
         places = scored_positions(tokens, segments, n, batch.get("responses")).flatten().nonzero()[:, 0]
+        places = places if own else places[:0]
         labels = [targets(tokens, segments, head).flatten() for head in range(1, n + 1)]
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             states = packed_hidden(model, tokens, segments, positions).flatten(1, 2)
@@ -200,7 +211,9 @@ def measure(
                     for each in measures:
                         each.add(scored, head, *logp_and_coupled)
     model.train(was_training)
-    if not any_scored:
+    for tensor in (tensor for each in measures for tensor in each.totals):
+        ranks.add_up(tensor)
+    if not ranks.any_of(any_scored)[0]:
         raise InputError("The validation text has no document with as many tokens as the model has heads.")
 
 

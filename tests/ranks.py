@@ -1,0 +1,116 @@
+"""What tests of several ranks share: small runs, and processes that carry them out together.
+
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29501 python tests/ranks.py FOLDER RUN ..
+
+or, with as many ranks as wanted, `torchrun --nproc-per-node 3 tests/ranks.py FOLDER RUN ..`
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import dynamo_lm
+from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm.data.packing import Blocks
+from dynamo_lm.training import ranks
+from dynamo_lm.training.options import TrainingOptions
+from dynamo_lm.training.trainer import train
+
+VOCABULARY, STEPS = 50, 20
+FULL = TrainingOptions(
+    steps=STEPS, lr_b=1e-3, lr_m=1e-2, lr_mb=2.5e-4, batch_size=7, bf16=False, validate_every=STEPS, checkpoint_every=10
+)
+FROZEN = replace(FULL, lr_b=0.0, lr_mb=0.0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run that any number of ranks may carry out."""
+
+    options: TrainingOptions
+    heads: dict[str, Any] = field(default_factory=dict)
+    layers: int = 3
+    stop_at: int | None = None  # a signal reaches the last rank while this step is reported
+
+
+RUNS = {
+    "frozen": Run(FROZEN, {"coupling_rank": 4}),
+    "full": Run(replace(FULL, batch_size=6, accumulation=2), {"coupling_rank": 4, "own_output_embedding": True}),
+    "eagle3": Run(FROZEN, {"head": "eagle3", "num_heads": 3}, layers=7),
+    "stopped": Run(FULL, stop_at=7),
+    "resumed": Run(FULL),
+}
+
+
+@functools.cache
+def base(layers: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, **shape, tie_word_embeddings=layers == 3)
+    )
+
+
+def blocks(seed: int, shuffle: bool = True) -> Blocks:
+    random = np.random.default_rng(seed)
+    offsets = np.cumsum([0, *random.integers(1, 40, size=30)])
+    store: Any = SimpleNamespace(tokens=random.integers(0, VOCABULARY, size=offsets[-1]), offsets=offsets, responses=None)
+    return Blocks(store, np.arange(30), 16, seed=seed, shuffle=shuffle)
+
+
+def carry_out(run: Run, folder: Path, *, steps: int | None = None) -> dict[str, list[float]]:
+    """Train in `folder`; returns the trained weights, flat, by name."""
+
+    def report(progress) -> None:
+        if progress.step == run.stop_at and ranks.rank() == ranks.size() - 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    own_base = copy.deepcopy(base(run.layers))
+    torch.manual_seed(1)
+    model = DynaMoForCausalLM.from_base(own_base, **run.heads)
+    train(model, blocks(0), blocks(1, shuffle=False), run.options, folder, report=report)
+    return {name: p.flatten().tolist() for name, p in model.named_parameters()}
+
+
+def start(folder: Path, *runs: str, count: int = 2) -> list[subprocess.Popen]:
+    """Starts so many ranks that carry out these runs one after the other, each in a folder of its name."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    where["PYTHONPATH"] = str(Path(dynamo_lm.__file__).parents[1])
+    command = [sys.executable, __file__, str(folder), *runs]
+    return [
+        subprocess.Popen(command, env=os.environ | where | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(count)
+    ]
+
+
+def main(folder: Path, *names: str) -> None:
+    torch.set_num_threads(1)
+    with ranks.process_group(torch.device("cpu"), 1):
+        for name in names:
+            try:
+                weights = carry_out(RUNS[name], folder / name)
+            except KeyboardInterrupt:
+                continue
+            (folder / f"{name}-{ranks.rank()}.json").write_text(json.dumps(weights))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
