@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 
@@ -107,6 +108,65 @@ class Counts(LogitsProcessor):
         return scores + bias
 
 
+def rotated(scores, count):
+    """Favours one token, by the number of calls."""
+    return scores + 8.0 * (torch.arange(VOCABULARY) == (17 * count) % VOCABULARY)
+
+
+def in_a_closure():
+    count = 0
+
+    def process(ids, scores):
+        nonlocal count
+        count += 1
+        return rotated(scores, count)
+
+    return process
+
+
+def in_an_attribute():
+    def process(ids, scores):
+        process.count += 1
+        return rotated(scores, process.count)
+
+    process.count = 0
+    return process
+
+
+def in_a_default():
+    def process(ids, scores, calls=[]):  # noqa: B006
+        calls.append(1)
+        return rotated(scores, len(calls))
+
+    return process
+
+
+class InASlot(LogitsProcessor):
+    __slots__ = ("count",)
+
+    def __init__(self):
+        self.count = 0
+
+    def process(self, ids, scores):
+        self.count += 1
+        return rotated(scores, self.count)
+
+    __call__ = process
+
+
+class Lazy(LogitsProcessor):
+    """Has no state before its first call."""
+
+    def __call__(self, ids, scores):
+        self.count = getattr(self, "count", 0) + 1
+        return rotated(scores, self.count)
+
+
+def with_calls(calls, ids, scores):
+    calls.append(1)
+    return rotated(scores, len(calls))
+
+
 def by_length(ids, scores):
     return scores.roll(ids.shape[1], 1)
 
@@ -115,6 +175,13 @@ PROCESSORS = {
     "per row": RowBias,
     "stateful": Counts,
     "function": lambda: by_length,
+    "closure": in_a_closure,
+    "attribute of a function": in_an_attribute,
+    "default": in_a_default,
+    "slot": InASlot,
+    "method": lambda: InASlot().process,
+    "partial": lambda: functools.partial(with_calls, []),
+    "state of the first call": Lazy,
     "synthid": lambda: SynthIDTextWatermarkLogitsProcessor(
         ngram_len=3, keys=[5, 9, 11], sampling_table_size=2**8, sampling_table_seed=0, context_history_size=8, device="cpu"
     ),
@@ -207,7 +274,40 @@ class ByRow(StoppingCriteria):
         return torch.tensor([ids.shape[1] >= 8 + 2 * row for row in range(len(ids))])
 
 
+class Calls(StoppingCriteria):
+    """Ends all rows at the fifth call; others may end them earlier."""
+
+    def __init__(self):
+        self.count, self.stopped = 0, False
+
+    def __call__(self, ids, scores, **kwargs):
+        self.count += 1
+        return torch.full((len(ids),), self.stopped or self.count >= 5)
+
+
+class CallsInASlot(StoppingCriteria):
+    __slots__ = ("count",)
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, ids, scores, **kwargs):
+        self.count += 1
+        return torch.full((len(ids),), self.count >= 5)
+
+
+class Event(StoppingCriteria):
+    def __init__(self):
+        self.event = threading.Event()  # cannot be copied
+
+    def __call__(self, ids, scores, **kwargs):
+        return torch.full((len(ids),), self.event.is_set() or ids.shape[1] >= 11)
+
+
 CRITERIA = {
+    "calls": Calls,
+    "slot": CallsInASlot,
+    "event": Event,
     "padded length": PaddedLength,
     "one verdict a row": ByRow,
     "bool": lambda: lambda ids, scores, **kwargs: ids.shape[1] >= 9,
@@ -222,8 +322,29 @@ def test_criteria_see_the_padded_batch_and_say_which_rows_end(model, name):
     result = model.generate(IDS, attention_mask=MASK, stopping_criteria=StoppingCriteriaList([CRITERIA[name]()]), **COMMON)
     if name not in ("bool", "number"):  # of which the base makes an error
         same_as_the_base(model, lambda: {"stopping_criteria": StoppingCriteriaList([CRITERIA[name]()])})
-    lengths = {"padded length": [10] * 3, "one verdict a row": [8, 10, 12], "time": [20] * 3}.get(name, [9] * 3)
-    assert [int((row[6:] != 0).sum()) + 6 for row in result] == lengths
+    lengths = {"padded length": [10] * 3, "one verdict a row": [8, 10, 12], "time": [20] * 3, "event": [11] * 3}
+    lengths |= {"calls": [11] * 3, "slot": [11] * 3, "bool": [9] * 3, "number": [9] * 3}
+    assert [int((row[6:] != 0).sum()) + 6 for row in result] == lengths[name]
+
+
+@torch.no_grad()
+def test_what_others_change_in_a_criterion_is_seen(model):
+    class Flag(StoppingCriteria):
+        def __init__(self):
+            self.stop = False
+
+        def __call__(self, ids, scores, **kwargs):
+            return torch.full((len(ids),), self.stop)
+
+    flag = Flag()
+
+    def press(row, tokens):
+        flag.stop = True
+
+    result = model.generate(
+        IDS, attention_mask=MASK, stopping_criteria=StoppingCriteriaList([flag]), on_step=press, **COMMON
+    )
+    assert result.shape[1] < 6 + COMMON["max_new_tokens"]
 
 
 HOOKED = {"layer": lambda layer: layer, "attention": lambda layer: layer.self_attn, "mlp": lambda layer: layer.mlp}

@@ -566,7 +566,7 @@ def test_a_run_that_would_train_nothing_is_refused(num_heads, lr_m, tmp_path):
 
 
 def test_a_second_interrupt_stops_at_once_and_the_handler_is_put_back():
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     for number in numbers:
         with pytest.raises(KeyboardInterrupt), trainer._stop_between_steps() as stopped:
@@ -574,6 +574,16 @@ def test_a_second_interrupt_stops_at_once_and_the_handler_is_put_back():
             assert len(stopped) == 1
             signal.raise_signal(number)
         assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_run_that_outlives_its_terminal_goes_on():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup sets it
+    try:
+        with trainer._stop_between_steps() as stopped:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stopped
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_new_run_keeps_the_log_of_one_that_had_no_checkpoint_yet(tmp_path):

@@ -7,14 +7,19 @@ the batch is padded again as transformers does it, and the sequence's own row of
 their own tokens, as far as they are decoded already.
 
 A processor with state sees one call for every token, in order, as under `generate`: drafts that are rejected leave no trace,
-because every call is made on a copy of the processor as the call for the token before left it.
+because every call is made on a copy of the processor as the call for the token before left it. A criterion with state sees
+one call for every token of its row. State is what an object's attributes or a function's closure, defaults and attributes
+hold; what calls change in global variables or on a class cannot follow.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import io
+import pickle
 from collections.abc import Sequence
-from types import FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -86,7 +91,7 @@ class PaddedBatch:
         if type(processor) is PrefixConstrainedLogitsProcessor:  # asks a user's function about every row: of this one alone
             return self._prefix_constrained(processor)
         processor = _on_cpu(processor)
-        if type(processor).__module__.startswith("transformers.") and type(processor).__name__ in ROW_WISE:
+        if _from_transformers(processor) and type(processor).__name__ in ROW_WISE:
             by_row = self._by_row(processor)
             return lambda row, tokens, logits: by_row[row](self.own_ids(row, tokens), logits[None])[0].to(logits)
         if _has_state(processor):
@@ -119,8 +124,15 @@ class PaddedBatch:
     def stopping_criterion(self, criterion: Any, row: int) -> options.StoppingCriterion:
         """A criterion of transformers, or a user's own, for one row; its verdict is one bool, or one for each row."""
 
+        state = criterion
+        shared = len(self.prompts) == 1 or not _has_state(criterion) or _from_transformers(criterion)
+
         def is_done(tokens: Tensor) -> bool:
-            verdict = torch.as_tensor(criterion(self.ids(row, tokens), None)).flatten()
+            nonlocal state
+            own = state if shared else _own_copy(state)
+            verdict = torch.as_tensor(own(self.ids(row, tokens), None)).flatten()
+            if own is not state and _contents(own) != _contents(state):  # else what others change in it is seen
+                state = own
             return bool(verdict[row if len(verdict) > 1 else 0])
 
         return is_done
@@ -157,11 +169,17 @@ class _Replayed:
         return result
 
 
+def _from_transformers(processor: Any) -> bool:
+    return type(processor).__module__.startswith("transformers.")
+
+
 def _has_state(processor: Any) -> bool:
-    """Whether calls may change it: of a user's own, whatever has attributes."""
-    if type(processor).__module__.startswith("transformers."):
+    """Whether calls may change it: of a user's own, all but functions that hold nothing."""
+    if _from_transformers(processor):
         return type(processor).__name__ in STATEFUL
-    return bool(getattr(processor, "__dict__", None)) and not isinstance(processor, FunctionType)
+    if isinstance(processor, FunctionType):
+        return bool(processor.__closure__ or processor.__defaults__ or processor.__kwdefaults__ or vars(processor))
+    return True
 
 
 def _copied(processor: Any) -> Any:
@@ -170,16 +188,64 @@ def _copied(processor: Any) -> Any:
     Raises:
         InputError: it cannot be copied.
     """
-    shared = {
-        id(value): value for value in vars(processor).values() if isinstance(value, (nn.Module, PreTrainedTokenizerBase))
-    }
     try:
-        return copy.deepcopy(processor, shared)
+        return _deep_copy(processor, {})
     except Exception as error:  # whatever an attribute raises
         raise InputError(
             f"{_name(processor)} cannot be copied ({error}), so its state cannot follow drafts that are rejected; give it a "
             "__deepcopy__, or call model.base.generate."
         ) from error
+
+
+def _own_copy(criterion: Any) -> Any:
+    """A copy with state of its own; the criterion itself where it cannot be copied, as with a `threading.Event`."""
+    try:
+        return _deep_copy(criterion, {})
+    except Exception:  # whatever an attribute raises
+        return criterion
+
+
+def _deep_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """`copy.deepcopy` that shares models and tokenizers and copies what functions hold, too."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, (nn.Module, PreTrainedTokenizerBase)) and memo:  # not the processor itself
+        return value
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _deep_copy(value.__self__, memo))
+    if isinstance(value, functools.partial):
+        arguments = [_deep_copy(each, memo) for each in value.args]
+        keywords = {name: _deep_copy(each, memo) for name, each in value.keywords.items()}
+        return functools.partial(_deep_copy(value.func, memo), *arguments, **keywords)
+    if not isinstance(value, FunctionType):
+        parts = getattr(value, "__dict__", {}).values()
+        memo.update({id(part): part for part in parts if isinstance(part, (nn.Module, PreTrainedTokenizerBase))})
+        return copy.deepcopy(value, memo)
+    cells = [CellType() for _ in value.__closure__ or ()]
+    twin = FunctionType(value.__code__, value.__globals__, value.__name__, None, tuple(cells))
+    memo[id(value)] = twin  # before its parts, which may hold it
+    for cell, source in zip(cells, value.__closure__ or (), strict=True):
+        cell.cell_contents = _deep_copy(source.cell_contents, memo)
+    twin.__defaults__ = _deep_copy(value.__defaults__, memo)
+    twin.__kwdefaults__ = _deep_copy(value.__kwdefaults__, memo)
+    twin.__dict__.update({name: _deep_copy(each, memo) for name, each in vars(value).items()})
+    return twin
+
+
+class _Pickler(pickle.Pickler):
+    """Takes models and tokenizers as they are."""
+
+    def persistent_id(self, value: Any) -> int | None:
+        return id(value) if isinstance(value, (nn.Module, PreTrainedTokenizerBase)) else None
+
+
+def _contents(value: Any) -> Any:
+    """What a copy of an object is compared by; nothing equals it where it holds what cannot be pickled."""
+    try:
+        _Pickler(buffer := io.BytesIO()).dump(value.__reduce_ex__(4)[2])
+    except Exception:  # whatever an attribute raises
+        return object()
+    return buffer.getvalue()
 
 
 def _on_cpu(processor: Any) -> Any:

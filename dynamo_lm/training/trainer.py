@@ -67,8 +67,8 @@ def train(
 
     Raises:
         InputError: a loss or gradient that is not finite (names the step and the batch), or a checkpoint of another run.
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, after writing a checkpoint of the last finished step. A step that has parts
-            left is given up by a single process; several ranks finish it.
+        KeyboardInterrupt: on Ctrl-C, SIGTERM or SIGHUP, after writing a checkpoint of the last finished step. A step that
+            has parts left is given up by a single process; several ranks finish it.
     """
     optimization = Optimization(model, blocks, options, features)
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,9 +143,9 @@ class _StoppedInStep(Exception):
 
 @contextlib.contextmanager
 def _stop_between_steps() -> Iterator[list[int]]:
-    """Yields a list that Ctrl-C and SIGTERM append to; a second signal stops at once.
+    """Yields a list that Ctrl-C, SIGTERM and SIGHUP append to; a second signal stops at once.
 
-    SIGTERM is what Slurm, systemd and `docker stop` send: it saves a checkpoint as Ctrl-C does.
+    SIGTERM is what Slurm, systemd and `docker stop` send, SIGHUP what a closed terminal sends, unless it is ignored (nohup).
     """
     stopped: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -158,7 +158,10 @@ def _stop_between_steps() -> Iterator[list[int]]:
         stopped.append(number)
         logger.warning("Stopping after this forward pass, with a checkpoint; a second signal stops at once.")
 
-    before = {number: signal.signal(number, on_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, on_interrupt) for number in numbers}
     try:
         yield stopped
     finally:
