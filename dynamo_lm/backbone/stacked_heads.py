@@ -79,7 +79,7 @@ def can_stack(layers: Sequence[nn.Module]) -> bool:
         return False
     for name, module in trees[0].items():
         others = [tree[name] for tree in trees[1:]]
-        if any(type(other) is not type(module) or _settings(other) != _settings(module) for other in others):
+        if any(type(other) is not type(module) or settings(other) != settings(module) for other in others):
             return False
         if _holds_weights(module) and any(_holds_weights(part) for part in module.modules() if part is not module):
             return False
@@ -97,7 +97,8 @@ def _holds_weights(module: nn.Module) -> bool:
     return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
+def settings(module: nn.Module) -> dict[str, Any]:
+    """What a module was made with, but for its place among the layers."""
     plain = (bool, int, float, str, type(None))
     return {
         name: value

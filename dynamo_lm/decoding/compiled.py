@@ -53,7 +53,7 @@ def compile_steps(model: MultiHeadLM, num_heads: int) -> tuple[MultiHeadLM, Call
     if kept is None or any(holder.get(name) is not part for holder, name, part in kept[2]):
         if model.device.type == "cpu":
             check_compiler()
-        twin = model.optimize_for_inference(n)
+        twin = model.optimize_for_inference(n, fuse=False)
         if n > 1 and not isinstance(twin.last_layer, StackedHeads):
             raise InputError("compile=True needs heads that are one layer beside the base's last one; leave it out.")
         if model.device.type == "cpu":

@@ -132,6 +132,18 @@ class RaggedKVCache(Cache):
             mine.extend(theirs, int(lengths.max()) + GROWTH)
         self.lengths = lengths
 
+    def room(self, entry: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer with room for the write in progress, for a kernel that writes them itself, each
+        slot's from its length on.
+
+        like: keys of no token, (copies * slots, heads, 0, width), for a layer that has none yet.
+        """
+        layer: Any = self.layers[entry]
+        if not layer.is_initialized:
+            layer.lazy_initialization(like, like)
+        layer.keys, layer.values = _roomy(layer.keys, self.end), _roomy(layer.values, self.end)
+        return layer.keys, layer.values
+
     def release(self) -> None:
         """Gives keys and values back at once. Cache and entries hold each other, so they would wait for Python's garbage
         collection, which comes seldom: a thousand megabytes in an hour of short texts."""

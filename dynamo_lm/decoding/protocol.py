@@ -66,7 +66,7 @@ class MultiHeadLM(Protocol):
     def output_weight(self, head: int = 1) -> Tensor:
         """The output embedding of one head, (vocabulary, hidden)."""
 
-    def optimize_for_inference(self, num_heads: int) -> MultiHeadLM:
+    def optimize_for_inference(self, num_heads: int, *, fuse: bool = True) -> MultiHeadLM:
         """The same tensors, arranged for steps of a few tokens."""
 
     def modules(self) -> Any: ...

@@ -66,3 +66,9 @@ def patch_attention(module: nn.Module, copies: dict[int, PreTrainedConfig]) -> N
     floats = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     if tensors and all(tensor.device.type == "cpu" for tensor in tensors) and floats <= set(ops.DTYPES):
         vars(module)["config"] = copies.setdefault(id(config), with_attention(config, NAME))
+
+
+def uses_kernel(module: nn.Module) -> bool:
+    """Whether a module is one that `patch_attention` changed."""
+    config = vars(module).get("config")
+    return isinstance(config, PreTrainedConfig) and attention_implementation(config) == NAME

@@ -34,6 +34,7 @@ SOURCES = (
     "skinny_matmul.cpp",
     "quantized_matmul.cpp",
     "decode_attention.cpp",
+    "decoder_layer.cpp",
     "sampler.cpp",
     "drafts.cpp",
     "draw.cpp",

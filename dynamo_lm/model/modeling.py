@@ -30,6 +30,7 @@ from dynamo_lm.backbone.base_model import (
 from dynamo_lm.backbone.feature_layers import captured_features
 from dynamo_lm.backbone.stacked_heads import StackedHeads, can_stack
 from dynamo_lm.cooccurrence.table import Cooccurrence
+from dynamo_lm.decoding.fused_layers import fuse_layers
 from dynamo_lm.decoding.generate import ended, generate
 from dynamo_lm.decoding.runtime import Runtime
 from dynamo_lm.errors import InputError
@@ -326,24 +327,28 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         with ended(kwargs.get("streamer")):
             return generate(self, inputs, *args, **kwargs)
 
-    def optimize_for_inference(self, num_heads: int) -> DynaMoForCausalLM:
+    def optimize_for_inference(self, num_heads: int, *, fuse: bool = True) -> DynaMoForCausalLM:
         """The same model over the same tensors, arranged for steps of a few tokens with heads 1..num_heads.
 
-        See `dynamo_lm.kernels.linear` and `dynamo_lm.backbone.stacked_heads`; its results are this model's, up to rounding.
+        See `dynamo_lm.kernels.linear`, `dynamo_lm.backbone.stacked_heads` and `dynamo_lm.decoding.fused_layers`, which is
+        left out for a compiler (fuse=False); its results are this model's, up to rounding.
         """
         offloading.check_own_forward(self.base)
-        loader.available()  # wherever the model is, the sampler runs on the host
+        kernels = loader.available()  # wherever the model is, the sampler runs on the host
         twin = optimize_modules(self)
         twin = copy.copy(self) if twin is self else twin
         layers = decoder_layers(twin.base)
-        twin._last_layer = (layers[-1],)
+        stacked: list[nn.Module] = []
         one_layer = not self.config.sequential and self.config.feed == "stem" and self.config.layers_per_head == 1
         if num_heads > 1 and one_layer and layers is not decoder_layers(self.base):  # else accelerate moves the base
             extra = [cast(TokenHead, head).layers[0] for head in twin.heads[: num_heads - 1]]
             together = [layers[-1], *extra]
             if self.stack_heads and can_stack(together):
-                layers[-1] = StackedHeads(together)
-                twin._last_layer = (layers[-1],)
+                layers[-1], stacked = StackedHeads(together), together
+        twin._last_layer = (layers[-1],)
+        if fuse and kernels and layers is not decoder_layers(self.base):
+            fuse_layers(layers, stacked)
+            twin._last_layer = twin._last_layer if stacked else (layers[-1],)
         twin.plain_readout = twin.reads_plainly()
         return twin
 

@@ -139,6 +139,9 @@ struct View {
   int64_t *sizes, *strides;
   int32_t dtype;
 
+  View(void* data, int64_t dims, int64_t* sizes, int64_t* strides, int32_t dtype)
+      : data(data), dims(dims), sizes(sizes), strides(strides), dtype(dtype) {}
+
   explicit View(AtenTensorHandle tensor) {
     checked(aoti_torch_get_data_ptr(tensor, &data));
     checked(aoti_torch_get_dim(tensor, &dims));
@@ -191,8 +194,9 @@ inline Tensor borrowed(AtenTensorHandle handle) {
   return Tensor(own);
 }
 
-// Room for so many numbers, the calling thread's own, until it asks again. It begins with a line of the caches, so that no
+// Room for so many numbers, the calling thread's own, until it asks again for the same `USE`. It begins with a line of the caches, so that no
 // vector in it lies in two of them.
+template <int USE = 0>
 inline float* scratch(int64_t count) {
   struct alignas(64) Line {
     float entries[16];

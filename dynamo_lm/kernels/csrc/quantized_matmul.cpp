@@ -169,16 +169,21 @@ inline void round_group(const T* x, int8_t* entries, float* scale, int32_t* sum)
   for (int i = 0; i < 8; i++) *sum += total[i];
 }
 
-template <int BITS, typename T>
-void multiply_quantized(const T* x, const uint8_t* weight, const uint16_t* scale, const T* bias, T* y, int64_t rows,
-                        int64_t groups, int64_t out) {
-  const int64_t count = rows * groups;
+// Groups of x in 8 bits, in the thread's scratch.
+template <typename T>
+Rounded rounded_groups(const T* x, int64_t count) {
   float* const room = scratch(count * (GROUP / 4 + 2));
   auto* const entries = reinterpret_cast<int8_t*>(room);
   float* const scales = room + count * (GROUP / 4);
   auto* const sums = reinterpret_cast<int32_t*>(scales + count);
   for (int64_t i = 0; i < count; i++) round_group(x + i * GROUP, entries + i * GROUP, scales + i, sums + i);
-  const Rounded from = {entries, scales, sums};
+  return {entries, scales, sums};
+}
+
+template <int BITS, typename T>
+void multiply_quantized(const T* x, const uint8_t* weight, const uint16_t* scale, const T* bias, T* y, int64_t rows,
+                        int64_t groups, int64_t out) {
+  const Rounded from = rounded_groups(x, rows * groups);
   const int64_t grain = std::max<int64_t>(1, WORK / (groups * GROUP * BESIDE));
   shared((out + BESIDE - 1) / BESIDE, grain, [&](int64_t first, int64_t last) {
     blocks_of<BITS>(weight, scale, from, bias, y, rows, groups, out, first, last);

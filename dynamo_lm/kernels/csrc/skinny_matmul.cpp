@@ -116,17 +116,22 @@ void in_blocks(int64_t in, int64_t out, const F& part) {
   shared((out + BLOCK - 1) / BLOCK, grain, [&](int64_t first, int64_t last) { part(first * BLOCK, std::min(out, last * BLOCK)); });
 }
 
+// Rows of x in the order of `unpack`, in the thread's scratch unless they are float32.
+template <typename T>
+const float* unpacked(const T* x, int64_t count) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    float* const to = scratch(count);
+    unpack(x, to, count);
+    return to;
+  }
+}
+
 // x: (rows, in), weight: (out, in), bias: (out,) or null -> y: (rows, out).
 template <typename T>
 void multiply(const T* x, const T* weight, const T* bias, T* y, int64_t rows, int64_t in, int64_t out) {
-  const float* from;
-  if constexpr (std::is_same_v<T, float>) {
-    from = x;
-  } else {
-    float* const unpacked = scratch(rows * in);
-    unpack(x, unpacked, rows * in);
-    from = unpacked;
-  }
+  const float* const from = unpacked(x, rows * in);
   in_blocks(in, out, [&](int64_t begin, int64_t end) { columns(weight, from, bias, y, rows, in, out, begin, end); });
 }
 

@@ -1,0 +1,162 @@
+"""Decoder layers of Llama's form that compute a decoding step in one call each, in a model that is arranged for decoding.
+
+In: the decoder layers of a model's optimized copy. Out: the same list, in which layers that the kernel computes stand behind
+a `FusedLayer`. No architecture is named: the parts of a layer are found by their roles, and one step on random states must
+give what the layer's own code gives. Whatever a call asks for that the kernel does not do goes through the layer's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynamo_lm.backbone.base_model import copy_attributes
+from dynamo_lm.backbone.stacked_heads import has_hooks, settings
+from dynamo_lm.decoding.kv_cache import RaggedKVCache
+from dynamo_lm.kernels.attention import MAX_QUERIES, uses_kernel
+from dynamo_lm.kernels.decoder_layer import LayerKernel, LayerParts
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+HEAD_NORMS = {"q_norm", "k_norm"}
+GATED = {"gate_proj", "up_proj", "down_proj"}
+LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+EXACT, ROUNDED = 1e-4, 0.05  # error that is rounding, relative to the largest entry: in float32, and in fewer bits
+
+
+class FusedLayer(nn.Module):
+    """One decoder layer, or several that see the same states as heads do; (slots, tokens, hidden) -> the same, by layer."""
+
+    def __init__(self, layer: nn.Module, kernels: Sequence[LayerKernel], index: int):
+        """layer: what it stands for, whose own code runs where the kernel does not fit; index: of its entry in a cache."""
+        super().__init__()
+        self.layer, self.kernels, self.index = layer, list(kernels), index
+        self.max_rows = min(kernel.max_rows for kernel in kernels) // len(kernels)
+        copy_attributes(self, layer)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values", kwargs.get("cache"))
+        mask, turns = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+        if args or not self._fits(hidden_states, cache, mask, turns):
+            return self.layer(hidden_states, *args, **kwargs)
+        slots, first = hidden_states.shape[0], self.kernels[0]
+        shape = (slots * len(self.kernels), first.kv_heads, 0, first.width)
+        keys, values = cache.room(self.index, hidden_states.new_empty(shape))
+        results = []
+        for i, kernel in enumerate(self.kernels):
+            part = slice(i * slots, (i + 1) * slots)
+            results.append(kernel(hidden_states, turns, mask, cache.lengths, keys[part], values[part]))
+        return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _fits(self, hidden: Tensor, cache: Any, mask: Any, turns: Any) -> bool:
+        return (
+            isinstance(cache, RaggedKVCache)
+            and isinstance(mask, Tensor)
+            and mask.dtype == torch.bool
+            and mask.shape[1] == 1
+            and mask.shape[3] == cache.end
+            and isinstance(turns, tuple)
+            and turns[0].shape[-1] == self.kernels[0].width
+            and turns[0].dtype == hidden.dtype == self.kernels[0].dtype
+            and hidden.shape[1] <= MAX_QUERIES
+            and 0 < hidden.shape[0] * hidden.shape[1] <= self.max_rows
+            and not torch.is_grad_enabled()
+        )
+
+
+def fuse_layers(layers: nn.ModuleList, heads: Sequence[nn.Module] = ()) -> None:
+    """Replaces the layers of a model's optimized copy that the kernel computes, in the list itself.
+
+    Args:
+        layers: the base's decoder layers, or what stands in their place.
+        heads: the layers that the last one computes, where it is a `StackedHeads`.
+    """
+    known: dict[str, bool] = {}
+    for index, layer in enumerate(layers):
+        together = heads if heads and index == len(layers) - 1 else [layer]
+        kernels = [kernel for part in together if (kernel := kernel_of(part, known)) is not None]
+        if len(kernels) == len(together):
+            layers[index] = FusedLayer(layer, kernels, index)
+
+
+def kernel_of(layer: nn.Module, known: dict[str, bool]) -> LayerKernel | None:
+    """The kernel of one layer; None if it does not compute what the layer's code does.
+
+    known: by what a layer is, whether a step was right; layers that only differ in their weights are tried once.
+    """
+    parts = None if has_hooks(layer) else parts_of(layer)
+    try:
+        kernel = None if parts is None else LayerKernel(parts)
+    except ValueError:
+        return None
+    if kernel is None:
+        return None
+    kind = repr([(name, type(part), settings(part)) for name, part in layer.named_modules()])
+    if kind not in known:
+        known[kind] = is_right(layer, kernel)
+    return kernel if known[kind] else None
+
+
+def parts_of(layer: Any) -> LayerParts | None:
+    """The parts of a layer by their roles; None if it is of another form."""
+    if {name for name, part in layer.named_children() if _holds_tensors(part)} != LAYER:
+        return None
+    attention, gated = layer.self_attn, layer.mlp
+    inner = {name for name, part in attention.named_children() if _holds_tensors(part)}
+    if not ATTENTION <= inner <= ATTENTION | HEAD_NORMS or not uses_kernel(attention):
+        return None
+    if {name for name, part in gated.named_children() if _holds_tensors(part)} != GATED:
+        return None
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [getattr(attention, name) for name in sorted(HEAD_NORMS & inner)]
+    eps = {getattr(norm, "variance_epsilon", None) for norm in norms}
+    if len(eps) != 1 or None in eps or len(inner & HEAD_NORMS) == 1:
+        return None
+    return LayerParts(
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *(gated.gate_proj, gated.up_proj, gated.down_proj),
+        *(layer.input_layernorm.weight, layer.post_attention_layernorm.weight),
+        *(attention.q_norm.weight, attention.k_norm.weight) if inner & HEAD_NORMS else (None, None),
+        None,
+        *(eps.pop(), attention.scaling, attention.head_dim),
+    )
+
+
+def _holds_tensors(module: nn.Module) -> bool:
+    return any(True for _ in (*module.parameters(), *module.buffers()))
+
+
+@torch.no_grad()
+def is_right(layer: Any, kernel: LayerKernel) -> bool:
+    """Whether two steps of two sequences on random states, the second behind different lengths, give what the layer's code
+    gives: states, keys and values."""
+    generator = torch.Generator().manual_seed(0)
+    index, slots, tokens = layer.self_attn.layer_idx, 2, 3
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(kernel.dtype)
+
+    steps = []
+    for _ in range(2):
+        angles = random(slots, tokens, kernel.width // 2).repeat(1, 1, 2)
+        steps.append((random(slots, tokens, kernel.size), (angles.cos(), angles.sin())))
+    results = []
+    for run in (layer, FusedLayer(layer, [kernel], index)):
+        cache = RaggedKVCache(index + 1, slots)
+        for hidden, turns in steps:
+            positions = cache.reserve(tokens)
+            mask = torch.arange(cache.end) <= positions[:, None, :, None]
+            how: dict[str, Any] = {"attention_mask": mask, "position_embeddings": turns, "position_ids": positions}
+            try:
+                state = run(hidden, past_key_values=cache, **how)
+            except Exception:  # a layer that wants other arguments
+                return False
+            cache.commit(torch.tensor([1, 3]))
+        if not isinstance(state, Tensor):
+            return False
+        results.append([state - hidden, *(part[:, :, : cache.end] for part in cache.buffers()[-1])])
+    exact = kernel.dtype == torch.float32 and not kernel.rounds
+    errors = [((own - fused).abs().max() / own.abs().max()).item() for own, fused in zip(*results, strict=True)]
+    return all(error < (EXACT if exact else ROUNDED) for error in errors)

@@ -1,0 +1,198 @@
+"""One decoder layer of Llama's form in one call, for the few tokens of a decoding step on a CPU (csrc/decoder_layer.cpp).
+
+In: the layers' parts, as a model's optimized copy has them (`linear.py`, `quantized.py`). Out: a `LayerKernel` that
+computes a step of such a layer and writes its keys and values. Called one by one, the two dozen operations of a layer take
+longer than its products do in 8 bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dynamo_lm.kernels import loader, ops
+from dynamo_lm.kernels.linear import SkinnyLinear
+from dynamo_lm.kernels.quantized import QuantizedLinear
+
+FLOAT32, BFLOAT16, INT8, INT4 = range(4)
+KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8, torch.uint8: INT4}
+_P, _N = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [(name, _P) for name in ("weight", "scale", "bias")] + [(name, _N) for name in ("out", "in_size", "kind")]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Matrix) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        *((name, _P) for name in ("input_norm", "post_norm", "query_norm", "key_norm", "embedding_norm")),
+        *((name, _N) for name in ("size", "heads", "kv_heads", "width", "dtype")),
+        *((name, ctypes.c_double) for name in ("eps", "scaling")),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, _P) for name in ("hidden", "embedding", "cosine", "sine")),
+        ("turn_step", _N),
+        ("mask", _P),
+        *((name, _N) for name in ("mask_rows", "mask_step", "mask_line")),
+        ("starts", _P),
+        *((name, _N) for name in ("slots", "tokens", "end")),
+        *((name, _P) for name in ("keys", "values")),
+        *((name, _N) for name in ("slot_step", "head_step", "place_step")),
+        ("result", _P),
+    ]
+
+
+class LayerParts(NamedTuple):
+    """The modules of one layer."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    output: nn.Module
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+    input_norm: Tensor  # weights, (hidden,)
+    post_norm: Tensor
+    query_norm: Tensor | None  # of single heads, (width,)
+    key_norm: Tensor | None
+    embedding_norm: Tensor | None  # where attention reads a token's embedding beside the state
+    eps: float
+    scaling: float
+    width: int  # of a head
+
+
+class LayerKernel:
+    """A layer as the kernel computes it.
+
+    Attributes:
+        max_rows: tokens of a step up to which its products are the kernel's, as in the layers themselves.
+        rounds: whether weights have 8 or 4 bits.
+    """
+
+    def __init__(self, parts: LayerParts):
+        """Raises ValueError, with the reason, for parts that the kernel does not compute."""
+        self.dtype = parts.input_norm.dtype
+        self._kept: list[Tensor] = []  # what the kernel reads stays alive
+        linears = parts[:7]
+        matrices = dict(zip(parts._fields[:7], map(self._matrix, linears), strict=True))
+        kv_heads, heads = parts.key.out_features // parts.width, parts.query.out_features // parts.width  # type: ignore[operator]
+        size = parts.output.out_features
+        norms = {name: getattr(parts, name) for name in ("input_norm", "post_norm", "embedding_norm")}
+        of_heads = {name: getattr(parts, name) for name in ("query_norm", "key_norm")}
+        self._layer = _Layer(
+            **matrices,
+            **{name: self._address(weight, size) for name, weight in norms.items()},
+            **{name: self._address(weight, parts.width) for name, weight in of_heads.items()},
+            size=size,
+            heads=heads,
+            kv_heads=kv_heads,
+            width=parts.width,
+            dtype=KINDS[self.dtype],
+            eps=parts.eps,
+            scaling=parts.scaling,
+        )
+        self._check(self._layer, parts)
+        self.kv_heads, self.width, self.size = kv_heads, parts.width, size
+        self.max_rows = min(getattr(linear, "max_rows", 2**31) for linear in linears)
+        self.rounds = any(isinstance(linear, QuantizedLinear) for linear in linears)
+        self._function: Any = loader.decoder_layer()
+
+    def _matrix(self, linear: nn.Module) -> _Matrix:
+        if isinstance(linear, QuantizedLinear):
+            weight, scale = linear.packed, linear.scale
+        elif isinstance(linear, SkinnyLinear) and linear.weight.dtype == self.dtype:
+            weight, scale = linear.weight.detach(), None
+        else:
+            raise ValueError(f"a layer of the kind {type(linear).__name__}")
+        out, size = linear.out_features, linear.in_features
+        scales = None if scale is None else self._address(scale)
+        bias = self._address(linear.bias, out)
+        kind = KINDS[weight.dtype]
+        return _Matrix(weight=self._address(weight), scale=scales, bias=bias, out=out, in_size=size, kind=kind)
+
+    def _address(self, tensor: Tensor | None, size: int | None = None) -> int | None:
+        """Of a contiguous tensor; size: that a vector of the layer's dtype has to have."""
+        if tensor is None:
+            return None
+        if not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise ValueError("a weight that is not contiguous, or not on the CPU")
+        if size is not None and (tensor.dtype != self.dtype or tensor.shape != (size,)):
+            raise ValueError("a norm or a bias of another type or size than the layer's")
+        self._kept.append(tensor.detach())
+        return tensor.data_ptr()
+
+    @staticmethod
+    def _check(layer: _Layer, parts: LayerParts) -> None:
+        """That products fit together, and that sizes are what the kernel takes at a time."""
+        inputs = layer.size * (1 if layer.embedding_norm is None else 2)
+        q, k, v, o, gate, up, down = (getattr(layer, name) for name in parts._fields[:7])
+        fits = q.in_size == k.in_size == v.in_size == inputs and gate.in_size == up.in_size == layer.size
+        fits = fits and q.out == layer.heads * layer.width == o.in_size and k.out == v.out == layer.kv_heads * layer.width
+        fits = fits and layer.kv_heads > 0 and layer.heads % layer.kv_heads == 0
+        fits = fits and gate.out == up.out == down.in_size and down.out == layer.size
+        if not fits:
+            raise ValueError("products whose sizes do not fit together")
+        if any(size % ops.STRIDE for size in (layer.size, layer.width, gate.out)):
+            raise ValueError(f"sizes that are not multiples of {ops.STRIDE}")
+        if not q.kind == k.kind == v.kind or gate.kind != up.kind:
+            raise ValueError("weights of several kinds beside each other")
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        turns: tuple[Tensor, Tensor],
+        mask: Tensor,
+        starts: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        embedding: Tensor | None = None,
+    ) -> Tensor:
+        """A step of the layer; its keys and values are written into the cache's.
+
+        Args:
+            hidden: (slots, tokens, size) of `dtype`, contiguous.
+            turns: cosines and sines of the rotary positions, (slots or 1, tokens, width) of `dtype`.
+            mask: (slots or 1, 1, tokens, end) bool, true where a key is attended to.
+            starts: (slots,) int64, where each slot's tokens go; start + tokens <= end.
+            keys, values: (slots, kv heads, room, width) of `dtype`, with room for `end`.
+            embedding: like hidden, for a layer with an `embedding_norm`.
+
+        Returns:
+            (slots, tokens, size).
+        """
+        slots, tokens, _ = hidden.shape
+        cosine, sine = turns
+        hidden, cosine, sine, mask = (part.contiguous() for part in (hidden, cosine, sine, mask))
+        result = torch.empty_like(hidden)
+        slot_step, head_step, place_step, _ = keys.stride()
+        step = _Step(
+            hidden=hidden.data_ptr(),
+            embedding=None if embedding is None else embedding.data_ptr(),
+            cosine=cosine.data_ptr(),
+            sine=sine.data_ptr(),
+            turn_step=cosine.stride(0) if len(cosine) > 1 else 0,
+            mask=mask.data_ptr(),
+            mask_rows=len(mask),
+            mask_step=mask.stride(0),
+            mask_line=mask.stride(2),
+            starts=starts.data_ptr(),
+            slots=slots,
+            tokens=tokens,
+            end=mask.shape[3],
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+            slot_step=slot_step,
+            head_step=head_step,
+            place_step=place_step,
+            result=result.data_ptr(),
+        )
+        self._function(ctypes.byref(self._layer), ctypes.byref(step))
+        return result

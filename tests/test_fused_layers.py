@@ -1,0 +1,150 @@
+"""A decoder layer in one call computes what its own code does, and a step of several tokens what as many steps of one do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from architectures import random_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, Qwen2Config, Qwen3Config
+
+from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm.backbone.base_model import decoder_layers
+from dynamo_lm.backbone.stacked_heads import StackedHeads
+from dynamo_lm.decoding.fused_layers import FusedLayer, kernel_of
+from dynamo_lm.decoding.kv_cache import RaggedKVCache, StaticKVCache
+from dynamo_lm.kernels import loader
+from dynamo_lm.model.quantization import quantize
+
+pytestmark = pytest.mark.skipif(not loader.available(), reason="needs a C++ compiler")
+KINDS = {
+    "llama": (LlamaConfig, {}),
+    "llama with biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {}),
+}
+WEIGHTS = [
+    (torch.float32, None),
+    (torch.bfloat16, None),
+    (torch.float32, "int8"),
+    (torch.bfloat16, "int8"),
+    (torch.float32, "int4"),
+]
+
+
+def model_of(kind: str, dtype: torch.dtype, weights: str | None, kv_heads: int = 2, **changes) -> DynaMoForCausalLM:
+    """Two layers and three heads of such a base, with weights large enough for every part to matter."""
+    config_class, extra = KINDS[kind]
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": kv_heads}
+    config = config_class(vocab_size=96, num_hidden_layers=2, **(sizes | extra | changes))
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model = DynaMoForCausalLM.from_base(base, 3).eval()
+    if weights:
+        quantize(model, weights)
+    return model
+
+
+def steps(layer, kernel, cache: RaggedKVCache, lengths: list[list[int]], wide: int) -> Iterator[torch.Tensor]:
+    """States of a layer after steps of `wide` tokens, of which every slot keeps so many; the trees are random."""
+    generator = torch.Generator().manual_seed(1)
+    slots = len(lengths[0])
+    for keep in lengths:
+        hidden = torch.randn(slots, wide, kernel.size, generator=generator).to(kernel.dtype)
+        angles = torch.randn(slots, wide, kernel.width // 2, generator=generator).repeat(1, 1, 2)
+        positions = cache.reserve(wide)
+        visible = torch.rand(slots, 1, wide, cache.end, generator=generator) < 0.7
+        own = torch.arange(cache.end) == positions[:, None, :, None]
+        mask = visible & (torch.arange(cache.end) < positions[:, None, :, None]) | own
+        turns = angles.cos().to(kernel.dtype), angles.sin().to(kernel.dtype)
+        with torch.inference_mode():
+            state = layer(
+                hidden, attention_mask=mask, position_embeddings=turns, position_ids=positions, past_key_values=cache
+            )
+        yield state
+        cache.commit(torch.tensor(keep))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(list(KINDS)), st.sampled_from(WEIGHTS), st.sampled_from([1, 2, 4]), st.data())
+def test_a_fused_layer_is_the_layer(kind, weights, kv_heads, data):
+    slots, wide = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    lengths = data.draw(st.lists(st.lists(st.integers(0, wide), min_size=slots, max_size=slots), min_size=1, max_size=4))
+    model = model_of(kind, *weights, kv_heads)
+    layer = decoder_layers(model.optimize_for_inference(1, fuse=False).base)[0]
+    kernel = kernel_of(layer, {})
+    assert kernel is not None
+    caches = [RaggedKVCache(1, slots), RaggedKVCache(1, slots)]
+    how = {"rtol": 1e-4, "atol": 1e-4} if weights == (torch.float32, None) else {"rtol": 0.05, "atol": 0.25}
+    runs = [
+        steps(one, kernel, cache, lengths, wide)
+        for one, cache in zip((layer, FusedLayer(layer, [kernel], 0)), caches, strict=True)
+    ]
+    for own, fused in zip(*runs, strict=True):
+        torch.testing.assert_close(fused, own, **how)
+    for own, fused in zip(caches[0].buffers()[0], caches[1].buffers()[0], strict=True):
+        torch.testing.assert_close(fused[:, :, : caches[0].end], own[:, :, : caches[0].end], **how)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("static", [False, True])
+def test_a_step_of_several_tokens_is_as_many_steps_of_one(weights, static):
+    """Bit for bit; with a static cache the other step's mask hides the places that follow."""
+    twin = model_of("llama", *weights).optimize_for_inference(1)
+    tokens, states = random_tokens(1, 12), []
+    for width in (1, 4):
+        cache = StaticKVCache(twin.cache_entries, 64) if static else RaggedKVCache(twin.cache_entries, 1)
+        parts = []
+        for start in range(0, 12, width):
+            positions = cache.reserve(width)
+            mask = torch.arange(cache.end) <= positions[:, None, :, None]
+            with torch.inference_mode():
+                how = {"attention_mask": mask, "position_ids": positions, "cache": cache}
+                parts.append(twin.hidden(tokens[:, start : start + width], num_heads=1, **how))
+            cache.commit(torch.tensor([width]))
+        states.append(torch.cat(parts, 2))
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_all_layers_and_heads_of_these_forms_are_fused(kind):
+    twin = model_of(kind, torch.float32, None).optimize_for_inference(3)
+    layers = decoder_layers(twin.base)
+    assert [len(layer.kernels) for layer in layers] == [1, 3]
+    assert isinstance(twin.last_layer, StackedHeads) and layers[1].layer is twin.last_layer
+
+
+def test_what_computes_otherwise_is_left_alone():
+    """A factor on what a layer adds, a width that is no multiple of 16, another attention function, a hook."""
+    granite = AutoModelForCausalLM.from_config(
+        GraniteConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                      num_key_value_heads=2, residual_multiplier=0.3)
+    )  # fmt: skip
+    hooked = model_of("llama", torch.float32, None)
+    decoder_layers(hooked.base)[0].mlp.register_forward_hook(lambda module, args, output: output * 2)
+    eager = model_of("llama", torch.float32, None, attn_implementation="eager")
+    models = [DynaMoForCausalLM.from_base(granite, 3), hooked, eager, model_of("llama", torch.float32, None, head_dim=24)]
+    for model in models:
+        assert not isinstance(decoder_layers(model.optimize_for_inference(1).base)[0], FusedLayer)
+    assert isinstance(decoder_layers(hooked.optimize_for_inference(1).base)[1], FusedLayer)
+
+
+def test_a_long_prompt_and_gradients_go_through_the_layers_own_code():
+    twin = model_of("llama", torch.float32, None).optimize_for_inference(1)
+    plain, layer = twin.optimize_for_inference(1, fuse=False), decoder_layers(twin.base)[0]
+    layer.kernels[0]._function = None  # the kernel would fail
+    for tokens in (random_tokens(1, 65), random_tokens(5, 13)):
+        cache = RaggedKVCache(twin.cache_entries, len(tokens))
+        positions = cache.reserve(tokens.shape[1])
+        mask = torch.arange(cache.end) <= positions[:, None, :, None]
+        how = {"attention_mask": mask, "position_ids": positions, "cache": cache, "num_heads": 1}
+        with torch.inference_mode():
+            twin.hidden(tokens, **how)
+    twin.base(random_tokens(1, 3)).logits.sum().backward()
+    assert plain.base.get_input_embeddings().weight.grad is not None
