@@ -9,7 +9,6 @@ namespace {
 
 constexpr int64_t GROUP = 32;     // entries that share a scale
 constexpr int64_t BESIDE = 16;    // rows of the weight that lie side by side
-constexpr int64_t AHEAD = 1536;   // bytes of the weight from what is read to what is fetched
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
@@ -83,18 +82,20 @@ inline Floats halves(const uint16_t* at) {
   return (Floats)((bits & 0x8000u) << 16 | (bits & 0x7fffu) << 13) * 0x1p112f;
 }
 
-// R rows of x against 16 rows of the weight -> y: (R, 16).
+// R rows of x against 16 rows of the weight -> y: (R, 16). Meanwhile as many bytes are fetched from `ahead`, in STREAMS that are
+// `apart`, as in `tile`; `done` lines of them were fetched before.
 template <int R, int BITS>
 inline __attribute__((always_inline)) void beside(
-    const uint8_t* weight, const uint16_t* scale, const Rounded& x, int64_t groups, Floats* y) {
+    const uint8_t* weight, const uint16_t* scale, const Rounded& x, int64_t groups, Floats* y, const uint8_t* ahead, int64_t apart,
+    uint64_t done) {
   constexpr int64_t SIZE = 64, STEPS = BITS;  // bytes that are read at a time, and how often in a group
   Floats total[R] = {};
   for (int64_t g = 0; g < groups; g++) {
     const int8_t* const entries = x.entries + g * GROUP;
     Ints sum[R];
     for (int r = 0; r < R; r++) sum[r] = Ints{} - (BITS == 8 ? ZERO8 : ZERO4) * x.sums[r * groups + g];
-    for (int64_t j = 0; j < STEPS; j++, weight += SIZE) {
-      __builtin_prefetch(weight + AHEAD);
+    for (int64_t j = 0; j < STEPS; j++, weight += SIZE, done++) {
+      __builtin_prefetch(ahead + done % STREAMS * apart + done / STREAMS * SIZE);
       const Bytes w = *reinterpret_cast<const LooseBytes*>(weight);
       if constexpr (BITS == 8) {
         const Bytes v = w ^ static_cast<uint8_t>(ZERO8);
@@ -118,7 +119,9 @@ template <int BITS, typename T>
 void blocks_of(const uint8_t* weight, const uint16_t* scale, const Rounded& x, const T* bias, T* y, int64_t rows, int64_t groups,
              int64_t out, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; block++) {
-    const uint8_t* const w = weight + block * groups * BITS * 64;
+    const int64_t bytes = groups * BITS * 64, group = block / STREAMS * STREAMS;
+    const uint8_t *const w = weight + block * bytes, *const ahead = weight + (group + STREAMS) * bytes;
+    const uint64_t done = (block - group) * groups * BITS;  // lines of the next blocks, that the ones before this fetched
     const uint16_t* const s = scale + block * groups * BESIDE;
     const int64_t column = block * BESIDE, count = std::min(BESIDE, out - column);
     T more[BESIDE] = {};
@@ -128,10 +131,10 @@ void blocks_of(const uint8_t* weight, const uint16_t* scale, const Rounded& x, c
       Floats sums[4];
       const Rounded from = {x.entries + r * groups * GROUP, x.scales + r * groups, x.sums + r * groups};
       count_of_rows = std::min<int64_t>(4, rows - r);
-      if (count_of_rows == 4) beside<4, BITS>(w, s, from, groups, sums);
-      if (count_of_rows == 3) beside<3, BITS>(w, s, from, groups, sums);
-      if (count_of_rows == 2) beside<2, BITS>(w, s, from, groups, sums);
-      if (count_of_rows == 1) beside<1, BITS>(w, s, from, groups, sums);
+      if (count_of_rows == 4) beside<4, BITS>(w, s, from, groups, sums, ahead, bytes, done);
+      if (count_of_rows == 3) beside<3, BITS>(w, s, from, groups, sums, ahead, bytes, done);
+      if (count_of_rows == 2) beside<2, BITS>(w, s, from, groups, sums, ahead, bytes, done);
+      if (count_of_rows == 1) beside<1, BITS>(w, s, from, groups, sums, ahead, bytes, done);
       for (int64_t i = 0; i < count_of_rows; i++) {
         T part[BESIDE];
         const auto* const half = reinterpret_cast<const float*>(sums + i);
