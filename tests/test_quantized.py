@@ -41,7 +41,10 @@ def reference(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
     factor = torch.tensor(127.0) / most  # torch would round 127 / most twice
     whole = (groups * torch.where(most > 0, factor, 0.0)).round()
     sums = torch.einsum("rgk,ogk->rog", whole.double(), entries.double().unflatten(-1, (-1, 32)))
-    product = (sums * scale.double() * (most[:, :, 0] / 127).double()[:, None]).sum(-1)
+    scales = (most[:, :, 0] / 127).double()
+    product = (sums * scale[..., 0].double() * scales[:, None]).sum(-1)
+    if layer.weight.bits == 4:
+        product += (whole.double().sum(-1) * scales) @ scale[..., 1].double().T
     return product if layer.bias is None else product + layer.bias.double()
 
 
@@ -134,7 +137,7 @@ def test_the_op_is_registered_as_torch_expects(bits):
         (1, lambda w: w[:, :4].contiguous(), "last size of x"),
         (2, lambda s: s[:, :1].contiguous(), "scale must be"),
         (2, lambda s: s.view(torch.float16), "scale must be"),
-        (2, lambda s: s.transpose(1, 2), "scale must be"),
+        (2, lambda s: s.expand(-1, -1, 2, -1), "scale must be"),
         (3, lambda b: b[:5], "bias must have"),
         (3, lambda b: b.bfloat16(), "bias must be"),
         (4, lambda out: 40, "block for every 16"),
@@ -240,10 +243,29 @@ def test_other_formats_are_refused():
 
 def test_scales_of_four_bits_are_searched_for():
     groups = torch.randn(200, 32)
-    entries, scale = quantized.round_groups(groups, 4)
-    simple = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8
-    plain = (groups / simple).round().clamp(-8, 7) * simple
-    assert (entries * scale[:, None].float() - groups).norm() < 0.98 * (plain - groups).norm()
+    found = quantized.from_groups(*quantized.round_groups(groups, 4))
+    low, step = groups.amin(-1, keepdim=True), (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15
+    plain = ((groups - low) / step).round() * step + low
+    assert (found - groups).norm() < 0.98 * (plain - groups).norm()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["Q8_0", "Q4_0", "Q4_1"]), st.integers(0, 2**31))
+def test_weights_of_a_gguf_file_come_out_as_they_were(kind, seed):
+    """Blocks as llama.cpp makes them: the largest magnitude is at one end, or both ends of the range are taken."""
+    torch.manual_seed(seed)
+    scale = (torch.randn(50, 1).abs() * 0.01 + 1e-3).half().float()
+    if kind == "Q8_0":
+        whole = torch.randint(-127, 128, (50, 32)).index_fill(1, torch.tensor([3]), -127)
+        groups = whole * scale
+    elif kind == "Q4_0":
+        whole = torch.randint(1, 15, (50, 32)).index_fill(1, torch.tensor([3]), 0)
+        groups = (whole - 8) * scale * torch.where(torch.rand(50, 1) < 0.5, -1.0, 1.0)
+    else:
+        whole = torch.randint(0, 16, (50, 32)).index_fill(1, torch.tensor([3]), 0).index_fill(1, torch.tensor([9]), 15)
+        groups = whole * scale + torch.randn(50, 1).half().float() * 0.125
+    found = quantized.from_groups(*quantized.round_groups(groups, 8 if kind == "Q8_0" else 4))
+    torch.testing.assert_close(found, groups, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("weights", ["full", "heads"])

@@ -59,7 +59,7 @@ def _skinny_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _quantized_matmul(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: int) -> Tensor:
-    """x: (..., in), weight: (blocks, in / 4 or in / 8, 16, 4), scale: (blocks, in / 32, 16), bias: (out,) -> (..., out)."""
+    """x: (..., in), weight: (blocks, in / 4 or in / 8, 16, 4), scale: (blocks, in / 32, parts, 16) -> (..., out)."""
     _require(1 <= x.dim() <= MAX_DIMS, "quantized_matmul: x has no dimension, or more than 8.")
     _require(x.dtype in DTYPES, "quantized_matmul: x must be float32 or bfloat16.")
     fits = weight.dtype in (torch.int8, torch.uint8)
@@ -71,8 +71,10 @@ def _quantized_matmul(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | N
     size = weight.shape[1] * (4 if weight.dtype == torch.int8 else 8)
     _require(x.shape[-1] == size, "quantized_matmul: the last size of x must be the inner size of weight.")
     _require(size > 0 and size % GROUP == 0, "quantized_matmul: the inner size must be a positive multiple of 32.")
-    fits = scale.shape == (weight.shape[0], size // GROUP, BESIDE) and scale.dtype == torch.int16 and scale.is_contiguous()
-    _require(fits, "quantized_matmul: scale must be contiguous int16, (blocks, inner size / 32, 16).")
+    parts = 1 if weight.dtype == torch.int8 else 2
+    fits = scale.shape == (weight.shape[0], size // GROUP, parts, BESIDE)
+    fits = fits and scale.dtype == torch.int16 and scale.is_contiguous()
+    _require(fits, "quantized_matmul: scale must be contiguous int16, (blocks, inner size / 32, 1 or 2 with uint8, 16).")
     if bias is not None:
         _require(bias.shape == (out,), "quantized_matmul: bias must have one dimension, of out entries.")
         fits = bias.dtype == x.dtype and bias.is_contiguous()

@@ -1,9 +1,10 @@
 """Linear layers and embeddings whose weights have 8 or 4 bits.
 
 A step of decoding reads every weight, so bits per weight decide how long it takes. Groups of 32 entries of a row share a
-scale in float16. Rows of x are rounded to 8 bits by the same groups and multiplied in whole numbers, so that a row's result
-does not depend on the rows beside it (csrc/quantized_matmul.cpp). llama.cpp's Q8_0 and Q4_0 have the same arithmetic. In: a
-model. Out: the same model, its layers replaced. Its weights cannot be trained any more.
+scale in float16, and with 4 bits an offset. Rows of x are rounded to 8 bits by the same groups and multiplied in whole
+numbers, so that a row's result does not depend on the rows beside it (csrc/quantized_matmul.cpp). llama.cpp's Q8_0 and Q4_1
+hold the same numbers: what was read from such a file comes out as it was in the file, as does Q4_0 with 4 bits. In: a model.
+Out: the same model, its layers replaced. Its weights cannot be trained any more.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dynamo_lm.kernels import loader
 from dynamo_lm.kernels.ops import BESIDE, GROUP
 
 FORMATS = {"int8": 8, "int4": 4}
-LEAST_SHARE, TRIES = 0.8, 5  # of the scales of 4 bits that are tried for a group: the smallest, relative to the largest
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range, that the 16 numbers of 4 bits are tried to span
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +30,10 @@ class QuantizedWeight:
     """A weight (out, in) in the kernel's order: 16 rows side by side, four entries of each.
 
     Attributes:
-        packed: (blocks, in / 4, 16, 4) int8, or (blocks, in / 8, 16, 4) uint8: entries plus 8, of eight the first four in
-            the low halves of the bytes. Rows beyond `out` are 0.
-        scale: (blocks, in / 32, 16), the bits of float16 as int16, which no conversion of a model touches.
+        packed: (blocks, in / 4, 16, 4) int8, or (blocks, in / 8, 16, 4) uint8: 0 to 15, of eight the first four in the
+            low halves of the bytes. Rows beyond `out` are 0.
+        scale: (blocks, in / 32, 1 or 2, 16): with 4 bits scale and offset. The bits of float16 as int16, which no
+            conversion of a model touches.
         shape: (out, in).
         dtype: of the rows that are read.
     """
@@ -52,13 +54,13 @@ class QuantizedWeight:
 
     @classmethod
     def _pack(cls, entries: Tensor, scale: Tensor, bits: int, shape: tuple[int, int], dtype: torch.dtype) -> QuantizedWeight:
-        """entries: (rows, in) int8, scale: (rows, groups) float16, in the order of rows."""
+        """entries: (rows, in) int8, scale: (rows, groups, 1 or 2) float16, in the order of rows."""
         blocks = len(entries) // BESIDE
         if bits == 4:
-            eight = (entries + 8).to(torch.uint8).view(len(entries), -1, 2, 4)
+            eight = entries.to(torch.uint8).view(len(entries), -1, 2, 4)
             entries = eight[:, :, 0] | eight[:, :, 1] << 4  # (rows, in / 8, 4)
         packed = entries.reshape(blocks, BESIDE, -1, 4).transpose(1, 2).contiguous()
-        beside = scale.view(torch.int16).view(blocks, BESIDE, -1).transpose(1, 2).contiguous()
+        beside = scale.view(torch.int16).unflatten(0, (blocks, BESIDE)).permute(0, 2, 3, 1).contiguous()
         return cls(packed, beside, shape, dtype)
 
     @property
@@ -73,18 +75,17 @@ class QuantizedWeight:
         return self.shape[0] * self.shape[1]
 
     def entries(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows as they are stored: (..., in) int8 and their scales (..., groups) float16."""
+        """Rows as they are stored: (..., in) int8, and scales (..., groups, 1 or 2) float16."""
         block, lane = ids // BESIDE, ids % BESIDE
-        entries, scale = self.packed[block, :, lane], self.scale[block, :, lane]
+        entries, scale = self.packed[block, :, lane], self.scale[block, ..., lane]
         if self.bits == 4:
-            entries = torch.stack([entries & 15, entries >> 4], -2).to(torch.int8) - 8  # (..., in / 8, 2, 4)
-        return entries.reshape(*ids.shape, self.shape[1]), scale.view(torch.float16)
+            entries = torch.stack([entries & 15, entries >> 4], -2).to(torch.int8)  # (..., in / 8, 2, 4)
+        return entries.reshape(*ids.shape, self.shape[1]), scale.contiguous().view(torch.float16)
 
     def __getitem__(self, ids: Tensor) -> Tensor:
         """Rows of the weight, (...) -> (..., in)."""
         entries, scale = self.entries(ids)
-        rows = entries.unflatten(-1, (-1, GROUP)).to(torch.float32) * scale[..., None].float()
-        return rows.flatten(-2).to(self.dtype)
+        return from_groups(entries.unflatten(-1, (-1, GROUP)), scale).flatten(-2).to(self.dtype)
 
     def dense(self) -> Tensor:
         """The whole weight, (out, in)."""
@@ -97,25 +98,34 @@ class QuantizedWeight:
 
 
 def round_groups(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Numbers (..., 32) in so many bits: int8 (..., 32) in -127 .. 127 or -8 .. 7, and scales (...) float16.
+    """Numbers (..., 32) in so many bits: int8 (..., 32) in -127 .. 127 or 0 .. 15, and scales (..., 1 or 2) float16.
 
-    With 8 bits the largest magnitude becomes 127. With 4 bits several scales are tried, and the one with the least square
-    error stays.
+    With 8 bits the largest magnitude becomes 127. With 4 bits several scales and offsets are tried, and those with the least
+    square error stay: the range from the least to the largest (as in Q4_1), smaller ones about the same middle, and the one
+    about 0 whose end is the largest magnitude (as in Q4_0).
     """
     if bits == 8:
         scale = (groups.abs().amax(-1, keepdim=True) / 127).half()
-        return _whole(groups, scale, -127, 127), scale[..., 0]
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # with its sign
-    best = torch.full_like(largest, torch.inf)
-    entries, kept = torch.zeros_like(groups, dtype=torch.int8), torch.zeros_like(largest, dtype=torch.float16)
-    for share in torch.linspace(LEAST_SHARE, 1, TRIES):
-        scale = (largest * share / -8).half()
-        tried = _whole(groups, scale, -8, 7)
-        error = (tried * scale.float() - groups).square().sum(-1, keepdim=True)
+        return _whole(groups, scale, -127, 127), scale
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    largest = torch.where(high > -low, high, low)
+    ranges = [((high - low) * (share / 15), low + (high - low) * ((1 - share) / 2)) for share in SHARES]
+    best = torch.full_like(low, torch.inf)
+    entries, kept = torch.zeros_like(groups, dtype=torch.int8), groups.new_zeros((*groups.shape[:-1], 2)).half()
+    for step, start in (*ranges, (largest / -8, largest)):
+        scale, offset = step.half(), start.half()
+        tried, scales = _whole(groups - offset.float(), scale, 0, 15), torch.cat([scale, offset], -1)
+        error = (from_groups(tried, scales) - groups).square().sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
-        entries, kept = torch.where(better, tried, entries), torch.where(better, scale, kept)
-    return entries, kept[..., 0]
+        entries, kept = torch.where(better, tried, entries), torch.where(better, scales, kept)
+    return entries, kept
+
+
+def from_groups(entries: Tensor, scale: Tensor) -> Tensor:
+    """What `round_groups` stands for, (..., 32) float32."""
+    numbers = entries.float() * scale[..., :1].float()
+    return numbers if scale.shape[-1] == 1 else numbers + scale[..., 1:].float()
 
 
 def _whole(groups: Tensor, scale: Tensor, least: int, most: int) -> Tensor:

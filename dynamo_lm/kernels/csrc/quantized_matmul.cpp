@@ -1,7 +1,7 @@
 // x @ weight^T with a weight of 8 or 4 bits, for any number of rows of float32 or bfloat16, on any CPU that has a C++ compiler.
 //
-// GROUP entries of a row of the weight share a scale, and so do as many of a row of x, which are rounded to 8 bits first. What is
-// summed within a group is whole numbers, hence exact; groups are added up in their order. A row of x is therefore multiplied the
+// GROUP entries of a row of the weight share a scale, with 4 bits also an offset, and so do as many of a row of x, which are
+// rounded to 8 bits first. What is summed within a group is whole numbers, hence exact; groups are added up in their order. A row of x is therefore multiplied the
 // same, bit for bit, whatever is beside it. 16 rows of the weight lie side by side, one in each lane, and the weight is read once,
 // from its beginning to its end: memory decides, also with four rows of x.
 
@@ -25,12 +25,12 @@ struct Rounded {
   const int32_t* sums;
 };
 
-// What a byte of the weight has to be for `dot`, and what is therefore to be subtracted: units for products of bytes take one
-// factor without a sign.
+// What is added to a byte of the weight for `dot`, and therefore to be subtracted: units for products of bytes take one factor
+// without a sign, as entries of 4 bits are.
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr int32_t ZERO8 = 128, ZERO4 = 8;
+constexpr int32_t ZERO8 = 128;
 #else
-constexpr int32_t ZERO8 = 0, ZERO4 = 0;
+constexpr int32_t ZERO8 = 0;
 #endif
 
 // In each lane: sum + the product of four bytes of the weight and four entries of x.
@@ -93,7 +93,7 @@ inline __attribute__((always_inline)) void beside(
   for (int64_t g = 0; g < groups; g++) {
     const int8_t* const entries = x.entries + g * GROUP;
     Ints sum[R];
-    for (int r = 0; r < R; r++) sum[r] = Ints{} - (BITS == 8 ? ZERO8 : ZERO4) * x.sums[r * groups + g];
+    for (int r = 0; r < R; r++) sum[r] = Ints{} - (BITS == 8 ? ZERO8 * x.sums[r * groups + g] : 0);
     for (int64_t j = 0; j < STEPS; j++, weight += SIZE, done++) {
       __builtin_prefetch(ahead + done % STREAMS * apart + done / STREAMS * SIZE);
       const Bytes w = *reinterpret_cast<const LooseBytes*>(weight);
@@ -101,15 +101,20 @@ inline __attribute__((always_inline)) void beside(
         const Bytes v = w ^ static_cast<uint8_t>(ZERO8);
         for (int r = 0; r < R; r++) sum[r] = dot(sum[r], v, entries + r * groups * GROUP + 4 * j);
       } else {
-        const Bytes low = (w & 15) - static_cast<uint8_t>(8 - ZERO4);
-        const Bytes high = (Bytes)((Words)w >> 4 & 0x0f0f0f0fu) - static_cast<uint8_t>(8 - ZERO4);
+        const Bytes low = w & 15, high = (Bytes)((Words)w >> 4 & 0x0f0f0f0fu);
         for (int r = 0; r < R; r++) sum[r] = dot(sum[r], low, entries + r * groups * GROUP + 8 * j);
         for (int r = 0; r < R; r++) sum[r] = dot(sum[r], high, entries + r * groups * GROUP + 8 * j + 4);
       }
     }
-    const Floats scales = halves(scale + g * BESIDE);
+    const uint16_t* const of_group = scale + g * (BITS == 8 ? 1 : 2) * BESIDE;
+    const Floats scales = halves(of_group);
     for (int r = 0; r < R; r++)
       total[r] = fused(__builtin_convertvector(sum[r], Floats) * x.scales[r * groups + g], scales, total[r]);
+    if constexpr (BITS == 4) {
+      const Floats offsets = halves(of_group + BESIDE);
+      for (int r = 0; r < R; r++)
+        total[r] = fused(Floats{} + x.scales[r * groups + g] * x.sums[r * groups + g], offsets, total[r]);
+    }
   }
   for (int r = 0; r < R; r++) y[r] = total[r];
 }
@@ -122,7 +127,7 @@ void blocks_of(const uint8_t* weight, const uint16_t* scale, const Rounded& x, c
     const int64_t bytes = groups * BITS * 64, group = block / STREAMS * STREAMS;
     const uint8_t *const w = weight + block * bytes, *const ahead = weight + (group + STREAMS) * bytes;
     const uint64_t done = (block - group) * groups * BITS;  // lines of the next blocks, that the ones before this fetched
-    const uint16_t* const s = scale + block * groups * BESIDE;
+    const uint16_t* const s = scale + block * groups * (BITS == 8 ? 1 : 2) * BESIDE;
     const int64_t column = block * BESIDE, count = std::min(BESIDE, out - column);
     T more[BESIDE] = {};
     if (bias) std::copy(bias + column, bias + column + count, more);
@@ -193,8 +198,8 @@ void multiply_quantized(const T* x, const uint8_t* weight, const uint16_t* scale
   });
 }
 
-// x: (..., in), weight: (blocks, in / 4, 16, 4) int8 or (blocks, in / 8, 16, 4) uint8, scale: (blocks, in / 32, 16), the bits of
-// float16 as int16, bias: (out,) or null -> (..., out).
+// x: (..., in), weight: (blocks, in / 4, 16, 4) int8 or (blocks, in / 8, 16, 4) uint8, scale: (blocks, in / 32, 1 or 2, 16), the
+// bits of float16 as int16, with uint8 scales and offsets, bias: (out,) or null -> (..., out).
 AtenTensorHandle quantized_matmul(
     AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle scale, AtenTensorHandle bias, int64_t out) {
   const View from(x), w(weight), s(scale);
@@ -209,9 +214,9 @@ AtenTensorHandle quantized_matmul(
   require(from.sizes[from.dims - 1] == in, "quantized_matmul: the last size of x must be the inner size of weight.");
   require(in > 0 && in % GROUP == 0, "quantized_matmul: the inner size must be a positive multiple of 32.");
   const int64_t groups = in / GROUP;
-  require(s.dtype == aoti_torch_dtype_int16() && s.dims == 3 && s.contiguous() && s.sizes[0] == w.sizes[0] &&
-              s.sizes[1] == groups && s.sizes[2] == BESIDE,
-          "quantized_matmul: scale must be contiguous int16, (blocks, inner size / 32, 16).");
+  require(s.dtype == aoti_torch_dtype_int16() && s.dims == 4 && s.contiguous() && s.sizes[0] == w.sizes[0] &&
+              s.sizes[1] == groups && s.sizes[2] == (eight ? 1 : 2) && s.sizes[3] == BESIDE,
+          "quantized_matmul: scale must be contiguous int16, (blocks, inner size / 32, 1 or 2 with uint8, 16).");
   if (bias) {
     const View b(bias);
     require(b.dims == 1 && b.sizes[0] == out, "quantized_matmul: bias must have one dimension, of out entries.");
