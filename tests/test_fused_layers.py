@@ -13,10 +13,13 @@ from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, Qwen2
 
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.backbone.base_model import decoder_layers
+from dynamo_lm.backbone.eagle3_layer import DraftCache, Eagle3Layer
 from dynamo_lm.backbone.stacked_heads import StackedHeads
-from dynamo_lm.decoding.fused_layers import FusedLayer, kernel_of
+from dynamo_lm.decoding.fused_layers import FusedDraftLayer, FusedLayer, kernel_of
 from dynamo_lm.decoding.kv_cache import RaggedKVCache, StaticKVCache
 from dynamo_lm.kernels import loader
+from dynamo_lm.kernels.linear import optimize_modules
+from dynamo_lm.kernels.quantized import FORMATS, quantize_modules
 from dynamo_lm.model.quantization import quantize
 
 pytestmark = pytest.mark.skipif(not loader.available(), reason="needs a C++ compiler")
@@ -148,3 +151,31 @@ def test_a_long_prompt_and_gradients_go_through_the_layers_own_code():
             twin.hidden(tokens, **how)
     twin.base(random_tokens(1, 3)).logits.sum().backward()
     assert plain.base.get_input_embeddings().weight.grad is not None
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(WEIGHTS),
+    st.sampled_from([1, 2, 4]),
+    st.lists(st.tuples(st.integers(1, 5), st.integers(0, 3)), max_size=5),
+)
+def test_the_layer_of_an_eagle3_head_is_fused(weights, kv_heads, steps):
+    """Each step writes so many positions, then forgets so many."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_key_value_heads=kv_heads)
+    torch.manual_seed(0)
+    plain = Eagle3Layer(config, {"dtype": weights[0]})
+    if weights[1]:
+        quantize_modules(plain, FORMATS[weights[1]])
+    layer = optimize_modules(plain)
+    fused = FusedDraftLayer.of(layer)
+    assert isinstance(fused, FusedDraftLayer)
+    caches = DraftCache(), DraftCache()
+    how = {"rtol": 1e-4, "atol": 1e-4} if weights == (torch.float32, None) else {"rtol": 0.05, "atol": 0.1}
+    for new, forgotten in steps:
+        state, embedding = torch.randn(2, 1, new, 64).to(weights[0])
+        with torch.inference_mode():
+            results = [one.advance(state, embedding, cache) for one, cache in zip((layer, fused), caches, strict=True)]
+        torch.testing.assert_close(*results, **how)
+        for cache in caches:
+            cache.length = max(0, cache.length - forgotten)

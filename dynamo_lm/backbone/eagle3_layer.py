@@ -22,17 +22,23 @@ class DraftCache:
         self.values: Tensor | None = None
         self.length = 0  # positions held; a smaller number forgets the rest, which is written over
 
+    def room(self, new: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with room for so many new positions; like: those of some positions, (1, kv heads, any, size)."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = like[:, :, :0], like[:, :, :0]
+        lacking = self.length + new - self.keys.shape[2]
+        if lacking > 0:
+            more = max(self.keys.shape[2], lacking, 64)
+            self.keys, self.values = F.pad(self.keys, (0, 0, 0, more)), F.pad(self.values, (0, 0, 0, more))
+        return self.keys, self.values
+
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes new positions, (1, kv heads, new, size) each, and returns all that are held then."""
-        end = self.length + keys.shape[2]
-        if self.keys is None or self.values is None:
-            self.keys, self.values = keys[:, :, :0], values[:, :, :0]
-        if end > self.keys.shape[2]:
-            more = max(self.keys.shape[2], end - self.keys.shape[2], 64)
-            self.keys, self.values = F.pad(self.keys, (0, 0, 0, more)), F.pad(self.values, (0, 0, 0, more))
-        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = keys, values
+        start, end = self.length, self.length + keys.shape[2]
+        all_keys, all_values = self.room(keys.shape[2], keys)
+        all_keys[:, :, start:end], all_values[:, :, start:end] = keys, values
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return all_keys[:, :, :end], all_values[:, :, :end]
 
 
 class Eagle3Layer(nn.Module):
@@ -64,7 +70,7 @@ class Eagle3Layer(nn.Module):
         q, k, v = (
             self.self_attn[f"{name}_proj"](x).unflatten(-1, (-1, self.head_size)).transpose(1, 2) for name in ("q", "k", "v")
         )
-        turns = self._turns(positions, q)
+        turns = self.turns(positions, q)
         return _turned(q, turns).unflatten(1, (self.kv_heads, -1)), _turned(k, turns), v
 
     def finish(self, state: Tensor, mixed: Tensor) -> Tensor:
@@ -85,7 +91,7 @@ class Eagle3Layer(nn.Module):
             scores = scores.masked_fill(later, -torch.inf)
         return self.finish(state, scores.float().softmax(-1).to(values.dtype) @ values[:, :, None])
 
-    def _turns(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    def turns(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of rotary positions, (batch, 1, length, size)."""
         steps = torch.arange(0, self.head_size, 2, device=like.device, dtype=torch.float32) / self.head_size
         angles = positions[:, None, :, None].float() * self.theta**-steps

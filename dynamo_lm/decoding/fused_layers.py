@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamo_lm.backbone.base_model import copy_attributes
+from dynamo_lm.backbone.eagle3_layer import DraftCache, Eagle3Layer
 from dynamo_lm.backbone.stacked_heads import has_hooks, settings
 from dynamo_lm.decoding.kv_cache import RaggedKVCache
 from dynamo_lm.kernels.attention import MAX_QUERIES, uses_kernel
@@ -64,6 +65,44 @@ class FusedLayer(nn.Module):
             and 0 < hidden.shape[0] * hidden.shape[1] <= self.max_rows
             and not torch.is_grad_enabled()
         )
+
+
+class FusedDraftLayer(nn.Module):
+    """The layer of an eagle3 head, while it drafts."""
+
+    def __init__(self, layer: Eagle3Layer, kernel: LayerKernel):
+        super().__init__()
+        self.layer, self.kernel = layer, kernel
+
+    @classmethod
+    def of(cls, layer: Eagle3Layer) -> nn.Module:
+        """The layer in one call; itself, if the kernel does not compute it."""
+        attention, gated, eps = layer.self_attn, layer.mlp, layer.input_layernorm.variance_epsilon
+        try:
+            kernel = LayerKernel(
+                LayerParts(
+                    *(attention[f"{name}_proj"] for name in ("q", "k", "v", "o")),
+                    *(gated[f"{name}_proj"] for name in ("gate", "up", "down")),
+                    *(layer.hidden_norm.weight, layer.post_attention_layernorm.weight, None, None),
+                    *(layer.input_layernorm.weight, eps, layer.scale, layer.head_size),
+                )
+            )
+        except ValueError:
+            return layer
+        return cls(layer, kernel)
+
+    def advance(self, state: Tensor, embedding: Tensor, cache: DraftCache) -> Tensor:
+        """As `Eagle3Layer.advance`."""
+        held, new, kernel = cache.length, state.shape[1], self.kernel
+        if new > min(MAX_QUERIES, kernel.max_rows) or not state.dtype == embedding.dtype == kernel.dtype:
+            return self.layer.advance(state, embedding, cache)
+        keys, values = cache.room(new, state.new_empty((1, kernel.kv_heads, 0, kernel.width)))
+        places = torch.arange(held, held + new)
+        cosine, sine = self.layer.turns(places[None], state)
+        mask = torch.arange(held + new) <= places[None, None, :, None]
+        cache.length = held + new
+        turns = cosine[:, 0], sine[:, 0]
+        return kernel(state, turns, mask, torch.tensor([held]), keys, values, embedding.contiguous())
 
 
 def fuse_layers(layers: nn.ModuleList, heads: Sequence[nn.Module] = ()) -> None:

@@ -31,6 +31,7 @@ class SequentialDrafter:
         self.model, self.listed = model, listed
         self.head: Any = model.sequential_head
         self.ids: Tensor | None = self.head.draft_ids
+        self.device = model.device  # which walks over all modules
 
     def draft(
         self, sequence: SequenceState, features: Tensor, following: Sequence[int], count: int
@@ -79,4 +80,4 @@ class SequentialDrafter:
 
     def _embedded(self, tokens: Sequence[int]) -> Tensor:
         """(1, tokens, hidden)."""
-        return self.model.get_input_embeddings()(torch.tensor([list(tokens)], device=self.model.device))
+        return self.model.get_input_embeddings()(torch.tensor([list(tokens)], device=self.device))

@@ -30,7 +30,7 @@ from dynamo_lm.backbone.base_model import (
 from dynamo_lm.backbone.feature_layers import captured_features
 from dynamo_lm.backbone.stacked_heads import StackedHeads, can_stack
 from dynamo_lm.cooccurrence.table import Cooccurrence
-from dynamo_lm.decoding.fused_layers import fuse_layers
+from dynamo_lm.decoding.fused_layers import FusedDraftLayer, fuse_layers
 from dynamo_lm.decoding.generate import ended, generate
 from dynamo_lm.decoding.runtime import Runtime
 from dynamo_lm.errors import InputError
@@ -349,6 +349,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         if fuse and kernels and layers is not decoder_layers(self.base):
             fuse_layers(layers, stacked)
             twin._last_layer = twin._last_layer if stacked else (layers[-1],)
+            if self.config.sequential:
+                twin.sequential_head.midlayer = FusedDraftLayer.of(twin.sequential_head.midlayer)
         twin.plain_readout = twin.reads_plainly()
         return twin
 
