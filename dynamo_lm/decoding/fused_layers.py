@@ -38,8 +38,9 @@ class FusedLayer(nn.Module):
         copy_attributes(self, layer)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values", kwargs.get("cache"))
-        mask, turns = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+        cache: Any = kwargs.get("past_key_values", kwargs.get("cache"))
+        mask: Any = kwargs.get("attention_mask")
+        turns: Any = kwargs.get("position_embeddings")
         if args or not self._fits(hidden_states, cache, mask, turns):
             return self.layer(hidden_states, *args, **kwargs)
         slots, first = hidden_states.shape[0], self.kernels[0]
@@ -75,16 +76,20 @@ class FusedDraftLayer(nn.Module):
         self.layer, self.kernel = layer, kernel
 
     @classmethod
-    def of(cls, layer: Eagle3Layer) -> nn.Module:
-        """The layer in one call; itself, if the kernel does not compute it."""
-        attention, gated, eps = layer.self_attn, layer.mlp, layer.input_layernorm.variance_epsilon
+    def of(cls, layer: Any) -> Any:
+        """An `Eagle3Layer` in one call; itself, if the kernel does not compute it."""
+        attention, gated = layer.self_attn, layer.mlp
         try:
             kernel = LayerKernel(
                 LayerParts(
-                    *(attention[f"{name}_proj"] for name in ("q", "k", "v", "o")),
-                    *(gated[f"{name}_proj"] for name in ("gate", "up", "down")),
-                    *(layer.hidden_norm.weight, layer.post_attention_layernorm.weight, None, None),
-                    *(layer.input_layernorm.weight, eps, layer.scale, layer.head_size),
+                    [attention[f"{name}_proj"] for name in "qkvo"]
+                    + [gated[f"{name}_proj"] for name in ("gate", "up", "down")],
+                    input_norm=layer.hidden_norm.weight,
+                    post_norm=layer.post_attention_layernorm.weight,
+                    embedding_norm=layer.input_layernorm.weight,
+                    eps=layer.input_layernorm.variance_epsilon,
+                    scaling=layer.scale,
+                    width=layer.head_size,
                 )
             )
         except ValueError:
@@ -150,16 +155,26 @@ def parts_of(layer: Any) -> LayerParts | None:
         return None
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [getattr(attention, name) for name in sorted(HEAD_NORMS & inner)]
-    eps = {getattr(norm, "variance_epsilon", None) for norm in norms}
+    eps: set[Any] = {getattr(norm, "variance_epsilon", None) for norm in norms}
     if len(eps) != 1 or None in eps or len(inner & HEAD_NORMS) == 1:
         return None
     return LayerParts(
-        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
-        *(gated.gate_proj, gated.up_proj, gated.down_proj),
-        *(layer.input_layernorm.weight, layer.post_attention_layernorm.weight),
-        *(attention.q_norm.weight, attention.k_norm.weight) if inner & HEAD_NORMS else (None, None),
-        None,
-        *(eps.pop(), attention.scaling, attention.head_dim),
+        [
+            attention.q_proj,
+            attention.k_proj,
+            attention.v_proj,
+            attention.o_proj,
+            gated.gate_proj,
+            gated.up_proj,
+            gated.down_proj,
+        ],
+        input_norm=layer.input_layernorm.weight,
+        post_norm=layer.post_attention_layernorm.weight,
+        query_norm=attention.q_norm.weight if inner & HEAD_NORMS else None,
+        key_norm=attention.k_norm.weight if inner & HEAD_NORMS else None,
+        eps=eps.pop(),
+        scaling=attention.scaling,
+        width=attention.head_dim,
     )
 
 

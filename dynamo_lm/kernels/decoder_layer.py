@@ -8,10 +8,12 @@ longer than its products do in 8 bits.
 from __future__ import annotations
 
 import ctypes
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynamo_lm.kernels import loader, ops
 from dynamo_lm.kernels.linear import SkinnyLinear
@@ -19,6 +21,7 @@ from dynamo_lm.kernels.quantized import QuantizedLinear
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8, torch.uint8: INT4}
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
 _P, _N = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -28,7 +31,7 @@ class _Matrix(ctypes.Structure):
 
 class _Layer(ctypes.Structure):
     _fields_ = [
-        *((name, _Matrix) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        *((name, _Matrix) for name in MATRICES),
         *((name, _P) for name in ("input_norm", "post_norm", "query_norm", "key_norm", "embedding_norm")),
         *((name, _N) for name in ("size", "heads", "kv_heads", "width", "dtype")),
         *((name, ctypes.c_double) for name in ("eps", "scaling")),
@@ -49,24 +52,19 @@ class _Step(ctypes.Structure):
     ]
 
 
-class LayerParts(NamedTuple):
-    """The modules of one layer."""
+@dataclass(frozen=True)
+class LayerParts:
+    """The modules and weights of one layer."""
 
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
-    output: nn.Module
-    gate: nn.Module
-    up: nn.Module
-    down: nn.Module
+    linears: Sequence[Any]  # query, key, value, output, gate, up, down
     input_norm: Tensor  # weights, (hidden,)
     post_norm: Tensor
-    query_norm: Tensor | None  # of single heads, (width,)
-    key_norm: Tensor | None
-    embedding_norm: Tensor | None  # where attention reads a token's embedding beside the state
     eps: float
     scaling: float
     width: int  # of a head
+    query_norm: Tensor | None = None  # of single heads, (width,)
+    key_norm: Tensor | None = None
+    embedding_norm: Tensor | None = None  # where attention reads a token's embedding beside the state
 
 
 class LayerKernel:
@@ -81,10 +79,10 @@ class LayerKernel:
         """Raises ValueError, with the reason, for parts that the kernel does not compute."""
         self.dtype = parts.input_norm.dtype
         self._kept: list[Tensor] = []  # what the kernel reads stays alive
-        linears = parts[:7]
-        matrices = dict(zip(parts._fields[:7], map(self._matrix, linears), strict=True))
-        kv_heads, heads = parts.key.out_features // parts.width, parts.query.out_features // parts.width  # type: ignore[operator]
-        size = parts.output.out_features
+        linears = parts.linears
+        matrices = dict(zip(MATRICES, map(self._matrix, linears), strict=True))
+        heads, kv_heads = linears[0].out_features // parts.width, linears[1].out_features // parts.width
+        size = linears[3].out_features
         norms = {name: getattr(parts, name) for name in ("input_norm", "post_norm", "embedding_norm")}
         of_heads = {name: getattr(parts, name) for name in ("query_norm", "key_norm")}
         self._layer = _Layer(
@@ -99,13 +97,13 @@ class LayerKernel:
             eps=parts.eps,
             scaling=parts.scaling,
         )
-        self._check(self._layer, parts)
+        self._check(self._layer)
         self.kv_heads, self.width, self.size = kv_heads, parts.width, size
         self.max_rows = min(getattr(linear, "max_rows", 2**31) for linear in linears)
         self.rounds = any(isinstance(linear, QuantizedLinear) for linear in linears)
         self._function: Any = loader.decoder_layer()
 
-    def _matrix(self, linear: nn.Module) -> _Matrix:
+    def _matrix(self, linear: Any) -> _Matrix:
         if isinstance(linear, QuantizedLinear):
             weight, scale = linear.packed, linear.scale
         elif isinstance(linear, SkinnyLinear) and linear.weight.dtype == self.dtype:
@@ -130,10 +128,10 @@ class LayerKernel:
         return tensor.data_ptr()
 
     @staticmethod
-    def _check(layer: _Layer, parts: LayerParts) -> None:
+    def _check(layer: Any) -> None:
         """That products fit together, and that sizes are what the kernel takes at a time."""
         inputs = layer.size * (1 if layer.embedding_norm is None else 2)
-        q, k, v, o, gate, up, down = (getattr(layer, name) for name in parts._fields[:7])
+        q, k, v, o, gate, up, down = (getattr(layer, name) for name in MATRICES)
         fits = q.in_size == k.in_size == v.in_size == inputs and gate.in_size == up.in_size == layer.size
         fits = fits and q.out == layer.heads * layer.width == o.in_size and k.out == v.out == layer.kv_heads * layer.width
         fits = fits and layer.kv_heads > 0 and layer.heads % layer.kv_heads == 0

@@ -28,20 +28,18 @@ from dynamo_lm.backbone.base_model import (
     load_base,
 )
 from dynamo_lm.backbone.feature_layers import captured_features
-from dynamo_lm.backbone.stacked_heads import StackedHeads, can_stack
+from dynamo_lm.backbone.stacked_heads import StackedHeads
 from dynamo_lm.cooccurrence.table import Cooccurrence
-from dynamo_lm.decoding.fused_layers import FusedDraftLayer, fuse_layers
 from dynamo_lm.decoding.generate import ended, generate
 from dynamo_lm.decoding.runtime import Runtime
 from dynamo_lm.errors import InputError
-from dynamo_lm.kernels import loader
-from dynamo_lm.kernels.linear import optimize_modules
 from dynamo_lm.model.base_check import check_contract
 from dynamo_lm.model.checkpoint import load, save
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.model.coupling import Coupling
 from dynamo_lm.model.eagle3 import Eagle3Head, sequential_states
 from dynamo_lm.model.heads import ScaleGradient, TokenHead
+from dynamo_lm.model.optimized import optimized
 from dynamo_lm.model.resizing import check_new_size, resize_heads
 from dynamo_lm.private_interfaces import cache_argument
 
@@ -330,29 +328,9 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
     def optimize_for_inference(self, num_heads: int, *, fuse: bool = True) -> DynaMoForCausalLM:
         """The same model over the same tensors, arranged for steps of a few tokens with heads 1..num_heads.
 
-        See `dynamo_lm.kernels.linear`, `dynamo_lm.backbone.stacked_heads` and `dynamo_lm.decoding.fused_layers`, which is
-        left out for a compiler (fuse=False); its results are this model's, up to rounding.
+        See `dynamo_lm.model.optimized`; its results are this model's, up to rounding.
         """
-        offloading.check_own_forward(self.base)
-        kernels = loader.available()  # wherever the model is, the sampler runs on the host
-        twin = optimize_modules(self)
-        twin = copy.copy(self) if twin is self else twin
-        layers = decoder_layers(twin.base)
-        stacked: list[nn.Module] = []
-        one_layer = not self.config.sequential and self.config.feed == "stem" and self.config.layers_per_head == 1
-        if num_heads > 1 and one_layer and layers is not decoder_layers(self.base):  # else accelerate moves the base
-            extra = [cast(TokenHead, head).layers[0] for head in twin.heads[: num_heads - 1]]
-            together = [layers[-1], *extra]
-            if self.stack_heads and can_stack(together):
-                layers[-1], stacked = StackedHeads(together), together
-        twin._last_layer = (layers[-1],)
-        if fuse and kernels and layers is not decoder_layers(self.base):
-            fuse_layers(layers, stacked)
-            twin._last_layer = twin._last_layer if stacked else (layers[-1],)
-            if self.config.sequential:
-                twin.sequential_head.midlayer = FusedDraftLayer.of(twin.sequential_head.midlayer)
-        twin.plain_readout = twin.reads_plainly()
-        return twin
+        return optimized(self, num_heads, fuse=fuse)
 
     @torch.no_grad()
     def reads_plainly(self) -> bool:
