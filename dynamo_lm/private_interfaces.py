@@ -11,6 +11,7 @@ model's class, and so does `_modules`, which shallow copies of `torch.nn` module
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -171,6 +172,18 @@ def model_from_config(
 ) -> PreTrainedModel:
     """A model of this very class with random weights; the public way looks a class up by the configuration."""
     return base_class._from_config(config, attn_implementation=attention, dtype=dtype)
+
+
+def compute_again_in_backward(layer: nn.Module) -> bool:
+    """Let a decoder layer keep no activations in training; returns False where its class cannot."""
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if not isinstance(layer, GradientCheckpointingLayer):
+        return False
+    layer.gradient_checkpointing = True
+    layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+    return True
 
 
 def cache_argument(body: nn.Module) -> str:

@@ -15,8 +15,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,14 +48,24 @@ class Run:
     heads: dict[str, Any] = field(default_factory=dict)
     layers: int = 3
     stop_at: int | None = None  # a signal reaches the last rank while this step is reported
+    kill_in: str = ""  # the last rank is killed while this checkpoint is written
 
 
 RUNS = {
     "frozen": Run(FROZEN, {"coupling_rank": 4}),
     "full": Run(replace(FULL, batch_size=6, accumulation=2), {"coupling_rank": 4, "own_output_embedding": True}),
+    "frozen shards": Run(replace(FROZEN, shard=True), {"coupling_rank": 4}),
+    "full shards": Run(
+        replace(FULL, shard=True, batch_size=6, accumulation=2, activation_checkpointing=True),
+        {"coupling_rank": 4, "own_output_embedding": True},
+    ),
+    "eagle3 shards": Run(replace(FROZEN, shard=True), {"head": "eagle3", "num_heads": 3}, layers=7),
     "eagle3": Run(FROZEN, {"head": "eagle3", "num_heads": 3}, layers=7),
     "stopped": Run(FULL, stop_at=7),
     "resumed": Run(FULL),
+    "stopped shards": Run(replace(FULL, shard=True), stop_at=7),
+    "resumed shards": Run(replace(FULL, shard=True)),
+    "killed": Run(replace(FULL, shard=True, checkpoint_every=5), kill_in="step-00000010"),  # ends the processes
 }
 
 
@@ -73,13 +85,22 @@ def blocks(seed: int, shuffle: bool = True) -> Blocks:
     return Blocks(store, np.arange(30), 16, seed=seed, shuffle=shuffle)
 
 
-def carry_out(run: Run, folder: Path, *, steps: int | None = None) -> dict[str, list[float]]:
+def killed_in(checkpoint: Path) -> None:
+    """Kills this process when the checkpoint is being written."""
+    while not checkpoint.with_name(f".writing-{checkpoint.name}").exists():
+        time.sleep(0.0005)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def carry_out(run: Run, folder: Path) -> dict[str, list[float]]:
     """Train in `folder`; returns the trained weights, flat, by name."""
 
     def report(progress) -> None:
         if progress.step == run.stop_at and ranks.rank() == ranks.size() - 1:
             signal.raise_signal(signal.SIGTERM)
 
+    if run.kill_in and 0 < ranks.rank() == ranks.size() - 1:
+        Thread(target=killed_in, args=[folder / "checkpoints" / run.kill_in], daemon=True).start()
     own_base = copy.deepcopy(base(run.layers))
     torch.manual_seed(1)
     model = DynaMoForCausalLM.from_base(own_base, **run.heads)

@@ -6,10 +6,13 @@ All runs of two ranks are carried out by two processes, once, because importing 
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 from ranks import RUNS, carry_out, start
 from test_training import log_of
+
+from dynamo_lm.training.checkpoints import latest_checkpoint
 
 
 def losses(folder) -> list[list[float]]:
@@ -17,26 +20,23 @@ def losses(folder) -> list[list[float]]:
     return [line["losses"] + line.get("coupled_losses", []) for line in log_of(folder)]
 
 
-def finished(processes) -> list[str]:
-    """What they wrote to stderr."""
-    texts = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(texts)
-    return texts
-
-
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
-    """The folder with every run, carried out by two ranks."""
+    """The folder with every run, carried out by two ranks; in the last one the second rank is killed."""
     folder = tmp_path_factory.mktemp("two")
-    with pytest.raises(KeyboardInterrupt):
-        carry_out(RUNS["stopped"], folder / "resumed")
-    finished(start(folder, *RUNS))
+    for kind in ("", " shards"):
+        with pytest.raises(KeyboardInterrupt):
+            carry_out(RUNS["stopped"], folder / f"resumed{kind}")
+    processes = start(folder, *RUNS)
+    texts = [process.communicate(timeout=200)[1] for process in processes]
+    (folder / "stderr").write_text(texts[0])
+    assert [process.returncode for process in processes] == [1, -signal.SIGKILL], "\n".join(texts)
     return folder
 
 
-@pytest.mark.parametrize("name", ["frozen", "full", "eagle3"])
+@pytest.mark.parametrize("name", [name for name in RUNS if not name.startswith(("stopped", "resumed", "killed"))])
 def test_two_ranks_train_what_one_process_trains(name, of_two, tmp_path):
-    weights = carry_out(RUNS[name], tmp_path)
+    weights = carry_out(RUNS[name.removesuffix(" shards")], tmp_path)
     found, expected = losses(of_two / name), losses(tmp_path)
     assert len(found) == 20
     for one, two in zip(expected, found, strict=True):
@@ -55,8 +55,18 @@ def test_two_ranks_train_what_one_process_trains(name, of_two, tmp_path):
 def test_a_run_goes_on_with_another_number_of_ranks(of_two, tmp_path):
     carry_out(RUNS["resumed"], tmp_path)
     whole = losses(tmp_path)
-    assert len(losses(of_two / "stopped")) == 7  # a signal to one rank stops both after the same step
-    carry_out(RUNS["resumed"], of_two / "stopped")
-    for name in ("stopped", "resumed"):  # of two ranks by one process, and the other way round
+    for name in ("stopped", "stopped shards"):
+        assert len(losses(of_two / name)) == 7  # a signal to one rank stops both after the same step
+        carry_out(RUNS["resumed"], of_two / name)
+    for name in ("stopped", "stopped shards", "resumed", "resumed shards"):  # of two ranks by one, and the other way round
         for one, two in zip(whole, losses(of_two / name), strict=True):
             assert two == pytest.approx(one, abs=1e-5)
+
+
+def test_a_rank_that_is_killed_in_a_checkpoint_ends_the_job_and_leaves_the_one_before(of_two, tmp_path):
+    assert "Rank 0 of 2 waited for another rank, which ended" in (of_two / "stderr").read_text()
+    assert latest_checkpoint(of_two / "killed").name == "step-00000005"
+    carry_out(RUNS["killed"], of_two / "killed")
+    carry_out(RUNS["killed"], tmp_path)
+    for one, two in zip(losses(tmp_path), losses(of_two / "killed"), strict=True):
+        assert two == pytest.approx(one, abs=1e-5)

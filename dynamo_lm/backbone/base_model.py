@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dynamo_lm.backbone.offloading import loaded
 from dynamo_lm.errors import InputError, first_line
+from dynamo_lm.private_interfaces import compute_again_in_backward
 
 
 class PassThrough(nn.Module):
@@ -74,6 +75,19 @@ def captured_inputs(base: PreTrainedModel, layers: Sequence[int]) -> Iterator[li
         for index in layers:
             hooks.enter_context(every[index].register_forward_pre_hook(keep, with_kwargs=True))
         yield captured
+
+
+def checkpoint_activations(base: PreTrainedModel) -> None:
+    """Lets every decoder layer but the last compute its activations again in the backward pass.
+
+    The last layer keeps its own, because heads run in a hook on it, which is gone by then.
+
+    Raises:
+        InputError: the base's class cannot do it.
+    """
+    for layer in decoder_layers(base)[:-1]:
+        if not compute_again_in_backward(layer):
+            raise InputError(f"{type(base).__name__} cannot checkpoint activations; leave --activation-checkpointing out.")
 
 
 def body_name(base: PreTrainedModel) -> str:

@@ -147,6 +147,14 @@ class LengthOptions(ScheduleOptions):
         "Forward passes a step is split into, for less memory and, but for rounding, the same result. Default: the fewest "
         "that keep the activations of a pass below 1 GB, or that fit a GPU.",
     ] = None  # type: ignore[assignment]  # the command decides by memory
+    shard: Annotated[
+        bool | None,
+        typer.Option(
+            "--shard/--no-shard",
+            help="With torchrun: split weights, gradients and optimizer state over the ranks (FSDP2), or keep all on each. "
+            "Default: split where the base learns.",
+        ),
+    ] = None
     steps: Annotated[int | None, "Number of optimizer steps."] = None
     epochs: Annotated[float | None, "Passes over the text, instead of --steps. Default: 1."] = None
 

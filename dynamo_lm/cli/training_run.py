@@ -98,6 +98,7 @@ class Run:
             raise InputError("--feature-cache keeps what a frozen base computes; give --freeze as well.")
         device = output.torch_device()
         on_gpu = device.type == "cuda"
+        several, full = ranks.size() > 1, not learning.freeze and lora_rank is None
         decided: dict[str, Any] = {
             **learning.rates(usual.rates),
             "batch_size": usual.batch_size if length.batch_size is None else length.batch_size,
@@ -105,6 +106,7 @@ class Run:
             "steps": 1 if length.steps is None else length.steps,
             "coupling_only": coupling_only,
             "kl": learning.kl or 0.0,
+            "shard": several and (full if length.shard is None else length.shard),
             "accumulation": 1 if length.accumulation is None else length.accumulation,
         }
         given = asdict(learning) | asdict(length) | decided
@@ -166,7 +168,7 @@ class Run:
             model = DynaMoForCausalLM.from_base(self.name, **self.heads, **kwargs)
         if table is not None:
             model.cooccurrence = table
-        return model.to(self.device)  # type: ignore[arg-type]
+        return model if self.options.shard else model.to(self.device)  # type: ignore[arg-type]  # shards go there
 
     def model_of(self, device: str | torch.device = "meta") -> DynaMoForCausalLM:
         """The model to train without its weights: shapes alone on the "meta" device, elsewhere random numbers."""

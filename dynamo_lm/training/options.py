@@ -33,6 +33,9 @@ class ScheduleOptions:
     """How a step is computed, and what happens every so many steps."""
 
     accumulation: Annotated[int, "Forward passes a step is split into, for less memory and the same result."] = 1
+    activation_checkpointing: Annotated[
+        bool, "Compute the activations of a base's layers again in the backward pass, for less memory and more time."
+    ] = False
     validate_every: Annotated[int, "Steps between measurements on the held-out text."] = 500
     checkpoint_every: Annotated[int, "Steps between checkpoints at most; a stopped run resumes from the newest."] = 500
     checkpoint_minutes: Annotated[
@@ -53,6 +56,7 @@ class TrainingOptions(ScheduleOptions, OptimizerOptions):
     lr_mb: float = 1e-6  # LR_MB: heads 2..n into the base
     batch_size: int = 64  # blocks a step
     bf16: bool = True  # autocast; weights and optimizer stay in float32
+    shard: bool = False  # split weights, gradients and optimizer state over the ranks (FSDP2)
     keep: int = 2  # checkpoints kept
     coupling_only: bool = False  # base and heads stay as they are; their coupling alone learns
     kl: float = 0.0  # share of the divergence from the base's own distribution in the loss of heads 2..; the rest: the token
@@ -76,6 +80,10 @@ class TrainingOptions(ScheduleOptions, OptimizerOptions):
             )
         if self.lr_b == 0 and self.lr_mb > 0:
             raise InputError("lr_mb without lr_b has no meaning (one optimizer moves the base); set both or neither.")
+        if self.activation_checkpointing and self.frozen:
+            raise InputError("A frozen base keeps no activations; leave activation_checkpointing out.")
+        if self.coupling_only and self.shard:
+            raise InputError("A coupling is small and needs no sharding; leave shard out (--no-shard).")
         if self.coupling_only and self.lr_b > 0:
             raise InputError("coupling_only leaves the base as it is; set lr_b and lr_mb to 0.")
 

@@ -35,6 +35,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def device() -> torch.device:
+    """Where the ranks of the group compute: this rank's GPU, or the CPU."""
+    on_gpu = dist.is_initialized() and "nccl" in dist.get_backend_config()
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
 def launched() -> int:
     """How many ranks the launcher started, whether or not they have met yet."""
     return int(os.environ.get("WORLD_SIZE", "1"))

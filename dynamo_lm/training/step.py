@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
+from dynamo_lm.backbone.base_model import checkpoint_activations
 from dynamo_lm.data.packing import Blocks
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.modeling import DynaMoForCausalLM
@@ -20,6 +22,7 @@ from dynamo_lm.training import ranks
 from dynamo_lm.training.feature_cache import FeatureCache
 from dynamo_lm.training.loss import heads_loss, loss_vocabulary, target_counts
 from dynamo_lm.training.options import TrainingOptions
+from dynamo_lm.training.sharding import give_back, is_sharded, sharded, split_again, synchronize, whole
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
@@ -63,6 +66,7 @@ class Optimization:
     """A model with its optimizer, ready for steps.
 
     Attributes:
+        model: the model, or its twin in shards.
         optimizer: AdamW over what trains.
     """
 
@@ -101,14 +105,22 @@ class Optimization:
                 f"{options.accumulation} on each of {ranks.size()} ranks; give a larger --batch-size, a smaller "
                 "--accumulation or fewer ranks."
             )
-        self.model, self.options, self.features = model, options, features
+        if options.shard and features is not None:
+            raise InputError("The feature cache needs a model that is whole on every rank; leave --shard out (--no-shard).")
+        self._whole, self.options, self.features = model, options, features
+        if options.shard and ranks.size() > 1:
+            model = sharded(model, ranks.device(), bf16=options.bf16, frozen=options.frozen)
+        self.model = model
+        if options.activation_checkpointing:
+            checkpoint_activations(model.base)
         self.train_mode()
         groups = parameter_groups(model, options)
         if not groups:
             raise InputError("There is nothing to train: give a learning rate, and a frozen base more than one head.")
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
         self._trained, coupling = [p for group in groups for p in group["params"]], _coupling(model)
-        ranks.copy_from_first(self._trained)
+        if not is_sharded(model):
+            ranks.copy_from_first(self._trained)
         # The coupling by itself, so that its gradient has no say in the length of the heads' step.
         clipped = [[p for p in self._trained if (id(p) in coupling) == of_coupling] for of_coupling in (False, True)]
         self._clipped = [parameters for parameters in clipped if parameters]
@@ -119,6 +131,7 @@ class Optimization:
 
     def train_mode(self) -> None:
         """Training mode for what is trained: no dropout in the rest."""
+        split_again(self.model)
         self.model.train()
         if self.options.frozen:
             self.model.base.eval()
@@ -146,6 +159,7 @@ class Optimization:
         sums = torch.zeros(len(counts) + (len(counts) - 1 if coupled else 0))
         numbers = iter(step_blocks(step, options))
         for part_number, part in enumerate(_split(batch, options.accumulation), start=1):
+            synchronize(model, part_number == options.accumulation)
             given: dict[str, Any] = dict(part)
             if self.features is not None:
                 of_part = [next(numbers) for _ in range(len(part["tokens"]))]
@@ -153,16 +167,21 @@ class Optimization:
             sums += heads_loss(model, **given, options=options, counts=counts, vocabulary=self._vocabulary)
             if part_number < options.accumulation:
                 after_part(step + part_number / options.accumulation)
-        ranks.add_up_gradients(self._trained)
+        if not is_sharded(model):
+            ranks.add_up_gradients(self._trained)
         means = counts + counts[1:] if coupled else counts
         losses = tuple((ranks.add_up(sums) / torch.tensor(means).clamp(min=1)).tolist())
-        norms = [torch.nn.utils.clip_grad_norm_(some, options.clip or math.inf).item() for some in self._clipped]
+        norms = [whole(clip_grad_norm_(some, options.clip or math.inf)).item() for some in self._clipped]
         return Losses(losses[: model.num_heads], losses[model.num_heads :], math.hypot(*norms), factor)
 
     def update(self) -> None:
         """Change the weights by the gradients that were taken."""
         self.optimizer.step()
         self.discard()
+
+    def finish(self) -> None:
+        """Put the trained weights into the model that was given."""
+        give_back(self.model, self._whole)
 
     def discard(self) -> None:
         """Forget the gradients."""

@@ -71,9 +71,10 @@ def train(
             has parts left is given up by a single process; several ranks finish it.
     """
     optimization = Optimization(model, blocks, options, features)
+    training = optimization.model
     folder.mkdir(parents=True, exist_ok=True)
     newest = ranks.of_first(latest_checkpoint(folder))
-    start = 0 if newest is None else load_checkpoint(newest, model, optimization.optimizer, options)
+    start = 0 if newest is None else load_checkpoint(newest, training, optimization.optimizer, options)
     last: Perplexities | None = None
     saved = start
     with _log(folder, start) as log, _stop_between_steps() as stopped:
@@ -85,20 +86,20 @@ def train(
             report_part(steps)
 
         def save(steps: int) -> None:
-            save_checkpoint(folder, steps, model, optimization.optimizer, options)
+            save_checkpoint(folder, steps, training, optimization.optimizer, options)
             if features is not None:
                 features.save()
 
         report_part(start)
         for step in range(start, options.steps):
             began = time.perf_counter()
-            batch, random = blocks.rows(step_blocks(step, options)), random_state(model.device)
+            batch, random = blocks.rows(step_blocks(step, options)), random_state(training.device)
             ranks.seed_step(options.seed, step)
             try:
                 taken = optimization.gradients(step, batch, after_part=after_part)
             except _StoppedInStep:
                 optimization.discard()
-                set_random_state(random, model.device)
+                set_random_state(random, training.device)
                 if step > saved:
                     save(step)
                 raise KeyboardInterrupt from None
@@ -115,7 +116,7 @@ def train(
             done = step + 1 == options.steps
             if validation is not None and (done or (step + 1) % options.validate_every == 0):
                 size = max(1, options.batch_size // options.accumulation)
-                last, accepted = validate(model, validation, batch_size=size, bf16=options.bf16)
+                last, accepted = validate(training, validation, batch_size=size, bf16=options.bf16)
                 optimization.train_mode()
                 progress = replace(progress, validation=last, acceptance=accepted)
             if log is not None:
@@ -128,6 +129,7 @@ def train(
                 saved = step + 1
             if interrupted:
                 raise KeyboardInterrupt
+    optimization.finish()
     model.eval()
     return last
 
