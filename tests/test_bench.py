@@ -177,8 +177,9 @@ def test_a_step_reads_all_weights_but_an_embedding_table_of_its_own():
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_rounded_weights_are_read_in_their_bits_and_a_scale_of_two_bytes_for_every_group(bits):
-    layer = (32 * 96 + 32 * 32 + 32 * 64 + 64 * 32) * (bits / 8 + 2 / 32) + 4 * (2 * 64 + 96 + 32 + 64 + 32)
+def test_rounded_weights_are_read_in_their_bits_with_a_scale_and_an_offset_of_two_bytes_for_every_group(bits):
+    of_group = 2 if bits == 8 else 4  # 8 bits have no offset
+    layer = (32 * 96 + 32 * 32 + 32 * 64 + 64 * 32) * (bits / 8 + of_group / 32) + 4 * (2 * 64 + 96 + 32 + 64 + 32)
     output = 304 * 32 * (1 + 2 / 32)  # 8 bits at least; rows in blocks of 16
     for tied in (False, True):
         base = neox(tie_word_embeddings=tied)

@@ -81,7 +81,7 @@ def test_a_fused_layer_is_the_layer(kind, weights, kv_heads, data):
     lengths = data.draw(st.lists(st.lists(st.integers(0, wide), min_size=slots, max_size=slots), min_size=1, max_size=4))
     model = model_of(kind, *weights, kv_heads)
     layer = decoder_layers(model.optimize_for_inference(1, fuse=False).base)[0]
-    kernel = kernel_of(layer, {})
+    kernel = kernel_of(layer)
     assert kernel is not None
     caches = [RaggedKVCache(1, slots), RaggedKVCache(1, slots)]
     how = {"rtol": 1e-4, "atol": 1e-4} if weights == (torch.float32, None) else {"rtol": 0.05, "atol": 0.25}

@@ -121,7 +121,7 @@ def _dynamo(method: Method, context: BenchmarkContext) -> Runner:
 
 def _transformers(method: Method, context: BenchmarkContext, **more: Any) -> Runner:
     """`generate` of the base, as its users call it."""
-    base: Any = context.model.base
+    base: Any = context.models[method.model].base
     arguments = {"do_sample": False, **method.arguments, **more}
     if method.draft:
         arguments["assistant_model"] = context.draft
@@ -174,21 +174,20 @@ def _compiled(method: Method, context: BenchmarkContext) -> Runner:
 
 
 def _llama_cpp(method: Method, context: BenchmarkContext) -> Runner:
-    """llama.cpp on the GGUF file of the method's arguments, in a process of its own."""
+    """llama.cpp on the GGUF file of the method's arguments, in a process of its own; they may name how it drafts, too."""
     from dynamo_lm.export.llama_cpp import LlamaCpp
 
     if context.model.device.type != "cpu":
         raise InputError("llama.cpp is raced on CPUs only: the wheel on PyPI has no GPU code.")
     precision = {torch.float32: "F32", torch.float16: "F16"}.get(context.model.dtype, "BF16")
-    engine = LlamaCpp(
-        method.arguments["gguf"], context=context.length, threads=torch.get_num_threads(), cache_type=precision
-    )
+    arguments = {"cache_type": precision, **method.arguments}
+    engine = LlamaCpp(arguments.pop("gguf"), context=context.length, threads=torch.get_num_threads(), **arguments)
     context.close.append(engine.close)
 
     def run(prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> Output:
         tokens, seconds = engine.generate(prompts[0], max_new_tokens, context.end_tokens)
         tokens = context.until_end(tokens)
-        return Output([tokens], seconds, len(tokens))
+        return Output([tokens], seconds, len(tokens) - engine.accepted)
 
     return run
 

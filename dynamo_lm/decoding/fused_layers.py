@@ -7,7 +7,7 @@ give what the layer's own code gives. Whatever a call asks for that the kernel d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 HEAD_NORMS = {"q_norm", "k_norm"}
 GATED = {"gate_proj", "up_proj", "down_proj"}
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_right: dict[str, bool] = {}  # by what a layer is, whether a step was right
 EXACT, ROUNDED = 1e-4, 0.05  # error that is rounding, relative to the largest entry: in float32, and in fewer bits
 
 
@@ -117,19 +118,16 @@ def fuse_layers(layers: nn.ModuleList, heads: Sequence[nn.Module] = ()) -> None:
         layers: the base's decoder layers, or what stands in their place.
         heads: the layers that the last one computes, where it is a `StackedHeads`.
     """
-    known: dict[str, bool] = {}
     for index, layer in enumerate(layers):
         together = heads if heads and index == len(layers) - 1 else [layer]
-        kernels = [kernel for part in together if (kernel := kernel_of(part, known)) is not None]
+        kernels = [kernel for part in together if (kernel := kernel_of(part)) is not None]
         if len(kernels) == len(together):
             layers[index] = FusedLayer(layer, kernels, index)
 
 
-def kernel_of(layer: nn.Module, known: dict[str, bool]) -> LayerKernel | None:
-    """The kernel of one layer; None if it does not compute what the layer's code does.
-
-    known: by what a layer is, whether a step was right; layers that only differ in their weights are tried once.
-    """
+def kernel_of(layer: nn.Module) -> LayerKernel | None:
+    """The kernel of one layer; None if it does not compute what the layer's code does, which layers that only differ in
+    their weights show once in a process."""
     parts = None if has_hooks(layer) else parts_of(layer)
     try:
         kernel = None if parts is None else LayerKernel(parts)
@@ -138,25 +136,20 @@ def kernel_of(layer: nn.Module, known: dict[str, bool]) -> LayerKernel | None:
     if kernel is None:
         return None
     kind = repr([(name, type(part), settings(part)) for name, part in layer.named_modules()])
-    if kind not in known:
-        known[kind] = is_right(layer, kernel)
-    return kernel if known[kind] else None
+    if kind not in _right:
+        _right[kind] = is_right(layer, kernel)
+    return kernel if _right[kind] else None
 
 
 def parts_of(layer: Any) -> LayerParts | None:
     """The parts of a layer by their roles; None if it is of another form."""
-    if {name for name, part in layer.named_children() if _holds_tensors(part)} != LAYER:
+    if not _has(layer, LAYER) or not _has(layer.self_attn, ATTENTION, HEAD_NORMS) or not _has(layer.mlp, GATED):
         return None
     attention, gated = layer.self_attn, layer.mlp
-    inner = {name for name, part in attention.named_children() if _holds_tensors(part)}
-    if not ATTENTION <= inner <= ATTENTION | HEAD_NORMS or not uses_kernel(attention):
-        return None
-    if {name for name, part in gated.named_children() if _holds_tensors(part)} != GATED:
-        return None
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    norms += [getattr(attention, name) for name in sorted(HEAD_NORMS & inner)]
+    of_heads = [part for name in sorted(HEAD_NORMS) if (part := attention._modules.get(name)) is not None]
+    norms = [layer.input_layernorm, layer.post_attention_layernorm, *of_heads]
     eps: set[Any] = {getattr(norm, "variance_epsilon", None) for norm in norms}
-    if len(eps) != 1 or None in eps or len(inner & HEAD_NORMS) == 1:
+    if not uses_kernel(attention) or len(eps) != 1 or None in eps or len(of_heads) == 1:
         return None
     return LayerParts(
         [
@@ -170,16 +163,19 @@ def parts_of(layer: Any) -> LayerParts | None:
         ],
         input_norm=layer.input_layernorm.weight,
         post_norm=layer.post_attention_layernorm.weight,
-        query_norm=attention.q_norm.weight if inner & HEAD_NORMS else None,
-        key_norm=attention.k_norm.weight if inner & HEAD_NORMS else None,
+        query_norm=attention.q_norm.weight if of_heads else None,
+        key_norm=attention.k_norm.weight if of_heads else None,
         eps=eps.pop(),
         scaling=attention.scaling,
         width=attention.head_dim,
     )
 
 
-def _holds_tensors(module: nn.Module) -> bool:
-    return any(True for _ in (*module.parameters(), *module.buffers()))
+def _has(module: nn.Module, names: set[str], more: Collection[str] = ()) -> bool:
+    """Whether a module has these parts, possibly more of those, and no others with tensors."""
+    parts = module._modules
+    others = (part for name, part in parts.items() if part is not None and name not in names and name not in more)
+    return parts.keys() >= names and not any(True for part in others for _ in (*part.parameters(), *part.buffers()))
 
 
 @torch.no_grad()

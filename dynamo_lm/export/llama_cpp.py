@@ -33,15 +33,23 @@ class LlamaCpp:
     drafted = 0
 
     def __init__(
-        self, gguf: str, *, context: int, threads: int, cache_type: str, draft: str | None = None, draft_tokens: int = 0
+        self,
+        gguf: str,
+        *,
+        context: int,
+        threads: int,
+        cache_type: str,
+        draft: str | None = None,
+        draft_tokens: int = 0,
+        lookup: bool = False,
     ):
-        """draft: the head's file; draft_tokens: tokens drafted a step."""
+        """draft: the head's file; draft_tokens: tokens drafted a step; lookup: draft by n-grams of the text instead."""
         if importlib.util.find_spec("xllamacpp") is None:
             raise ModuleNotFoundError("No module named 'xllamacpp'", name="xllamacpp")
         self._texts: dict[tuple, list[int]] = {}
         self._process = _start()
         about = {"gguf": gguf, "context": min(context, CONTEXT), "threads": threads, "cache_type": cache_type}
-        self._ask({**about, "draft": draft, "draft_tokens": draft_tokens})
+        self._ask({**about, "draft": draft, "draft_tokens": draft_tokens, "lookup": lookup})
 
     def generate(
         self, prompt: Sequence[int] | str, max_new_tokens: int, end_tokens: Sequence[int]
@@ -133,6 +141,9 @@ def _serve() -> None:
                     kinds, drafting = xllamacpp.common_speculative_type, parameters.speculative
                     drafting.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_EAGLE3]
                     drafting.draft.mparams.path, drafting.draft.n_max = request["draft"], request["draft_tokens"]
+                if request["lookup"]:
+                    kinds = xllamacpp.common_speculative_type
+                    parameters.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
                 server, answer = xllamacpp.Server(parameters), {}
             else:
                 greedy = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "cache_prompt": False}

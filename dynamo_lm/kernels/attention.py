@@ -60,9 +60,9 @@ def patch_attention(module: nn.Module, copies: dict[int, PreTrainedConfig]) -> N
     config = vars(module).get("config")
     if not isinstance(config, PreTrainedConfig) or isinstance(module, PreTrainedModel) or not loader.available():
         return
-    tensors = [*module.parameters(), *module.buffers()]  # a quantised layer has none but buffers
-    if not uses_attention_interface(module) or attention_implementation(config) != "sdpa":
+    if attention_implementation(config) != "sdpa" or not uses_attention_interface(module):
         return
+    tensors = [*module.parameters(), *module.buffers()]  # a quantised layer has none but buffers
     floats = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     if tensors and all(tensor.device.type == "cpu" for tensor in tensors) and floats <= set(ops.DTYPES):
         vars(module)["config"] = copies.setdefault(id(config), with_attention(config, NAME))

