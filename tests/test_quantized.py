@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.cli.info import describe
 from dynamo_lm.errors import InputError
+from dynamo_lm.export import gguf_base
 from dynamo_lm.kernels import loader, quantized
 from dynamo_lm.kernels.quantized import QuantizedEmbedding, QuantizedLinear, quantize_modules
 from dynamo_lm.model.quantization import quantize
@@ -286,3 +287,26 @@ def test_a_rounded_model_is_saved_and_opened_as_it_is(tmp_path, weights):
         assert torch.equal(again.logits(tokens), expected)
     with pytest.raises(InputError, match="int4 weights, not int8"):
         DynaMoForCausalLM.from_pretrained(str(tmp_path / "rounded"), weights="int8")
+
+
+# ---------------------------------------------------------------- GGUF files as bases
+
+
+def test_a_gguf_file_is_a_base(tmp_path):
+    """Heads open on it; rounded to 8 bits, its weights are those of the file."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    config = LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    base = AutoModelForCausalLM.from_config(config)
+    file = gguf_base.write(base, tmp_path / "base.gguf", precision="q8_0")
+    model = DynaMoForCausalLM.from_base(str(file), 3)
+    model.save_pretrained(str(tmp_path / "heads"), weights="heads")
+    opened = DynaMoForCausalLM.from_pretrained(str(tmp_path / "heads"), base=str(file), weights="int8")
+    dense, layer = model.base.model.layers[1].mlp.up_proj.weight, opened.base.model.layers[1].mlp.up_proj
+    assert isinstance(layer, QuantizedLinear) and torch.equal(layer.weight.dense(), dense)
+    assert not torch.equal(dense, base.model.layers[1].mlp.up_proj.weight)
+    (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    (tmp_path / "text.gguf").write_text("no model")
+    for name, words in [("cut", "could not be opened"), ("text", "could not be opened"), ("none", "no file")]:
+        with pytest.raises(InputError, match=words):
+            DynaMoForCausalLM.from_pretrained(str(tmp_path / "heads"), base=str(tmp_path / f"{name}.gguf"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dynamo_lm.backbone.offloading import loaded
@@ -145,23 +146,46 @@ def check_base(base: PreTrainedModel) -> None:
 
 
 def load_base(name: str, **kwargs: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained` (safetensors only) with one-sentence errors.
+    """`AutoModelForCausalLM.from_pretrained` (safetensors, or a GGUF file) with one-sentence errors.
 
     A model that is opened in float16 keeps the fingerprint that it has in its files' precision.
+
+    Args:
+        name: a folder, a hub id, or a file that ends in .gguf, whose weights are unpacked, by default to float32.
 
     Raises:
         InputError: the model cannot be loaded, with the reason.
     """
     if not os.path.exists(name):
         offline_if_unreachable()
+    path, damage = name, (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+    if name.endswith(".gguf"):
+        path, kwargs = os.path.dirname(name) or ".", gguf_arguments(name, kwargs)
+        damage = (Exception,)  # type: ignore[assignment]  # whatever its reader makes of a damaged file
     kwargs.setdefault("use_safetensors", None if "gguf_file" in kwargs else True)
     try:
         if kwargs.get("dtype") not in (torch.float16, "float16"):
-            return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-        stored = fingerprint(AutoModelForCausalLM.from_pretrained(name, **kwargs | {"dtype": "auto"}))
-        return keep_fingerprint(AutoModelForCausalLM.from_pretrained(name, **kwargs), stored)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        stored = fingerprint(AutoModelForCausalLM.from_pretrained(path, **kwargs | {"dtype": "auto"}))
+        return keep_fingerprint(AutoModelForCausalLM.from_pretrained(path, **kwargs), stored)
+    except damage as error:
         raise InputError(f'"{name}" could not be opened as a causal language model: {first_line(error)}') from error
+
+
+def gguf_arguments(file: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What `from_pretrained` takes for a GGUF file beside its folder.
+
+    Raises:
+        InputError: there is no such file, or a package is missing.
+    """
+    if not os.path.isfile(file):
+        raise InputError(f'there is no file "{file}"')
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise InputError(f'Reading "{file}" takes packages that are missing: pip install {" ".join(missing)}')
+    dtype = kwargs.get("dtype", "auto")
+    unpacked = {"gguf_file": os.path.basename(file), "quantization_config": GgufConfig(dequantize=True)}
+    return kwargs | unpacked | {"dtype": torch.float32 if dtype == "auto" else dtype}
 
 
 def offline_if_unreachable() -> None:

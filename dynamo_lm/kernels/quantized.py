@@ -119,6 +119,8 @@ def round_groups(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         better = error < best
         best = torch.where(better, error, best)
         entries, kept = torch.where(better, tried, entries), torch.where(better, scales, kept)
+        if best.max() == 0:  # as where the numbers come from such a file
+            break
     return entries, kept
 
 
