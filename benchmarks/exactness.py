@@ -3,10 +3,13 @@
     python -m benchmarks.exactness story --new-tokens 48 --out results/exactness.jsonl
     python -m benchmarks.exactness models/smollm2-135m-instruct --base runs/smollm2/base --new-tokens 32 \\
         --out results/exactness.jsonl
+    python -m benchmarks.exactness models/smollm2-135m-instruct --base runs/smollm2/base --new-tokens 32 \\
+        --dtypes int8 int4 --more ../shared/data/bench/vicuna_bench.jsonl --prompts 0 100 --out results/exactness.jsonl
     python -m benchmarks.exactness --table results/exactness.jsonl
 
-One prompt at a time, float32 and bfloat16, all heads, defaults. Where two texts part, the gap between their two tokens says
-whether it is a tie: the difference of the base's two logits there, by the base's own forward over the text so far. The file
+One prompt at a time, by default float32 and bfloat16, all heads, defaults. Where two texts part, the gap between their two
+tokens says whether it is a tie: the difference of the base's two logits there, by the base's own forward over the text so
+far. The file
 gets a line for each prompt; prompts that have one are not decoded again.
 """
 
@@ -24,6 +27,7 @@ from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.backbone.token_limits import token_ids
 from dynamo_lm.data.chat_template import encode_chat
 from dynamo_lm.kernels import loader
+from dynamo_lm.kernels.quantized import FORMATS
 from dynamo_lm.model.loading import open_for_evaluation
 from dynamo_lm.training.provenance import versions
 
@@ -58,12 +62,14 @@ def gap(model: DynaMoForCausalLM, prompt: list[int], one: list[int], other: list
     return round(float((logits[one[place]] - logits[other[place]]).abs()), 5)
 
 
-def encoded(name: str, tokenizer: Any) -> list[list[int]]:
-    """Openings of stories for the bundled model, questions as chat turns for others."""
+def encoded(name: str, tokenizer: Any, more: Path | None) -> list[list[int]]:
+    """Openings of stories for the bundled model, questions as chat turns for others; more: JSON lines with "turns"."""
     if name == "story":
         lines = (HERE / "openings.txt").read_text(encoding="utf-8").split("\n")[:PROMPTS]
         return [tokenizer(line).input_ids for line in lines]
     lines = (HERE / "questions.txt").read_text(encoding="utf-8").split("\n")[:PROMPTS]
+    if more is not None:
+        lines += [json.loads(line)["turns"][0] for line in more.read_text(encoding="utf-8").split("\n") if line]
     return [encode_chat(tokenizer, [{"role": "user", "content": line}]) for line in lines]
 
 
@@ -95,7 +101,8 @@ def main() -> None:
     parser.add_argument("models", nargs="*")
     parser.add_argument("--base", default=None, help="of folders that hold heads alone")
     parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--dtypes", nargs="*", default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), help="float32, bfloat16, int8 or int4")
+    parser.add_argument("--more", type=Path, default=None, help="further questions for the models that chat")
     parser.add_argument("--prompts", type=int, nargs=2, default=(0, PROMPTS), help="from and to, to share the work")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--table", type=Path, default=None, help="print this results file")
@@ -107,9 +114,10 @@ def main() -> None:
     for name in arguments.models:
         for dtype in arguments.dtypes:
             base = None if name == "story" else arguments.base
-            model, tokenizer = open_for_evaluation(name, tokenizer=None, dtype=dtype, device="cpu", base=base)
+            how = {"weights": dtype, "dtype": "float32"} if dtype in FORMATS else {"dtype": dtype}
+            model, tokenizer = open_for_evaluation(name, tokenizer=None, device="cpu", base=base, **how)
             done = {line["prompt"] for line in read(arguments.out) if (line["model"], line["dtype"]) == (name, dtype)}
-            for number, prompt in enumerate(encoded(name, tokenizer)):
+            for number, prompt in enumerate(encoded(name, tokenizer, arguments.more)):
                 if number in done or not arguments.prompts[0] <= number < arguments.prompts[1]:
                     continue
                 line = {"model": name, "dtype": dtype, "prompt": number, "gaps": gaps(model, prompt, arguments.new_tokens)}

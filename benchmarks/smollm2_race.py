@@ -57,7 +57,7 @@ def models_of(base: str) -> dict[str, DynaMoForCausalLM]:
 def methods_of(files: dict[str, Path], draft: Path, *, compiled: bool) -> list[Method]:
     """Every row of the table."""
     one = {"verify": "strict", "num_heads": 1}
-    strict = {"verify": "strict", "num_heads": DRAFTS + 1, "tree": 0}
+    strict = {"verify": "strict", "num_heads": DRAFTS + 1}
     rows = [
         Method("transformers: one token, bfloat16", "transformers", one_token=True, model="bfloat16, parallel"),
         Method("transformers: prompt lookup, bfloat16", "transformers", {"prompt_lookup_num_tokens": 10}, ceiling=11,
@@ -76,7 +76,7 @@ def methods_of(files: dict[str, Path], draft: Path, *, compiled: bool) -> list[M
         rows.append(
             Method("transformers: one token, bfloat16, compiled", "compiled", one_token=True, model="bfloat16, parallel")
         )
-        for name in PRECISIONS:
+        for name in ("bfloat16", "int4"):
             rows.append(dynamo(f"DynaMo: one token, {name}, compiled", one | COMPILED, model=f"{name}, parallel"))
     for name, file in files.items():
         about = {"gguf": str(file), "cache_type": "F16"}

@@ -14,11 +14,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm.decoding import sequential
 from dynamo_lm.errors import InputError
 from dynamo_lm.training.loss import heads_loss, target_counts
 from dynamo_lm.training.options import TrainingOptions
 
 VOCABULARY = 61
+
+
+@pytest.fixture(autouse=True)
+def unsure_heads_draft(monkeypatch):
+    """These heads are random, so that no draft is likely."""
+    monkeypatch.setattr(sequential, "LEAST_CONFIDENCE", 0.0)
 
 
 @cache
@@ -290,3 +297,16 @@ def test_a_folder_of_heads_opens_again(tmp_path):
     tokens = torch.tensor([[1, 2, 3, 4, 5, 6]])
     assert again.config.sequential
     assert torch.equal(model.logits(tokens), again.logits(tokens))
+
+
+def test_a_head_that_is_not_confident_drafts_less_and_the_text_is_the_same(monkeypatch):
+    model, prompt = eagle(), torch.tensor([[4, 8, 15, 16]])
+    model.base.lm_head.weight.data.mul_(20)  # some tokens are likely now
+    how = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    runs = []
+    for least in (0.0, 0.9, 2.0):
+        monkeypatch.setattr(sequential, "LEAST_CONFIDENCE", least)
+        runs.append(model.generate(prompt, **how))
+    drafted = [sum(run.statistics[0].proposed) for run in runs]
+    assert drafted[0] > drafted[1] > drafted[2] == 0
+    assert torch.equal(runs[0].sequences, runs[1].sequences) and torch.equal(runs[0].sequences, runs[2].sequences)

@@ -22,6 +22,8 @@ from dynamo_lm.sampling.algorithm1 import _choose
 from dynamo_lm.sampling.drafting import conditional
 from dynamo_lm.sampling.top_k import HeadCandidates
 
+LEAST_CONFIDENCE = 0.1  # in all drafts of a chain; less is accepted too seldom to be worth a step of the head (LOG.md)
+
 
 class SequentialDrafter:
     """The drafting side of a model whose extra heads are steps of one head."""
@@ -36,7 +38,7 @@ class SequentialDrafter:
     def draft(
         self, sequence: SequenceState, features: Tensor, following: Sequence[int], count: int
     ) -> tuple[list[int], list]:
-        """Draft `count` tokens after the verified ones.
+        """Draft up to `count` tokens after the verified ones, as long as the head is confident.
 
         Args:
             features: of the positions that were verified in this step, (new, 3 hidden).
@@ -51,10 +53,15 @@ class SequentialDrafter:
         state = self.head.advance(self.head.first(features[None]), self._embedded(following), cache)[:, -1:]
         verified = cache.length
         proposals: list[Proposal] = []
+        confidence = 1.0  # in all drafts so far
         while True:
             ids, q = self._proposal(sequence, state, history)
+            if confidence * q.max() < LEAST_CONFIDENCE and sequence.options.synthetic_acceptance is None:
+                break  # whatever token would be drawn: what is verified has to be drawn from q
             proposals.append((torch.from_numpy(ids), torch.from_numpy(q)))
-            history.append(int(ids[_choose(q, sequence.generator, not sequence.options.sample)]))
+            chosen = _choose(q, sequence.generator, not sequence.options.sample)
+            history.append(int(ids[chosen]))
+            confidence *= q[chosen]
             if len(proposals) == count:
                 break
             state = self.head.advance(state, self._embedded(history[-1:]), cache)
