@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import os
 import pty
 import re
 import select
-import subprocess
-import sys
-import termios
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from architectures import markov_dynamo
@@ -288,18 +285,17 @@ class Screen:
 
     def __init__(self, *arguments: object) -> None:
         self.end, other = pty.openpty()
-        environment = os.environ | {"TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "100"}
-        environment.pop("NO_COLOR", None)
-        self.program = subprocess.Popen(
-            [sys.executable, "-m", "dynamo_lm.cli.main", *map(str, arguments)],
-            stdin=other,
-            stdout=other,
-            stderr=other,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        terminal = Path(os.ttyname(other))
+        self.program = processes.start(
+            processes.command,
+            *map(str, arguments),
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            environment={"TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "100"},
+            terminal=True,
         )
-        os.close(other)
+        self.other = other  # closed when the program has it open
         self.seen = ""
 
     def type(self, text: str) -> None:
@@ -312,6 +308,8 @@ class Screen:
         while text not in self.seen:
             assert time.monotonic() < give_up, f"waited for {text!r}, saw {self.seen!r}"
             if select.select([self.end], [], [], 0.1)[0]:
+                if self.other is not None:
+                    self.other = os.close(self.other)
                 try:
                     self.seen += os.read(self.end, 4096).decode(errors="replace")
                 except OSError:  # as Linux says that nobody is at the other end
@@ -327,7 +325,8 @@ class Screen:
             except OSError:
                 break
         os.close(self.end)
-        return self.program.wait(timeout=30)
+        self.program.join(30)
+        return self.program.exitcode
 
 
 def coloured(text: str, step: int) -> str:
@@ -340,7 +339,7 @@ def screen(folder):
     screen = Screen("chat", folder, "-n", 8000)
     yield screen
     screen.program.kill()  # if it has not left
-    screen.program.wait()
+    screen.program.join()
 
 
 def test_at_a_terminal_steps_have_colours_and_ctrl_c_stops_the_answer_and_not_the_program(screen):

@@ -9,11 +9,10 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from hypothesis import given
@@ -181,31 +180,26 @@ def test_a_slow_run_leaves_a_checkpoint_after_every_step(tmp_path):
     assert steps_of(tmp_path) == ["step-00000001", "step-00000002", "step-00000003"]
 
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads({threads})
-from pathlib import Path
-from dynamo_lm.training import checkpoints
-from test_checkpoints import run
+def killed_while_writing_step_9(folder: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    save_file = checkpoints.save_file
 
-def save_file(tensors, path, real=checkpoints.save_file):
-    real(tensors, path)
-    if str(path).endswith("step-00000009/weights.safetensors"):
-        os.kill(os.getpid(), signal.SIGKILL)
+    def killed(tensors, path):
+        save_file(tensors, path)
+        if str(path).endswith("step-00000009/weights.safetensors"):
+            os.kill(os.getpid(), signal.SIGKILL)
 
-checkpoints.save_file = save_file
-run(Path({folder!r}))
-"""
+    checkpoints.save_file = killed
+    run(Path(folder))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
 def test_a_run_killed_while_it_wrote_a_checkpoint_resumes_from_the_one_before(uninterrupted, tmp_path):
     log, model = uninterrupted
-    script = KILLED.format(tests=str(Path(__file__).parent), threads=torch.get_num_threads(), folder=str(tmp_path))
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    tmp_path, said, threads = tmp_path / "run", tmp_path / "said", torch.get_num_threads()
+    killed = processes.start(killed_while_writing_step_9, str(tmp_path), threads, stdout=said, stderr=said)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL, said.read_text()
     assert steps_of(tmp_path) == [".writing-step-00000009", "step-00000003", "step-00000006"]
     assert latest_checkpoint(tmp_path).name == "step-00000006"
     assert losses_of(tmp_path) == log[:9]  # also: another process takes the same steps

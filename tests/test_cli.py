@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from commandline import SMALL, Run, byte_tokenizer, neox, texts
@@ -248,6 +248,18 @@ def log(folder: Path) -> list[tuple]:
     return [(line["step"], line["losses"], line["gradient_norm"], line.get("ppl")) for line in lines]
 
 
+def killed_at_step_8(*line: str) -> int:
+    write = training_log._Log.write
+
+    def killed(self, progress, factor):
+        write(self, progress, factor)
+        if progress.step == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    training_log._Log.write = killed
+    return main(list(line))
+
+
 def test_a_run_that_was_killed_or_interrupted_resumes_to_the_same_losses(run, made, tmp_path, monkeypatch):
     arguments = [
         "train",
@@ -264,20 +276,10 @@ def test_a_run_that_was_killed_or_interrupted_resumes_to_the_same_losses(run, ma
     assert [step for step, *_ in whole] == list(range(1, 13))
 
     # kill -9 while step 8 is logged: the checkpoint of step 6 is the last
-    dies = """if True:
-        import os, signal, sys
-        from dynamo_lm.cli import main as cli
-        from dynamo_lm.training import log
-        write = log._Log.write
-        def killed(self, progress, factor):
-            write(self, progress, factor)
-            if progress.step == 8:
-                os.kill(os.getpid(), signal.SIGKILL)
-        log._Log.write = killed
-        sys.exit(cli.main(sys.argv[1:]))
-    """
-    killed = subprocess.run([sys.executable, "-c", dies, *arguments, str(tmp_path / "killed")], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    said = tmp_path / "said"
+    killed = processes.start(killed_at_step_8, *arguments, str(tmp_path / "killed"), stdout=said, stderr=said)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL, said.read_text()
     assert sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()) == [
         "step-00000003",
         "step-00000006",
@@ -394,10 +396,15 @@ def test_prompt_lines_end_at_the_line_feed_alone_and_a_byte_order_mark_is_no_pro
     assert [json.loads(row)["prompt"] for row in rows] == prompts
 
 
-def test_a_reader_that_goes_away_is_silent(model):
-    line = f"{sys.executable} -m dynamo_lm.cli.main generate {model} 'the fox' -n 100 --verify off | head -c 3"
-    done = subprocess.run(line, shell=True, capture_output=True, timeout=600)
-    assert (done.stdout, done.stderr) == (b"the", b"")
+def test_a_reader_that_goes_away_is_silent(model, tmp_path):
+    pipe, errors = tmp_path / "pipe", tmp_path / "errors"
+    os.mkfifo(pipe)
+    line = "generate", str(model), "the fox", "-n", "100", "--verify", "off"
+    process = processes.start(processes.command, *line, stdout=pipe, stderr=errors)
+    with pipe.open("rb", buffering=0) as reader:
+        assert reader.read(3) == b"the"
+    process.join()
+    assert errors.read_text() == ""
 
 
 def test_json_has_text_and_statistics_for_every_prompt_of_a_file(run, model, tmp_path):

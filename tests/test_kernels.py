@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import tempfile
 import time
+from pathlib import Path
 
+import processes
 import pytest
 import torch
 from test_compiling import has_compiler
@@ -148,10 +148,13 @@ def loads_kernels(tmp_path):
     )
     broken.chmod(0o755)
 
-    def load(setting: str = "") -> subprocess.CompletedProcess:
+    def load(setting: str = "") -> tuple[str, str]:
         settings = {"CXX": str(broken), "TORCHINDUCTOR_CACHE_DIR": str(cache), "DYNAMO_LM_KERNELS": setting}
-        code = "from dynamo_lm.kernels import loader; print(loader.status())"
-        return subprocess.run([sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True)
+        files = [Path(tempfile.mkstemp(dir=tmp_path)[1]) for _ in range(2)]
+        process = processes.start(processes.kernels, stdout=files[0], stderr=files[1], environment=settings)
+        process.join()
+        assert process.exitcode == 0, files[1].read_text()
+        return files[0].read_text(), files[1].read_text()
 
     return load, cache
 
@@ -159,16 +162,15 @@ def loads_kernels(tmp_path):
 def test_a_build_that_failed_is_remembered_and_reported(loads_kernels):
     load, _ = loads_kernels
     runs = [load("wait") for _ in range(2)]
-    assert all(run.returncode == 0 for run in runs), runs[0].stderr
-    assert all("not in use" in run.stdout and "this compiler refuses" in run.stdout for run in runs)
-    assert "could not be built" in runs[0].stderr and "could not be built" not in runs[1].stderr
+    assert all("not in use" in printed and "this compiler refuses" in printed for printed, _ in runs)
+    assert "could not be built" in runs[0][1] and "could not be built" not in runs[1][1]
 
 
 def test_the_first_process_does_not_wait_for_the_build_and_the_next_one_hears_of_it(loads_kernels):
     load, cache = loads_kernels
-    first = load()
-    assert "being built in the background" in first.stdout and "being built in the background" in first.stderr
+    printed, warned = load()
+    assert "being built in the background" in printed and "being built in the background" in warned
     while not list(cache.glob("dynamo_lm/build-failed-*")):
         time.sleep(0.1)
-    second = load()
-    assert "this compiler refuses" in second.stdout and "could not be built" in second.stderr
+    printed, warned = load()
+    assert "this compiler refuses" in printed and "could not be built" in warned

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import processes
 import pytest
 
 HEAVY = "import sys; heavy = sorted({'torch', 'transformers'} & set(sys.modules)); assert not heavy, heavy"
@@ -26,15 +27,20 @@ def test_neither_torch_nor_transformers_is_imported(code):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_first_use_of_a_name_registers_the_model_with_transformers():
-    code = (
-        "from dynamo_lm import DynaMoConfig\n"
-        "from transformers import AutoConfig, AutoModelForCausalLM\n"
-        "assert type(AutoConfig.for_model('dynamo_lm')) is DynaMoConfig\n"
-        "assert DynaMoConfig in AutoModelForCausalLM._model_mapping\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def first_use() -> None:
+    assert "dynamo_lm" not in sys.modules
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from dynamo_lm import DynaMoConfig
+
+    assert type(AutoConfig.for_model("dynamo_lm")) is DynaMoConfig
+    assert DynaMoConfig in AutoModelForCausalLM._model_mapping
+
+
+def test_the_first_use_of_a_name_registers_the_model_with_transformers(tmp_path):
+    process = processes.start(first_use, stdout=tmp_path / "said", stderr=tmp_path / "said")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "said").read_text()
 
 
 def test_an_unknown_name_is_an_attribute_error():

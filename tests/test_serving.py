@@ -9,14 +9,13 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
+import processes
 import pytest
 import structlog
 import torch
@@ -502,14 +501,16 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_sigterm_under_load_loses_nothing_that_was_accepted(folder):
-    command = [sys.executable, "-m", "dynamo_lm.cli.main", "serve", str(folder), "--port", "0", "--max-batch", "3"]
-    environment = {**os.environ, "DYNAMO_API_KEY": "k"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+def test_sigterm_under_load_loses_nothing_that_was_accepted(folder, tmp_path):
+    pipe, log = tmp_path / "pipe", tmp_path / "log"
+    os.mkfifo(pipe)
+    line = "serve", str(folder), "--port", "0", "--max-batch", "3"
+    process = processes.start(processes.command, *line, stdout=pipe, stderr=log, environment={"DYNAMO_API_KEY": "k"})
+    with pipe.open() as printed:
         try:
-            ready = process.stdout.readline()
+            ready = printed.readline()
             found = re.fullmatch(r'Serving "small" at (http://127\.0\.0\.1:\d+)\n', ready)
-            assert found, ready + process.stderr.read()
+            assert found, ready + log.read_text()
             wire = httpx.Client(base_url=found[1], headers={"authorization": "Bearer k"}, trust_env=False, timeout=60)
             client = openai_client(f"{found[1]}/v1", "k", timeout=60)
 
@@ -528,15 +529,16 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(folder):
                 deadline = time.monotonic() + 30
                 while accepted() < 8:
                     assert time.monotonic() < deadline
-                process.send_signal(signal.SIGTERM)
+                os.kill(process.pid, signal.SIGTERM)
                 while wire.get("/health").json() != {"status": "stopping"}:
                     assert time.monotonic() < deadline
                 with pytest.raises(openai.InternalServerError, match="stopping"):
                     client.completions.create(prompt="a", **GREEDY)
                 for number, text in enumerate(texts):
                     assert text.result() == text_of(offline(f"{PROMPTS[number % 3]} secret", 100))
-            assert process.wait(20) == 0
-            lines = [json.loads(line) for line in process.stderr.read().splitlines()]
+            process.join(20)
+            assert process.exitcode == 0
+            lines = [json.loads(line) for line in log.read_text().splitlines()]
             assert {line["event"] for line in lines} == {"request", "stopping"}
             assert sum(line.get("completion_tokens", 0) for line in lines) == 8 * 100
             assert "secret" not in json.dumps(lines) and "fox" not in json.dumps(lines)
