@@ -27,6 +27,14 @@ from dynamo_lm.model.base_check import can_run_stacked, check_contract, first_fa
 
 BART = {"d_model": 32, "decoder_layers": 3, "encoder_layers": 3, "decoder_ffn_dim": 48, "decoder_attention_heads": 4}
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+GEMMA3N = {"vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+GEMMA3N |= {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "intermediate_size": [96] * 4,
+}
+GEMMA3N |= {"num_kv_shared_layers": 0, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4}
+GEMMA3N |= {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 16, "pad_token_id": 0}
 REFUSED = {
     "gpt_neo": (
         GPTNeoConfig(vocab_size=97, hidden_size=32, num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]]),
@@ -141,9 +149,11 @@ def test_further_architectures_that_people_use_carry_heads(kind):
     assert model.stack_heads == (kind not in ("llama4_text", "xglm"))
 
 
-@pytest.mark.parametrize("kind", ["gpt_bigcode", "cpmant", "openai-gpt"])
+@pytest.mark.parametrize("kind", ["gpt_bigcode", "cpmant", "openai-gpt", "gemma3n_text"])
 def test_what_does_not_carry_heads_is_refused_when_they_are_added(kind):
-    config = CONFIG_MAPPING[kind]()
+    config = CONFIG_MAPPING[kind](**GEMMA3N if kind == "gemma3n_text" else {})
     base = tiny_base(AutoModelForCausalLM._model_mapping[type(config)], config)
-    with pytest.raises(InputError, match="cannot carry heads"):
+    with pytest.raises(
+        InputError, match="4 hidden states of every token" if kind == "gemma3n_text" else "cannot carry heads"
+    ):
         DynaMoForCausalLM.from_base(base)

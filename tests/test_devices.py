@@ -167,8 +167,9 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("at_once", [0, candidates.AT_ONCE], ids=["later", "at once"])
-@pytest.mark.parametrize("options", [{}, LINKED], ids=["plain", "coupling"])
+@pytest.mark.parametrize(
+    ("options", "at_once"), [({}, 0), (LINKED, candidates.AT_ONCE)], ids=["plain, later", "coupling, at once"]
+)
 def test_rows_of_all_kinds_elsewhere_alone_and_together(options, at_once, monkeypatch):
     monkeypatch.setattr(candidates, "AT_ONCE", at_once)
     monkeypatch.setattr(draft_vocabulary, "LEAST", 20)

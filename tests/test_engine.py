@@ -258,8 +258,9 @@ def steps(model, num_heads: int):
     return states
 
 
-@pytest.mark.parametrize("num_heads", [1, 2, 3])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "num_heads"), [*((name, 3) for name in NAMES), *((name, n) for name in ("gpt_neox", "gemma3") for n in (1, 2))]
+)
 def test_a_model_arranged_for_decoding_has_the_states_of_the_model(name, num_heads):
     model = dynamo_of(name, 3)
     fast = model.optimize_for_inference(num_heads)

@@ -18,13 +18,15 @@ from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.cli.main import main
 from dynamo_lm.data.draft_tokens import draft_tokens, needed_tokens
 from dynamo_lm.errors import InputError
-from dynamo_lm.export.check import OPENINGS, TOKENS, check_export, steps_here
+from dynamo_lm.export import check as export_check
+from dynamo_lm.export.check import OPENINGS, check_export, steps_here
 from dynamo_lm.export.export import export
 from dynamo_lm.export.gguf_tokens import LLAMA3, cut
 from dynamo_lm.export.llama_cpp import LlamaCpp
 from dynamo_lm.model.eagle3 import sequential_states
 
 VOCABULARY = 300
+TOKENS = 24  # written behind each opening
 ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE["original_max_position_embeddings"] = 64
 LAYER = {  # names of formats.md, with the shapes of the model below
@@ -39,6 +41,11 @@ LAYER = {  # names of formats.md, with the shapes of the model below
     "mlp.up_proj": (48, 32),
     "mlp.down_proj": (32, 48),
 }
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch):
+    monkeypatch.setattr(export_check, "TOKENS", TOKENS)
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,7 @@ def test_heads_of_the_medusa_kind_are_a_residual_block_and_an_output_embedding_o
     assert torch.equal(model.logits(TOKENS)[2], model.readout(hidden[2], 3))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["gpt_neox", "gemma3", "opt", "falcon", "qwen3_moe"])
 def test_strict_decoding_with_heads_of_the_medusa_kind_is_the_bases_own(name):
     base, model = base_of(name), dynamo_of(name, 4, **MEDUSA)
     with torch.no_grad():

@@ -501,6 +501,15 @@ def folder(tmp_path_factory):
     return path
 
 
+def test_clients_that_cut_lines_at_every_separator_read_a_stream(served):
+    prompt = "a\u2028b\u2029c\x85d\x0be\x1ef"
+    asked = {"model": "small", "prompt": prompt, "echo": True, "stream": True, "max_tokens": 2}
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=asked, trust_env=False, timeout=60) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    assert "".join(choice["text"] for line in lines for choice in json.loads(line)["choices"]).startswith(prompt)
+
+
 def test_sigterm_under_load_loses_nothing_that_was_accepted(folder, tmp_path):
     pipe, log = tmp_path / "pipe", tmp_path / "log"
     os.mkfifo(pipe)

@@ -33,7 +33,7 @@ def test_it_opens_in_float32_whatever_it_is_stored_in(story):
 def test_strict_greedy_is_transformers_own_greedy_in_less_than_half_the_passes(story):
     model, tokenizer = story
     tokens = forwards = 0
-    for opening in OPENINGS[:6]:
+    for opening in OPENINGS[:3]:
         prompt = tokenizer(opening, return_tensors="pt")
         own = model.base.generate(**prompt, max_new_tokens=48, do_sample=False)
         ours = model.generate(**prompt, max_new_tokens=48, return_dict_in_generate=True)

@@ -12,6 +12,7 @@ class and configuration.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
+from dynamo_lm.backbone.base_model import captured_inputs, decoder_layers
 from dynamo_lm.backbone.offloading import device_of
 from dynamo_lm.backbone.tiny_base import tiny_base
 from dynamo_lm.decoding.kv_cache import RaggedKVCache, StaticKVCache
@@ -32,7 +34,7 @@ from dynamo_lm.files import write_text
 from dynamo_lm.model.configuration import DynaMoConfig
 from dynamo_lm.private_interfaces import attention_implementation, build_cache
 
-VERSION = 3  # of this file's checks: results of another version are not believed
+VERSION = 4  # of this file's checks: results of another version are not believed
 EXACT, ROUNDED = 1e-2, 0.1  # largest error that is rounding, of the logits' spread, in float32 and in half precision
 LARGEST = 3e8  # parameters of a model that is made only to be checked
 PREFIXES = (2, 9, 5)  # tokens of the sequences of a ragged batch; longer and shorter than a tiny base's windows
@@ -95,9 +97,19 @@ def _kept_result(key: str, compute: Callable[[], tuple[str, bool]]) -> tuple[str
 def _try(base: PreTrainedModel, model_class: Callable[[DynaMoConfig, PreTrainedModel], MultiHeadLM]) -> tuple[str, bool]:
     """An entry of `_results`, from a tiny model, or from the base itself where no tiny one of its kind can be made."""
     base = _smaller(base) or base
+    if (states := _states_of_a_token(base)) != 1:
+        return f"its layers pass on {states} hidden states of every token (AltUp), and a head is a layer of one", False
     model = model_class(DynaMoConfig(base.config, 2, init="copy"), base)
     model.stack_heads = can_run_stacked(model)
     return first_fault(model), model.stack_heads
+
+
+@torch.inference_mode()
+def _states_of_a_token(base: PreTrainedModel) -> int:
+    """How many hidden states of each token the base's layers take: Gemma 3n's take (states, batch, length, hidden)."""
+    with captured_inputs(base, [len(decoder_layers(base)) - 1]) as captured, contextlib.suppress(Exception):
+        base(input_ids=_tokens(base, 3))
+    return len(captured[0]) if captured and captured[0].ndim == 4 else 1
 
 
 def _smaller(base: PreTrainedModel) -> PreTrainedModel | None:

@@ -242,8 +242,12 @@ def _error_handler(as_error: Callable[[Any], APIError]) -> Callable[[Request, Ex
     return handle
 
 
+# Ends of lines to `str.splitlines`, by which some clients (httpx's iter_lines) cut; JSON holds them in strings alone.
+SEPARATORS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+
+
 def _line(text: str) -> bytes:
-    return f"data: {text}\n\n".encode()
+    return f"data: {text.translate(SEPARATORS)}\n\n".encode()
 
 
 async def _cancel_on_disconnect(request: Request, handle: RequestHandle) -> None:
