@@ -4,6 +4,7 @@ import itertools
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.cooccurrence.counting import BYTES, ThreadEngine, count
+from dynamo_lm.cooccurrence.storage import HEADER
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.errors import InputError
 
@@ -40,9 +42,9 @@ def arrays(documents: list[list[int]], dtype: type = np.int64) -> list[np.ndarra
     return [np.array(document, dtype) for document in documents]
 
 
-def memory_for(chunk: int, *, wide: bool = False, threads: int = 1) -> float:
+def memory_for(chunk: int, *, threads: int = 1) -> float:
     """The memory_mb that makes pieces of `chunk` tokens."""
-    return chunk * (104 if wide else 56) * (threads + 1) / 2**20
+    return chunk * BYTES * (threads + 1) / 2**20
 
 
 small_documents = st.lists(st.lists(st.integers(0, 4), max_size=30), min_size=1, max_size=12).filter(any)
@@ -77,7 +79,7 @@ def test_large_vocabularies_are_exact(tokens: list[list[int]], kind: tuple[int, 
     order, vocab_size = kind
     ids = [0, 1, 7, vocab_size - 2, vocab_size - 1]
     documents = [[ids[token] for token in document] for document in tokens]
-    memory = memory_for(chunk, wide=True)
+    memory = memory_for(chunk)
     table = count(arrays(documents, np.uint32), vocab_size=vocab_size, order=order, memory_mb=memory, threads=1)
     for m in range(1, order + 1):
         seen = brute_force(documents, m)
@@ -86,14 +88,60 @@ def test_large_vocabularies_are_exact(tokens: list[list[int]], kind: tuple[int, 
             assert grams_of(table, m) == seen
 
 
-@pytest.mark.parametrize("chunk", [700, 10**6])
-@pytest.mark.parametrize("order, vocab_size", [(3, 400_000), (3, 2**20), (4, 2**20)])
-def test_an_ngram_more_frequent_than_its_row_has_room_for_is_exact(order: int, vocab_size: int, chunk: int) -> None:
-    # beside three digits of 19 bits 6 bits are left for a count, beside wide keys 11
-    documents = [[7] * 5000 + [9] * (64 + order - 1), [7] * 2048]
-    table = count(arrays(documents), vocab_size=vocab_size, order=order, memory_mb=memory_for(chunk), threads=1)
-    assert grams_of(table, order) == brute_force(documents, order)
-    assert grams_of(table, 2) == brute_force(documents, 2)
+class ManyPartitions(ThreadEngine):
+    """Threads that want their runs partitioned as a cluster does."""
+
+    partitions = 3
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    documents=small_documents,
+    order=st.integers(1, 4),
+    chunk=st.sampled_from([1, 3, 8, 1000]),
+    minimum=st.integers(1, 3),
+)
+def test_a_table_does_not_depend_on_its_partitions(documents: list[list[int]], order: int, chunk: int, minimum: int) -> None:
+    options = {"vocab_size": 5, "order": order, "min_counts": minimum, "memory_mb": memory_for(chunk)}
+    table = count(arrays(documents), engine=ManyPartitions(1), **options)
+    assert table == count(arrays(documents), threads=1, **options)
+    for m in range(2, order + 1):
+        assert grams_of(table, m) == {g: n for g, n in brute_force(documents, m).items() if n >= minimum}
+
+
+def test_the_same_counts_are_the_same_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 50, 400) for _ in range(5)]
+    count(documents, vocab_size=50, threads=2, memory_mb=memory_for(70, threads=2)).save(tmp_path / "a.safetensors")
+    count(documents[::-1], vocab_size=50, engine=ManyPartitions(1)).save(tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+@settings(max_examples=30, deadline=None)
+@given(order=st.integers(2, 4), share=st.floats(0.05, 1.1), seed=st.integers(0, 9))
+def test_a_table_of_a_stated_size_is_the_least_pruned_that_fits(order: int, share: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    documents = [(60 * rng.random(3000) ** 3).astype(int) for _ in range(4)]
+    whole = count(documents, vocab_size=60, order=order, threads=1)
+    with TemporaryDirectory() as folder:
+
+        def size(table: Cooccurrence) -> int:
+            table.save(f"{folder}/table.safetensors")
+            return Path(f"{folder}/table.safetensors").stat().st_size
+
+        limit = share * size(whole) + HEADER
+        table = count(documents, vocab_size=60, order=order, threads=1, max_bytes=limit, memory_mb=memory_for(999))
+        least = table.min_counts[1]
+        assert table == whole.prune(least)
+        assert size(table) <= limit
+        # the bound on the size counts a header of HEADER bytes, and 8 bytes for each count that fits no byte
+        slack = HEADER + 8 * sum(int((level >= 255).sum()) for level in whole.counts)
+        assert least == 1 or size(whole.prune(least - 1)) + slack > limit
+
+
+def test_a_table_that_cannot_be_so_small_is_refused() -> None:
+    with pytest.raises(InputError, match=r"No minimum count below 4 makes a table of at most 0.001 MB"):
+        count(arrays([[0, 1, 0, 1, 0]]), vocab_size=3, max_bytes=1000)
 
 
 @settings(max_examples=60, deadline=None)

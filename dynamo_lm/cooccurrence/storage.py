@@ -1,6 +1,8 @@
 """Co-occurrence tables on disk: a safetensors file of delta-coded keys and packed counts, with a checksum."""
 
+import json
 import zlib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from dynamo_lm.errors import InputError
-from dynamo_lm.files import write_bytes
+from dynamo_lm.files import atomic_write
 
 MAX_ORDER = 4
 MAX_VOCAB = 2**20  # leaves 2^43 rows per level before `parent * vocab_size + token` outgrows 63 bits
 FORMAT = "dynamo-lm co-occurrence table"
 VERSION = 1
+HEADER = 8192  # bytes, more than the names and the description take
 
 
 def pack_levels(vocab_size: int, keys: tuple[Tensor, ...], counts: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
@@ -29,6 +32,34 @@ def pack_levels(vocab_size: int, keys: tuple[Tensor, ...], counts: tuple[Tensor,
             arrays[f"{m}.tokens"] = tokens.astype(np.uint16 if vocab_size <= 2**16 else np.int32)
             arrays |= _pack(f"{m}.children", np.bincount(parents, minlength=counts[m - 2].numel()))
     return arrays
+
+
+def minimum_for_size(
+    vocab_size: int, histograms: list[np.ndarray], minimum: tuple[int, ...], max_bytes: float
+) -> tuple[int, ...]:
+    """Minimum counts with which a table's file takes at most `max_bytes`: those given, or one higher number for all orders
+    from 2 on, the least that does.
+
+    histograms  by order, how many n-grams are counted 0, 1, 2 .. times; the last entry includes those counted more often.
+
+    Raises:
+        InputError: no number does.
+    """
+    # (orders, numbers) by order the n-grams counted so often or more
+    longest = max(map(len, histograms))
+    kept = np.array([np.pad(histogram, (0, longest - len(histogram)))[::-1].cumsum()[::-1] for histogram in histograms])
+    token = 2 if vocab_size <= 2**16 else 4
+    for least in range(1, longest):
+        counts = (1, *(max(least, number) for number in minimum[1:]))
+        rows = [vocab_size, *(kept[m, min(n, longest - 1)] for m, n in enumerate(counts) if m)]
+        large = sum(kept[m, min(max(n, 255), longest - 1)] for m, n in enumerate(counts))
+        size = HEADER + sum(rows) + 8 * large  # counts, as bytes or in the overflow list
+        size += sum(above * token + below + 4 * (above // 255) for below, above in pairwise(rows))
+        if size <= max_bytes:
+            return counts
+    raise InputError(
+        f"No minimum count below {longest:,} makes a table of at most {max_bytes / 1e6:g} MB; allow more or a lower order."
+    )
 
 
 def _pack(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -93,14 +124,22 @@ def _checksum(arrays: dict[str, np.ndarray], facts: str) -> str:
 
 
 def write(path: Path, arrays: dict[str, np.ndarray], facts: str) -> None:
-    """Writes arrays and a description, whole or not at all.
+    """Writes arrays and a description, whole or not at all; the same ones give the same bytes.
 
     Raises:
         InputError: the place cannot be written to.
     """
     header = {"format": FORMAT, "facts": facts, "crc32": _checksum(arrays, facts)}
+    data = save(arrays, header)
+    size = int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8 : 8 + size])
+    entries["__metadata__"] = header  # safetensors writes its entries in any order
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     try:
-        write_bytes(path, save(arrays, header))
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(memoryview(data)[8 + size :])
     except OSError as error:
         raise InputError(f"The table cannot be written to {path} ({error}); choose another place.") from error
 
