@@ -24,6 +24,11 @@ def fetched(*tensors: Tensor) -> list[Tensor]:
     return [*(tensor.to("cpu", non_blocking=together) for tensor in others), last.cpu()]
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes that a GPU has; None for others."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that a process may still take on a device, or None where the system does not say."""
     if device.type == "cuda":

@@ -218,6 +218,23 @@ def test_a_dry_run_measures_how_long_the_run_takes(run, made, monkeypatch):
     assert "not measured" in run("train", made / "base", "--freeze", "--data", made / "text.jsonl", "--dry-run", *SMALL)
 
 
+def test_a_dry_run_plans_for_other_gpus(run, made):
+    plan = ("train", made / "base", "--dry-run", *SMALL, "--plan", "2x0.02", "--plan-tokens", "1e9")
+    said = run(*plan)
+    assert "split (--shard)" in said and "fits 20.0 MB" in said
+    assert re.search(r"^time +about .+ for 1,000,000,000 tokens by arithmetic", said, re.MULTILINE)
+    run(*plan, "--json")
+    facts = json.loads(run.out)
+    assert facts["options"]["bf16"] and facts["options"]["attention"] == "sdpa" and facts["ranks"] == 2
+    assert facts["memory_bytes_estimate"]["optimizer"] == 4 * facts["parameters"]["trained"]
+    assert facts["plan"]["seconds"] == pytest.approx(1e9 * facts["plan"]["operations_per_token"] / (2 * 400e12))
+    said = run(*plan, "--freeze", "--plan", "2x0.001")
+    assert "each with all (--no-shard)" in said and "does not fit 1.0 MB" in said
+    for wrong in (("--plan", "eight"), ("--plan", "0x80"), ("--plan-tokens", "0"), ("--plan-tflops", "0")):
+        run.refused(*plan, *wrong)
+    run.refused(*plan[:2], "--plan", "8x80", "--data", made / "text.jsonl", "--out", made / "planned")
+
+
 def test_a_step_is_split_so_that_activations_stay_below_a_gigabyte(run, made):
     large = ("train", "DynaMo-77M-T3", "--dry-run", "--json")
     run(*large)

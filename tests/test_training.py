@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -36,6 +37,7 @@ from dynamo_lm.training.checkpoints import latest_checkpoint, load_checkpoint
 from dynamo_lm.training.loss import heads_loss, target_counts
 from dynamo_lm.training.memory_estimate import fitting_accumulation, memory
 from dynamo_lm.training.options import TrainingOptions
+from dynamo_lm.training.speed import operations_per_token
 from dynamo_lm.training.step import learning_rate_factor, parameter_groups
 from dynamo_lm.training.trainer import train
 from dynamo_lm.training.validation import perplexities
@@ -608,6 +610,18 @@ def test_memory_of_a_mixture_of_experts_is_estimated_though_it_does_not_run_with
     with torch.device("meta"):
         model = DynaMoForCausalLM.from_base(skeleton(config), 3)
     assert memory(model, FROZEN, 64, fused=False)["activations"] > 4 * 64 * 32 * 4  # of one state of 4 blocks
-    device = torch.device("cpu")
-    assert fitting_accumulation(model, FROZEN, 64, fused=False, device=device) == 1
-    assert fitting_accumulation(model, FROZEN, 100_000, fused=False, device=device) == 4  # one block at a time
+    assert fitting_accumulation(model, FROZEN, 64, fused=False) == 1
+    assert fitting_accumulation(model, FROZEN, 100_000, fused=False) == 4  # one block at a time
+
+
+@pytest.mark.parametrize(
+    "options", [PLAIN, FROZEN, replace(PLAIN, activation_checkpointing=True)], ids=["full", "frozen", "checkpointed"]
+)
+@pytest.mark.parametrize("kwargs", [{}, {"own_output_embedding": True}], ids=["", "own output"])
+def test_the_arithmetic_of_a_token_is_what_a_step_computes(options, kwargs):
+    base = {"hidden_size": 64, "intermediate_size": 256}  # wide, so that norms and attention weigh little
+    model, batch = tiny("llama", base=base, **kwargs), pack([[1, 2, 3, 4] * 4])
+    taken = step.Optimization(model, random_blocks(), options)
+    with FlopCounterMode(display=False) as counted:
+        taken.gradients(0, batch)
+    assert operations_per_token(model, options, 16) * 16 == pytest.approx(counted.get_total_flops(), rel=0.06)

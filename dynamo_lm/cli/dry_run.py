@@ -9,27 +9,40 @@ import torch
 import typer
 
 from dynamo_lm.cli.progress import duration
+from dynamo_lm.cli.training_options import RunOptions
 from dynamo_lm.cli.training_run import Run, Text
 from dynamo_lm.devices import free_memory
 from dynamo_lm.model.loading import print_json
-from dynamo_lm.training.memory_estimate import memory, parameters
-from dynamo_lm.training.speed import measured_rows, seconds_per_step
+from dynamo_lm.training.memory_estimate import GPU_SHARE, memory, parameters
+from dynamo_lm.training.speed import measured_rows, operations_per_token, seconds_per_step
 
 
-def describe(run: Run, text: Text | None, *, as_json: bool) -> None:
+def describe(run: Run, text: Text | None, output: RunOptions) -> None:
     """Print the facts of a run that does not take place; with a text, measure how long a step takes."""
     model, options = run.model_of(), run.options
     facts: dict[str, Any] = {
         "parameters": parameters(model, frozen=options.frozen, coupling_only=options.coupling_only),
-        "memory_bytes_estimate": memory(model, options, run.block_size, fused=run.fused),
+        "ranks": run.ranks,
+        "memory_bytes_estimate": memory(model, options, run.block_size, fused=run.fused, ranks=run.ranks),
+        "gpu_memory_bytes": run.gpu_memory,
         "tokens_per_step": options.batch_size * run.block_size,
         "options": asdict(options) | {"block_size": run.block_size, "attention": run.attention},
         "steps": run.steps,
     }
+    if output.plan_tokens is not None:
+        operations = operations_per_token(model, options, run.block_size)
+        seconds = output.plan_tokens * operations / (run.ranks * output.plan_tflops * 1e12)
+        facts["plan"] = {
+            "tokens": output.plan_tokens,
+            "operations_per_token": operations,
+            "tflops": output.plan_tflops,
+            "seconds": seconds,
+        }
     if text is not None:
         facts |= {"documents": len(text.store), **text.sizes()}
-        facts["seconds_per_step"] = _measure_step(run, text, facts["memory_bytes_estimate"]["total"])
-    if as_json:
+        needed = facts["memory_bytes_estimate"]["total"]
+        facts["seconds_per_step"] = None if output.plan else _measure_step(run, text, needed)
+    if output.json:
         print_json(facts | ({} if text is None else text.store.facts))
     else:
         _print_description(run.base, facts)
@@ -53,10 +66,26 @@ def _print_description(base: str, facts: dict[str, Any]) -> None:
     print(f"heads       {count['heads']:,} parameters, {count['overhead']:.2%} of the base{coupling}")
     print(f"trained     {count['trained']:,} parameters")
     parts = ", ".join(f"{name} {_bytes(value)}" for name, value in memory.items() if name != "total")
-    print(f"memory      about {_bytes(memory['total'])} (an estimate): {parts}")
+    of_rank = ""
+    if facts["ranks"] > 1:
+        how = (
+            "weights, gradients and optimizer split (--shard)" if facts["options"]["shard"] else "each with all (--no-shard)"
+        )
+        print(f"ranks       {facts['ranks']}, {how}")
+        of_rank = " a rank"
+    print(f"memory      about {_bytes(memory['total'])}{of_rank} (an estimate): {parts}")
+    if facts["gpu_memory_bytes"]:
+        share = memory["total"] / facts["gpu_memory_bytes"]
+        verdict = "fits" if share <= GPU_SHARE else "is tight in" if share <= 1 else "does not fit"
+        print(f"            {verdict} {_bytes(facts['gpu_memory_bytes'])}: {share:.0%}")
     passes = facts["options"]["accumulation"]
-    less = "; more need less memory" if passes < facts["options"]["batch_size"] else ""
-    print(f"            a step is {passes} forward and backward passes (--accumulation){less}")
+    less = "; more need less memory" if passes * facts["ranks"] < facts["options"]["batch_size"] else ""
+    print(f"            a step is {passes} forward and backward passes{of_rank} (--accumulation){less}")
+    if plan := facts.get("plan"):
+        print(
+            f"time        about {duration(plan['seconds'])} for {plan['tokens']:,.0f} tokens by arithmetic: "
+            f"{plan['operations_per_token'] / 1e9:,.1f} billion operations a token, {plan['tflops']:g} TFLOP/s a rank"
+        )
     if "training_tokens" not in facts:
         print(
             f"steps       of {facts['tokens_per_step']:,} tokens; name the text with --data to know how many, and how long"
@@ -68,6 +97,8 @@ def _print_description(base: str, facts: dict[str, Any]) -> None:
     epochs = total / facts["training_tokens"]
     print(f"steps       {facts['steps']:,} of {facts['tokens_per_step']:,} tokens: {total:,} in all, {epochs:.2f} epochs")
     seconds = facts["seconds_per_step"]
+    if seconds is None and plan:
+        return
     if seconds is None:
         print(f"time        not measured: less than {_bytes(memory['total'])} of memory is free here")
         return

@@ -215,7 +215,7 @@ def finetune(
         if output.dry_run:
             if answers.self_distill:
                 typer.echo("dynamo-lm: the time below does not include the answers of --self-distill.", err=True)
-            describe(run, corpus, as_json=output.json)
+            describe(run, corpus, output)
             return
         assert corpus is not None
         model = model or run.open_model()

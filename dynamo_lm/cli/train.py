@@ -145,7 +145,7 @@ def train(
 
         # 3. Train.
         if output.dry_run:
-            describe(run, corpus, as_json=output.json)
+            describe(run, corpus, output)
             return
         assert corpus is not None
         carry_out(context, run, run.open_model(table), tokenizer, corpus, output, try_it="dynamo-lm generate {} PROMPT")

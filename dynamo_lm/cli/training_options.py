@@ -206,15 +206,48 @@ class RunOptions(ComputeOptions):
     dry_run: Annotated[
         bool, "Print parameters, memory, steps and, with --data, hours (one pass of a step is measured); train nothing."
     ] = False
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GPUSxGB",
+            help="With --dry-run: for so many GPUs of so much memory, such as 8x80, in place of this machine; --bf16 and "
+            "--attention sdpa by default.",
+        ),
+    ] = None
+    plan_tokens: Annotated[float | None, "With --plan: how long so many tokens take, such as 10e9."] = None
+    plan_tflops: Annotated[
+        float,
+        "With --plan-tokens: 10^12 operations per second that a GPU sustains; 400 are 40 % of an H100's peak in bfloat16.",
+    ] = 400.0
     json: Annotated[bool, "Print the result as JSON."] = False
 
     def __post_init__(self) -> None:
         if self.attention not in (None, "sdpa", "eager"):
             raise InputError(f'--attention is "{self.attention}"; give sdpa or eager.')
+        if self.planned_gpus is not None and not self.dry_run:
+            raise InputError("--plan goes with --dry-run.")
+        if self.plan_tokens is not None and (self.plan is None or not 0 < self.plan_tokens < math.inf):
+            raise InputError("--plan-tokens goes with --plan and is a number above 0.")
+        if not self.plan_tflops > 0:
+            raise InputError(f"--plan-tflops is {self.plan_tflops}; give a number above 0.")
         if not self.rank_timeout > 0:
             raise InputError(f"--rank-timeout is {self.rank_timeout}; give minutes above 0.")
         if self.feature_cache is not None and not self.feature_cache > 0:
             raise InputError(f"--feature-cache is {self.feature_cache}; give a size in GB above 0.")
+
+    @property
+    def planned_gpus(self) -> tuple[int, int] | None:
+        """Number and bytes of --plan."""
+        if self.plan is None:
+            return None
+        count, _, size = self.plan.partition("x")
+        try:
+            gpus, memory = int(count), int(float(size) * 1e9)
+        except ValueError:
+            gpus = memory = 0
+        if gpus < 1 or memory < 1:
+            raise InputError(f'--plan is "{self.plan}"; give GPUs and GB of each, such as 8x80.')
+        return gpus, memory
 
     def torch_device(self) -> torch.device:
         from dynamo_lm.training import ranks

@@ -19,6 +19,7 @@ from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.data.draft_tokens import draft_tokens
 from dynamo_lm.data.packing import Blocks, WholeBlocks
 from dynamo_lm.data.token_store import TokenStore
+from dynamo_lm.devices import device_memory
 from dynamo_lm.errors import InputError
 from dynamo_lm.jsonl_cache import JsonlLog
 from dynamo_lm.model.base_location import base_sources
@@ -68,6 +69,8 @@ class Run:
     epochs: float
     save: str  # "heads" or "full"
     lora_rank: int = 0
+    ranks: int = 1
+    gpu_memory: int | None = None  # bytes of each rank's
 
     @classmethod
     def plan(
@@ -97,8 +100,8 @@ class Run:
         if output.feature_cache is not None and not learning.freeze:
             raise InputError("--feature-cache keeps what a frozen base computes; give --freeze as well.")
         device = output.torch_device()
-        on_gpu = device.type == "cuda"
-        several, full = ranks.size() > 1, not learning.freeze and lora_rank is None
+        count, gpu_memory = output.planned_gpus or (ranks.size(), device_memory(device))
+        on_gpu, full = gpu_memory is not None, not learning.freeze and lora_rank is None
         decided: dict[str, Any] = {
             **learning.rates(usual.rates),
             "batch_size": usual.batch_size if length.batch_size is None else length.batch_size,
@@ -106,7 +109,7 @@ class Run:
             "steps": 1 if length.steps is None else length.steps,
             "coupling_only": coupling_only,
             "kl": learning.kl or 0.0,
-            "shard": several and (full if length.shard is None else length.shard),
+            "shard": count > 1 and (full if length.shard is None else length.shard),
             "accumulation": 1 if length.accumulation is None else length.accumulation,
         }
         given = asdict(learning) | asdict(length) | decided
@@ -125,18 +128,20 @@ class Run:
             epochs=usual.epochs if length.epochs is None else length.epochs,
             save=weights_to_save(output.save, learning.freeze, config),
             lora_rank=lora_rank or 0,
+            ranks=count,
+            gpu_memory=gpu_memory,
         )
         if length.accumulation is not None:
             return run
         fitting = fitting_accumulation(
-            run.model_of(), run.options, run.block_size, fused=run.fused, device=device, ranks=ranks.size()
+            run.model_of(), run.options, run.block_size, fused=run.fused, gpu_memory=gpu_memory, ranks=count
         )
         return replace(run, options=replace(run.options, accumulation=fitting))
 
     @property
     def fused(self) -> bool:
         """Whether attention keeps no scores for its backward."""
-        return self.attention == "sdpa" and self.device.type == "cuda"
+        return self.attention == "sdpa" and self.gpu_memory is not None
 
     def of(self, text: Text) -> Run:
         """The run with as many steps as it takes to read `text` for its epochs, unless their number was given."""
