@@ -40,8 +40,8 @@ def describe(run: Run, text: Text | None, output: RunOptions) -> None:
         }
     if text is not None:
         facts |= {"documents": len(text.store), **text.sizes()}
-        needed = facts["memory_bytes_estimate"]["total"]
-        facts["seconds_per_step"] = None if output.plan else _measure_step(run, text, needed)
+        if output.plan is None:
+            facts["seconds_per_step"] = _measure_step(run, text, facts["memory_bytes_estimate"]["total"])
     if output.json:
         print_json(facts | ({} if text is None else text.store.facts))
     else:
@@ -96,9 +96,9 @@ def _print_description(base: str, facts: dict[str, Any]) -> None:
     total = facts["steps"] * facts["tokens_per_step"]
     epochs = total / facts["training_tokens"]
     print(f"steps       {facts['steps']:,} of {facts['tokens_per_step']:,} tokens: {total:,} in all, {epochs:.2f} epochs")
-    seconds = facts["seconds_per_step"]
-    if seconds is None and plan:
+    if "seconds_per_step" not in facts:
         return
+    seconds = facts["seconds_per_step"]
     if seconds is None:
         print(f"time        not measured: less than {_bytes(memory['total'])} of memory is free here")
         return
