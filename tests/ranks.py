@@ -1,8 +1,8 @@
 """What tests of several ranks share: small runs, and processes that carry them out together.
 
-    RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29501 python tests/ranks.py FOLDER RUN ..
+    torchrun --nproc-per-node 3 tests/ranks.py FOLDER RUN ..
 
-or, with as many ranks as wanted, `torchrun --nproc-per-node 3 tests/ranks.py FOLDER RUN ..`
+carries some of them out with as many ranks as wanted.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import processes
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import dynamo_lm
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.data.packing import Blocks
 from dynamo_lm.training import ranks
@@ -108,21 +108,24 @@ def carry_out(run: Run, folder: Path) -> dict[str, list[float]]:
     return {name: p.flatten().tolist() for name, p in model.named_parameters()}
 
 
-def start(folder: Path, *runs: str, count: int = 2) -> list[subprocess.Popen]:
+def start(folder: Path, *runs: str, count: int = 2) -> list[ForkServerProcess]:
     """Starts so many ranks that carry out these runs one after the other, each in a folder of its name."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    where["PYTHONPATH"] = str(Path(dynamo_lm.__file__).parents[1])
-    command = [sys.executable, __file__, str(folder), *runs]
     return [
-        subprocess.Popen(command, env=os.environ | where | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        processes.start(
+            main, str(folder), *runs, stdout=folder / f"stdout-{rank}", stderr=folder / f"stderr-{rank}",
+            environment=where | {"RANK": str(rank)},
+        )
         for rank in range(count)
-    ]
+    ]  # fmt: skip
 
 
-def main(folder: Path, *names: str) -> None:
+def main(where: str, *names: str) -> None:
+    """Carry out these runs as one of the ranks; their trained weights go into a file of each."""
+    folder = Path(where)
     torch.set_num_threads(1)
     with ranks.process_group(torch.device("cpu"), 1):
         for name in names:
@@ -134,4 +137,4 @@ def main(folder: Path, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(*sys.argv[1:])

@@ -48,7 +48,7 @@ def launched() -> int:
 
 def on_one_machine() -> bool:
     """Whether the launcher started all ranks here."""
-    return os.environ.get("LOCAL_WORLD_SIZE", str(size())) == str(size())
+    return os.environ.get("LOCAL_WORLD_SIZE", str(launched())) == str(launched())
 
 
 def own_device(device: torch.device) -> torch.device:
@@ -79,9 +79,12 @@ def process_group(device: torch.device, minutes: float) -> Iterator[None]:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        _store, number, count = next(dist.rendezvous("env://", timeout=limit))
+        store, number, count = next(dist.rendezvous("env://", timeout=limit))
     except (ValueError, KeyError) as error:
         raise InputError(f"WORLD_SIZE is {launched()}, but {first_line(error)}; start the ranks with torchrun.") from error
+    # On one machine torchrun keeps its store, with the addresses of ranks that are gone, when it starts them again.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if on_one_machine() else "0"
+    _store = dist.PrefixStore(f"attempt {attempt}", store)
     dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=limit)
     try:
         yield
