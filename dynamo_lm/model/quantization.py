@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from dynamo_lm.backbone.offloading import is_hooked
 from dynamo_lm.errors import InputError
+from dynamo_lm.kernels import loader
 from dynamo_lm.kernels.quantized import FORMATS, quantize_modules
+
+logger = logging.getLogger(__name__)
 
 
 def check_quantization(weights: str | None) -> None:
@@ -35,5 +39,8 @@ def quantize(model: Any, weights: str) -> None:
 
 
 def lay_out(model: Any) -> None:
-    """Round the weights of a model to the format that its configuration names."""
+    """Round the weights of a model to the format that its configuration names. Waits for the kernels: without them every
+    product unpacks its weight."""
+    if not loader.available(wait=True):
+        logger.warning("Rounded weights are slow here: the compiled kernels are %s.", loader.status())
     quantize_modules(model, FORMATS[model.config.quantization])
