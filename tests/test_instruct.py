@@ -621,12 +621,13 @@ def test_an_answer_that_loops_ends_with_its_first_repetition():
 def test_a_server_answers_several_questions_at_a_time():
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-    seen = []
+    seen, hosts = [], []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append(request)
+            hosts.append(self.headers["Host"])
             if request["model"] != "mine":
                 self.send_response(404)
                 self.end_headers()
@@ -651,11 +652,12 @@ def test_a_server_answers_several_questions_at_a_time():
     url = f"http://127.0.0.1:{server.server_port}/v1"
     questions = [talk("hi", "x", "you", "y"), talk("the fox", "x")]
     try:
-        answerer = EndpointAnswerer(url, "mine", temperature=0.5, requests=2)
+        answerer = EndpointAnswerer(url, url.replace("127.0.0.1", "localhost"), model="mine", temperature=0.5, requests=2)
         found = distill(answerer, TOKENIZER, questions, longest=200, max_new_tokens=9)
         assert found == [talk("hi", "HI", "you", "YOU"), talk("the fox", "THE FOX")]
         assert {request["temperature"] for request in seen} == {0.5}
+        assert {host.partition(":")[0] for host in hosts} == {"127.0.0.1", "localhost"}  # two addresses take turns
         with pytest.raises(InputError, match="gave no answer"):
-            distill(EndpointAnswerer(url, "other"), TOKENIZER, questions, longest=200, max_new_tokens=9)
+            distill(EndpointAnswerer(url, model="other"), TOKENIZER, questions, longest=200, max_new_tokens=9)
     finally:
         server.shutdown()

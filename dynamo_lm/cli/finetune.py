@@ -63,11 +63,11 @@ class AnswerOptions:
     distill_temperature: Annotated[float, "Sampling temperature of these answers; 0 for the likeliest tokens."] = 0.7
     distill_batch: Annotated[int, "Answers per batch."] = 32
     distill_endpoint: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="URL",
             help="Let an OpenAI-compatible server that holds MODEL (vLLM, llama.cpp) write them, such as "
-            "http://localhost:8000/v1.",
+            "http://localhost:8000/v1; several servers take requests in turn.",
         ),
     ] = None
     distill_model: Annotated[str | None, "Name of the model at that server. Default: MODEL."] = None
@@ -254,7 +254,7 @@ def _choose(
         sources = keep_best(sources, opened, answers.keep, folder, judge.yes, facts)
     if answers.self_distill:
         answerer: Answerer
-        if answers.distill_endpoint is None:
+        if not answers.distill_endpoint:
             model = run.open_model()
             answerer = BatchAnswerer(
                 model.eval(), tokenizer, temperature=answers.distill_temperature, batch_size=answers.distill_batch
@@ -262,7 +262,10 @@ def _choose(
         else:
             name = answers.distill_model or run.name
             answerer = EndpointAnswerer(
-                answers.distill_endpoint, name, temperature=answers.distill_temperature, requests=answers.distill_batch
+                *answers.distill_endpoint,
+                model=name,
+                temperature=answers.distill_temperature,
+                requests=answers.distill_batch,
             )
         sources = distilled(
             sources,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -110,14 +111,14 @@ class BatchAnswerer:
 
 
 class EndpointAnswerer:
-    """The same model on an OpenAI-compatible server (vLLM, llama.cpp), several requests at a time."""
+    """The same model on OpenAI-compatible servers (vLLM, llama.cpp), several requests at a time, which they take in turn."""
 
-    def __init__(self, base_url: str, model: str, *, temperature: float = 0.7, requests: int = 32, timeout: float = 600):
+    def __init__(self, *base_urls: str, model: str, temperature: float = 0.7, requests: int = 32, timeout: float = 600):
         """Prepare the connection; no request is sent yet.
 
         Args:
-            base_url: such as http://localhost:8000/v1.
-            model: what the server calls it.
+            base_urls: such as http://localhost:8000/v1. The first names the answers, so that others may come and go.
+            model: what the servers call it.
             requests: how many are open at a time.
 
         Raises:
@@ -129,34 +130,38 @@ class EndpointAnswerer:
             raise InputError('Answers of a server need the openai package; `pip install "dynamo-lm[train]"`.') from error
         if temperature < 0:
             raise InputError(f"--distill-temperature is {temperature}; give 0 or more.")
-        self.name, self.capacity = f"{base_url} {model} at {temperature}", requests
-        self.client = openai.OpenAI(base_url=base_url, api_key="none", timeout=timeout, max_retries=5)
+        self.name, self.capacity = f"{base_urls[0]} {model} at {temperature}", requests
+        clients = [openai.OpenAI(base_url=url, api_key="none", timeout=timeout, max_retries=5) for url in base_urls]
+        self.clients = cycle(clients)
         self.model, self.temperature, self.errors = model, temperature, (openai.OpenAIError,)
         self.pool = ThreadPoolExecutor(requests)
         self.open: set[Future[Answer]] = set()
 
     def ask(self, question: Question) -> None:
-        self.open.add(self.pool.submit(self._request, question))
+        self.open.add(self.pool.submit(self._request, question, next(self.clients)))
 
     def answers(self) -> list[Answer]:
         ended, self.open = wait(self.open, return_when=FIRST_COMPLETED)
         try:
             return [future.result() for future in ended]
-        except self.errors as error:
+        except InputError:
             self.pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+    def _request(self, question: Question, client: Any) -> Answer:
+        try:
+            reply = client.chat.completions.create(
+                model=self.model,
+                messages=[dict(message) for message in question.messages],
+                max_tokens=question.room,
+                temperature=self.temperature,
+                seed=question.seed,
+            )
+        except self.errors as error:
             raise InputError(
-                f"The server at {self.client.base_url} gave no answer ({first_line(error)}); earlier answers are kept, so "
+                f"The server at {client.base_url} gave no answer ({first_line(error)}); earlier answers are kept, so "
                 "run the same command again when it does."
             ) from error
-
-    def _request(self, question: Question) -> Answer:
-        reply = self.client.chat.completions.create(
-            model=self.model,
-            messages=[dict(message) for message in question.messages],  # type: ignore[misc]
-            max_tokens=question.room,
-            temperature=self.temperature,
-            seed=question.seed,
-        )
         text = (reply.choices[0].message.content or "").strip()
         return Answer(question, text, reply.usage.completion_tokens if reply.usage else 0)
 
