@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.cli import dry_run
 from dynamo_lm.cli.main import main
 from dynamo_lm.cli.train import train as train_command
+from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.data.token_store import tokenizer_fingerprint
 from dynamo_lm.model import loading
 from dynamo_lm.training import log as training_log
@@ -84,7 +86,7 @@ def test_the_help_names_every_command(run):
             "--checkpoint-minutes --attention",
         ),
         ("train", "--text-field --tables --out --save --dry-run --json"),
-        ("count", "--data --tokenizer --order --min-count --memory-mb --out --merge --json"),
+        ("count", "--data --tokenizer --order --min-count --max-mb --memory-mb --engine --out --merge --json"),
         ("chat", "--system --verify --eps-b --temperature --max-new-tokens --seed --dtype --device --tokenizer"),
         ("info", "--json"),
     ],
@@ -378,6 +380,24 @@ def test_minimum_counts_by_length_prune_and_say_how_much(run, made, tmp_path):
     facts = json.loads(run.out)
     assert facts["min_counts"] == [1, 1, 3]
     assert facts["pruned_mass"][1] == 0 < facts["pruned_mass"][2]
+
+
+def test_a_table_is_pruned_to_a_stated_size_while_counting_as_it_is_afterwards(run, made, tmp_path):
+    whole, small, pruned = (tmp_path / f"{name}.safetensors" for name in ("whole", "small", "pruned"))
+    run("count", made / "base", "--data", made / "text.jsonl", "--out", whole)
+    run("count", made / "base", "--data", made / "text.jsonl", "--out", small, "--max-mb", 0.012, "--json")
+    least = json.loads(run.out)["min_counts"][1]
+    assert least > 1 and small.stat().st_size <= 12_000
+    assert Cooccurrence.load(small) == Cooccurrence.load(whole).prune(least)
+    run("count", "--merge", whole, whole, "--out", pruned, "--max-mb", 0.012, "--json")
+    assert json.loads(run.out)["min_counts"][1] > 1 and pruned.stat().st_size <= 12_000
+
+
+def test_an_engine_that_is_missing_is_one_sentence(run, made, tmp_path, monkeypatch):
+    command = ("count", made / "base", "--data", made / "text.jsonl", "--out", tmp_path / "t.safetensors", "--engine")
+    assert '--engine is "spark"; give threads or ray.' in run.refused(*command, "spark")
+    monkeypatch.setitem(sys.modules, "ray", None)  # what an import of it then raises is what a missing package does
+    assert "needs the package ray: pip install 'dynamo-lm[ray]'" in run.refused(*command, "ray")
 
 
 # --- generate -------------------------------------------------------------------

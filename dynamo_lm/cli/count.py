@@ -14,6 +14,7 @@ from dynamo_lm.cli.options import Tokenizer, scratch_folder
 from dynamo_lm.errors import InputError
 
 if TYPE_CHECKING:
+    from dynamo_lm.cooccurrence.counting import Engine
     from dynamo_lm.cooccurrence.table import Cooccurrence
 
 
@@ -58,10 +59,23 @@ class TableOptions:
         'Drop sequences seen fewer times than this: one number, or by length, as "2:1,3:2" (pairs from 1, triples from 2). '
         "Higher makes a smaller table.",
     ] = "1"
+    max_mb: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Raise the minimum counts until the file of the table takes at most this many MB. Default: any size.",
+        ),
+    ] = None
     memory_mb: Annotated[
         float,
-        "Working memory in MB; text of any size is counted in it, with temporary files. The table itself comes on top.",
+        "Working memory in MB; text of any size is counted in it, with temporary files. The table itself comes on top. With "
+        "--engine ray: of each worker.",
     ] = 1024
+    engine: Annotated[
+        str,
+        "Who counts: threads (of this process), or ray: the Ray cluster that RAY_ADDRESS names or that runs here, else one "
+        "of this machine with --threads workers. The table is the same.",
+    ] = "threads"
     out: Annotated[
         Path | None,
         "Where the table goes: a DynaMo model folder, or a file ending in .safetensors. Default: MODEL, if it is a DynaMo "
@@ -95,7 +109,7 @@ def count(
 
     set_threads(threads)
     start = time.perf_counter()
-    table, target = _merge(names, text.data, options) if options.merge else _count(names, text, options)
+    table, target = _merge(names, text.data, options) if options.merge else _count(names, text, options, threads)
     counted = 0 if options.merge else table.totals[0]
     table.save(target)
     seconds = time.perf_counter() - start
@@ -159,7 +173,11 @@ def destination(out: Path, table: Cooccurrence | None = None, tokenizer: Any = N
 
 def _merge(names: list[str], data: list[str] | None, options: TableOptions) -> tuple[Cooccurrence, Path]:
     """The sum of tables, and the file that it goes to."""
-    from dynamo_lm.cooccurrence.table import Cooccurrence
+    import numpy as np
+
+    from dynamo_lm.cooccurrence.ngrams import MAX_COUNT
+    from dynamo_lm.cooccurrence.storage import minimum_for_size
+    from dynamo_lm.cooccurrence.table import Cooccurrence, check_min_counts
     from dynamo_lm.model.loading import table_file
 
     if len(names) < 2:
@@ -169,13 +187,31 @@ def _merge(names: list[str], data: list[str] | None, options: TableOptions) -> t
     if options.out is None:
         raise InputError("Say where the merged table goes with --out.")
     table = Cooccurrence.merge(*(Cooccurrence.load(table_file(name)) for name in names))
-    minimum = minimum_counts(options.min_count, table.order)
-    if minimum != 1:
-        table = table.prune(minimum)
+    minimum = check_min_counts(minimum_counts(options.min_count, table.order), table.order)
+    if options.max_mb is not None:
+        histograms = [np.bincount(np.minimum(counts.numpy(), MAX_COUNT)) for counts in table.counts]
+        minimum = minimum_for_size(table.vocab_size, histograms, minimum, options.max_mb * 1e6)
+    if max(minimum) > 1:
+        table = table.prune(dict(enumerate(minimum, start=1)))
     return table, destination(options.out, table)
 
 
-def _count(names: list[str], text: CountedTextOptions, options: TableOptions) -> tuple[Cooccurrence, Path]:
+def _engine(name: str, workers: int | None) -> Engine | None:
+    """What `counting.count` takes for --engine.
+
+    Raises:
+        InputError: no such engine, or it is not installed.
+    """
+    from dynamo_lm.cooccurrence.ray_engine import RayEngine
+
+    if name not in ("threads", "ray"):
+        raise InputError(f'--engine is "{name}"; give threads or ray.')
+    return RayEngine(workers) if name == "ray" else None
+
+
+def _count(
+    names: list[str], text: CountedTextOptions, options: TableOptions, threads: int | None
+) -> tuple[Cooccurrence, Path]:
     """The table of a text, and the file that it goes to."""
     from dynamo_lm.cli.progress import bar, tokenizing
     from dynamo_lm.cooccurrence.counting import count as count_ngrams
@@ -189,6 +225,7 @@ def _count(names: list[str], text: CountedTextOptions, options: TableOptions) ->
     if not text.data:
         raise InputError("There is nothing to count; name a text with --data.")
     minimum = minimum_counts(options.min_count, options.order)
+    engine = _engine(options.engine, threads)
     name = resolve(names[0])
     config = open_config(name)
     vocab_size = config.get_text_config().vocab_size
@@ -214,9 +251,11 @@ def _count(names: list[str], text: CountedTextOptions, options: TableOptions) ->
             vocab_size=vocab_size,
             order=options.order,
             min_counts=minimum,
+            max_bytes=None if options.max_mb is None else options.max_mb * 1e6,
             tokenizer=store.tokenizer,
             description=", ".join(text.data) + f"{left_out}: {total:,} tokens",
             memory_mb=options.memory_mb,
             progress=update,
+            engine=engine,
         )
     return table, target
