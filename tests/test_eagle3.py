@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from functools import cache
 
 import pytest
@@ -14,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dynamo_lm import DynaMoForCausalLM
-from dynamo_lm.decoding import sequential
+from dynamo_lm.decoding import draft_length, sequential
+from dynamo_lm.decoding.draft_length import DraftingPays
 from dynamo_lm.errors import InputError
 from dynamo_lm.training.loss import heads_loss, target_counts
 from dynamo_lm.training.options import TrainingOptions
@@ -228,15 +230,18 @@ def test_greedy_text_is_the_bases_own(short):
         assert out[row, 9:].tolist() == alone[0, length:].tolist()
 
 
-def test_drafts_are_what_the_reference_unrolls(monkeypatch):
+@pytest.mark.parametrize("pattern", [[True], [True, False, False, True, False]])
+def test_drafts_are_what_the_reference_unrolls(pattern, monkeypatch):
+    """Also those after steps without drafts, whose features the head reads later."""
     from dynamo_lm.decoding.sequential import SequentialDrafter
 
-    model, seen = eagle(), []
+    model, seen, turns = eagle(), [], itertools.cycle(pattern)
     plain = SequentialDrafter.draft
+    monkeypatch.setattr(DraftingPays, "choose", lambda self: next(turns))
 
     def watched(self, row, features, following, count):
         drafts, proposals = plain(self, row, features, following, count)
-        seen.append((row.tokens + (following[-1:] if not seen else following), drafts))
+        seen.append(((seen[-1][0] + following) if seen else row.tokens + following[-1:], drafts))
         return drafts, proposals
 
     monkeypatch.setattr(SequentialDrafter, "draft", watched)
@@ -310,3 +315,28 @@ def test_a_head_that_is_not_confident_drafts_less_and_the_text_is_the_same(monke
     drafted = [sum(run.statistics[0].proposed) for run in runs]
     assert drafted[0] > drafted[1] > drafted[2] == 0
     assert torch.equal(runs[0].sequences, runs[1].sequences) and torch.equal(runs[0].sequences, runs[2].sequences)
+
+
+def test_whether_drafting_pays_is_measured_and_never_changes_the_text(monkeypatch):
+    model, prompt = eagle(), torch.tensor([[4, 8, 15, 16]])
+    how = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    monkeypatch.setattr(draft_length, "WARM_UP_STEPS", 4)
+    monkeypatch.setattr(draft_length, "RETRY_STEPS", 9)
+    always = model.generate(prompt, tree=0, **how)
+    measured = model.generate(prompt, **how)
+    assert torch.equal(always.sequences, measured.sequences)
+    assert sum(measured.statistics[0].proposed) < sum(always.statistics[0].proposed)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0.1, 10), st.integers(0, 3))
+def test_drafting_pays_where_a_step_with_drafts_gives_more_tokens_a_second(cost, accepted):
+    pays, choices = DraftingPays(), []
+    for _ in range(400):
+        choices.append(pays.choose())
+        pays.record(choices[-1], cost if choices[-1] else 1.0, accepted if choices[-1] else 0)
+    late = choices[100:]
+    if 1 + accepted > cost * 1.001:
+        assert all(late)
+    elif 1 + accepted < cost * 0.999:
+        assert 0 < sum(late) < 0.1 * len(late)

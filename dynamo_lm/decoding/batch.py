@@ -31,7 +31,7 @@ from dynamo_lm.backbone.feature_layers import captured_features
 from dynamo_lm.backbone.rope_limits import length_limit
 from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.decoding.candidates import Candidates
-from dynamo_lm.decoding.draft_length import draft_length_of
+from dynamo_lm.decoding.draft_length import draft_length_of, drafting_pays_of
 from dynamo_lm.decoding.draft_tree import depths, grow
 from dynamo_lm.decoding.draft_vocabulary import draft_vocabulary_of
 from dynamo_lm.decoding.kv_cache import RaggedKVCache
@@ -157,6 +157,7 @@ class Batch:
             Statistics(n, proposed=[0] * (n - 1), accepted=[0] * (n - 1)),
             input_ids=list(prompt),
             draft_length=draft_length_of(self.model, options),
+            drafting_pays=drafting_pays_of(self.model, options),
             present=_present(prompt, self.model.config.vocab_size) if options.off else None,
             ending="length" if options.max_new_tokens == 0 else None,
         )
@@ -243,6 +244,7 @@ class Batch:
             for sequence in sequences:
                 sequence.began = began
         draft_length, size, expected = sequences[0].draft_length, sequences[0].size, sequences[0].expected_accepted
+        drafted, pays = sequences[0].drafted, sequences[0].drafting_pays
 
         # 1. Prefill or decode: one forward over the prompts, or over what every sequence emitted (or drafted) last.
         watching: Any = captured_features(self.model.base) if self._drafter is not None else nullcontext()
@@ -273,7 +275,7 @@ class Batch:
                 scores.add(sequence, r, drawn[:1], after=[result.last])
                 result.emitted.extend(drawn)
             elif self._drafter is not None:
-                self._draft_in_steps(sequence, features[0][slots[r]], result, first)
+                self._draft_in_steps(sequence, features[0][slots[r]], result, first=first, alone=len(sequences) == 1)
             else:
                 self._draft(sequence, *chosen[r], result.emitted, alone=len(sequences) == 1)
 
@@ -294,6 +296,8 @@ class Batch:
             sequence.statistics.seconds = time.perf_counter() - sequence.began
         if len(sequences) == 1 and draft_length is not None and size > 0:
             draft_length.record(size, time.perf_counter() - began, expected, len(verified[0].emitted) - 1)
+        if len(sequences) == 1 and pays is not None and not first and drafted == sequences[0].drafted:
+            pays.record(drafted, time.perf_counter() - began, len(verified[0].emitted) - 1)
 
     def _forward(self, sequences: list[SequenceState], cache: RaggedKVCache, slots: Sequence[int], first: bool) -> Tensor:
         """Final hidden states of the heads, (n, sequences, width, hidden); of prompts those at their end alone."""
@@ -381,7 +385,9 @@ class Batch:
         sequence.input_ids, sequence.parents = [verified_token, *drafted.tokens], list(range(len(drafted.tokens)))
         sequence.proposals = [] if greedy else drafted.proposals  # greedy verification does not read them
 
-    def _draft_in_steps(self, sequence: SequenceState, features: Tensor, result: _Verified, first: bool) -> None:
+    def _draft_in_steps(
+        self, sequence: SequenceState, features: Tensor, result: _Verified, *, first: bool, alone: bool
+    ) -> None:
         """`_draft` of a sequential head; features: of the sequence's input tokens, (width, 3 hidden)."""
         sequence.input_ids, sequence.parents, sequence.proposals = [result.emitted[-1]], [], []
         room = self._room(sequence, result.emitted)
@@ -389,7 +395,13 @@ class Batch:
             return
         after = sequence.tokens[1:] + result.emitted if first else result.emitted  # each verified input token
         verified = features[: len(after)] if first else features[[0, *result.path]]
-        drafts, proposals = self._drafter.draft(sequence, verified, after, room)
+        sequence.unread.append((verified, after))
+        sequence.drafted = not alone or sequence.drafting_pays is None or sequence.drafting_pays.choose()
+        if not sequence.drafted:
+            return
+        features, after = torch.cat([part for part, _ in sequence.unread]), [t for _, part in sequence.unread for t in part]
+        sequence.unread.clear()
+        drafts, proposals = self._drafter.draft(sequence, features, after, room)
         sequence.input_ids, sequence.parents = [result.emitted[-1], *drafts], list(range(len(drafts)))
         sequence.proposals = proposals if sequence.options.sample else []
 

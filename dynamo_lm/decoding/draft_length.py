@@ -1,4 +1,4 @@
-"""How many drafts a step should carry, learned from the time and the acceptance of earlier steps."""
+"""How many drafts a step should carry, if any, learned from the time and the acceptance of earlier steps."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dynamo_lm.decoding.protocol import MultiHeadLM
 TRIALS = 3  # steps of each size before the times count
 WINDOW = 15  # latest steps of each size, whose median counts
 WARM_UP_STEPS = 24  # before steps without drafts are tried, too ..
+RETRY_STEPS = 96  # without drafts, of which the last ones try them again
 MIN_ACCEPTED = 0.75  # .. and only if fewer drafts a step were accepted
 
 
@@ -53,6 +54,45 @@ class AdaptiveDraftLength:
             return (1 + trust * sum(probabilities[: size - 1])) / float(np.median(self.seconds[size]))
 
         return max(self.candidates, key=rate)
+
+
+@dataclass
+class DraftingPays:
+    """Whether a sequential head should draft at all, by the time and the tokens of steps with and without drafts."""
+
+    seconds: dict[bool, deque[float]] = field(default_factory=lambda: {kind: deque(maxlen=WINDOW) for kind in (True, False)})
+    accepted: deque[int] = field(default_factory=lambda: deque(maxlen=2 * WARM_UP_STEPS))  # by step with drafts
+    without: int = 0  # steps since it last paid
+
+    def record(self, drafted: bool, seconds: float, accepted: int) -> None:
+        """Records a step: whether its tokens were drafted, as are those of the next, and how many were accepted."""
+        self.seconds[drafted].append(seconds)
+        if drafted:
+            self.accepted.append(accepted)
+
+    def choose(self) -> bool:
+        """Whether the next step carries drafts: until enough is known, where they pay, and now and then to find out."""
+        if len(self.accepted) < WARM_UP_STEPS:
+            return True
+        if len(self.seconds[False]) < TRIALS:
+            return False
+        cost = float(np.median(self.seconds[True])) / float(np.median(self.seconds[False]))
+        if 1 + float(np.mean(self.accepted)) >= cost:
+            self.without = 0
+            return True
+        self.without += 1
+        return self.without % RETRY_STEPS >= RETRY_STEPS - TRIALS
+
+
+def drafting_pays_of(model: MultiHeadLM, options: DecodingOptions) -> DraftingPays | None:
+    """What decides whether a sequential head drafts, where that cannot change the text; None: it always does."""
+    chosen = options.sample or options.off or options.logits_processors or options.synthetic_acceptance is not None
+    if chosen or options.num_heads == 1 or options.tree is not None or not is_sequential(model):
+        return None
+    if options.budget > 0 or model.dtype != torch.float32 or options.compile:  # see `draft_length_of`
+        return None
+    key = ("sequential", options.num_heads, torch.get_num_threads(), model.device)
+    return model.runtime.draft_lengths.setdefault(key, DraftingPays())
 
 
 def draft_length_of(model: MultiHeadLM, options: DecodingOptions) -> AdaptiveDraftLength | None:

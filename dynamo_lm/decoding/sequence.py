@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamo_lm.decoding.draft_length import AdaptiveDraftLength
+from dynamo_lm.decoding.draft_length import AdaptiveDraftLength, DraftingPays
 from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.decoding.statistics import Statistics, TokenLogProb
 from dynamo_lm.decoding.verification import Proposal
@@ -35,6 +35,9 @@ class SequenceState:
     expected_accepted: float = 0.0  # how many of that tree's drafts should be accepted
     proposals: list[Proposal] = field(default_factory=list)  # the distributions input_ids[1:] were drafted from
     draft_cache: Any = None  # keys and values in a sequential head's layer
+    drafting_pays: DraftingPays | None = None  # whether such a head drafts; None: always
+    drafted: bool = True  # whether it did for the step in progress
+    unread: list[tuple[Tensor, list[int]]] = field(default_factory=list)  # what `SequentialDrafter.draft` has yet to read
     present: np.ndarray | None = None  # under "off", (vocabulary,) bool: the tokens that are there already
     emitted: list[int] = field(default_factory=list)  # by the last step; empty where it only scored
     scores: list[TokenLogProb] = field(default_factory=list)  # of the new tokens, if requested

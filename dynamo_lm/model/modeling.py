@@ -308,7 +308,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
                 repetition_penalty default to the paper's 50, 0.7 and 1.1; do_sample=False takes the likeliest tuple instead
                 of drawing one.
             tree: greedy and verified: how many drafts a step verifies as a tree, 0 for a chain. By default what is fastest,
-                as the first steps show, where that cannot change the text (in float32); elsewhere a chain.
+                as the first steps show, where that cannot change the text (in float32); elsewhere a chain. A sequential
+                head drafts chains, by default as long as steps show that they pay, with 0 always.
             compile: one prompt only: compile the steps, which takes a minute the first time (and a C++ compiler on CPUs) and
                 makes small models much faster.
             synthetic_acceptance: accept each draft by chance, with this probability, in place of verification: for tests,
