@@ -17,7 +17,7 @@ $(SMOLLM2)/model.safetensors: | $(VENV)/.ready-demo
 	$(BIN)/python -m recipes.smollm2.base $(SMOLLM2)
 
 demo: $(VENV)/.ready-demo
-	$(BIN)/dynamo-lm demo
+	$(BIN)/dynamo-lm demo $(DEMO)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -n auto --dist worksteal

@@ -138,7 +138,7 @@ def test_state_space_models_are_refused_with_a_sentence():
 @pytest.mark.parametrize("kind", ["apertus", "llama4_text", "starcoder2", "xglm"])
 @torch.no_grad()
 def test_further_architectures_that_people_use_carry_heads(kind):
-    config = CONFIG_MAPPING[kind]()
+    config = CONFIG_MAPPING[kind](**{"num_local_experts": 4} if kind == "llama4_text" else {})
     base = tiny_base(AutoModelForCausalLM._model_mapping[type(config)], config)
     model = DynaMoForCausalLM.from_base(base, init="copy").eval()
     ids = torch.tensor([[1, 1, 1, 7, 8, 9], [5, 6, 7, 8, 9, 10]])

@@ -575,6 +575,15 @@ def test_heads_for_another_base_are_refused(run, made, model, tmp_path):
     assert "were trained for the base" in run.refused("generate", tmp_path / "run" / "model", "hello")
 
 
+def test_info_says_where_the_base_is_or_that_it_is_not_there(run, made, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    assert f"loaded from {made / 'base'}" in run("info", tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    gone = {"base_path": "/nowhere/base", "base_name_or_path": "/nowhere/base"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | gone))
+    assert "not included and not at /nowhere/base" in run("info", tmp_path / "model")
+
+
 def test_a_tokenizer_that_does_not_fit_is_refused(run, made, tmp_path):
     neox(vocab_size=280).save_pretrained(tmp_path / "small")
     byte_tokenizer().save_pretrained(tmp_path / "small")

@@ -278,6 +278,12 @@ def explained(story, measured, tmp_path_factory):
     return assemble.assemble(folder)
 
 
+@pytest.fixture(scope="module")
+def page(measured):
+    """The page of a full folder."""
+    return assemble.assemble(measured)
+
+
 class Parser(html.parser.HTMLParser):
     """Collects tags, ids and whatever refers to somewhere."""
 
@@ -295,14 +301,13 @@ class Parser(html.parser.HTMLParser):
                 self.links.append(value)
 
 
-def test_a_full_folder_gives_every_section_and_only_names_what_needs_the_model(full):
-    page = assemble.assemble(full)
+def test_a_full_folder_gives_every_section_and_only_names_what_needs_the_model(page, measured):
     assert [section.id for section in page.sections] == [
         "quality", "decoding", "steps", "diversity", "calibration", "perplexity", "nlu", "ablation", "texts"
     ]  # fmt: skip
     assert [command for _, command in page.missing] == [
-        f"dynamo-lm report {full} --model story --prompt TEXT",
-        f"dynamo-lm report {full} --model story",
+        f"dynamo-lm report {measured} --model story --prompt TEXT",
+        f"dynamo-lm report {measured} --model story",
     ]
 
 
@@ -318,8 +323,8 @@ def test_a_page_is_titled_by_the_models_name(story, tmp_path, monkeypatch):
     assert f"dynamo-lm eval nlu {names[2]} --out {tmp_path / 'results'}" in [command for _, command in page.missing]
 
 
-def test_the_page_begins_with_the_matched_speed_up_and_the_plain_one_is_smaller(full):
-    first, second, *rest = assemble.assemble(full).headlines
+def test_the_page_begins_with_the_matched_speed_up_and_the_plain_one_is_smaller(page):
+    first, second, *rest = page.headlines
     assert (first.value, first.unit, first.small) == (
         "2.60",
         "tokens per step, against the base at matched diversity",
@@ -368,8 +373,8 @@ def test_the_page_is_one_file_without_scripts_whose_ids_are_unique_and_whose_lin
     assert all(link[0] == "#" and link[1:] in parsed.ids for link in parsed.links)
 
 
-def test_the_same_results_give_the_same_bytes(measured):
-    first, second = assemble.assemble(measured), assemble.assemble(measured)
+def test_the_same_results_give_the_same_bytes(page, measured):
+    first, second = page, assemble.assemble(measured)
     assert render.markdown(first) == render.markdown(second)
     assert first.figures()[0].svg == second.figures()[0].svg and "<dc:date>" not in first.figures()[0].svg
 

@@ -37,6 +37,7 @@ def describe(name: str) -> dict[str, Any]:
     """Everything `info` knows about a folder or hub id, as plain data."""
     from dynamo_lm import DynaMoForCausalLM
     from dynamo_lm.backbone.token_limits import stated_context
+    from dynamo_lm.model.base_location import base_sources
     from dynamo_lm.model.configuration import DynaMoConfig
     from dynamo_lm.model.loading import open_config, skeleton
     from dynamo_lm.training.provenance import IDENTITY
@@ -60,6 +61,7 @@ def describe(name: str) -> dict[str, Any]:
     facts |= {
         "base": config.base_name,
         "base_path": config.base_path,
+        "base_sources": base_sources(name, config) if config.weights == "heads" else [],
         "base_fingerprint": config.base_fingerprint,
         **{name: getattr(config, name) for name in IDENTITY["model"]},
         "coupling_parameters": sum(p.numel() for p in network.coupling.parameters()) if network.coupling is not None else 0,
@@ -87,8 +89,10 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             ("context", context),
             ("heads", f"no DynaMo heads; add some with `dynamo-lm train {facts['model']} --data TEXT --out FOLDER`"),
         ]
-    source = facts["base_path"] or facts["base"]
-    weights = "included" if facts["weights"] == "full" else f"not included: loaded from {source}"
+    weights = "included"
+    if facts["weights"] == "heads":
+        sources, recorded = facts["base_sources"], facts["base_path"] or facts["base"]
+        weights = f"not included: loaded from {sources[0]}" if sources else f"not included and not at {recorded}: see --base"
     heads = f"{facts['head_parameters']:,} of heads ({facts['overhead']:.2%} more)"
     return [
         ("model", facts["model"]),
