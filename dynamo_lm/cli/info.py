@@ -55,7 +55,7 @@ def describe(name: str) -> dict[str, Any]:
         "dtype": str(config.dtype or getattr(text, "dtype", None) or "float32").removeprefix("torch."),
     }
     network = skeleton(config)
-    if not isinstance(network, DynaMoForCausalLM):
+    if not isinstance(network, DynaMoForCausalLM) or not isinstance(config, DynaMoConfig):
         return facts | {"parameters": sum(p.numel() for p in network.parameters())}
     base = sum(p.numel() for p in network.base.parameters())
     facts |= {
