@@ -9,7 +9,7 @@ expected draws are pooled, likely with likely. The p-values of all settings are 
 control, which is not exact by design, shows what the test finds.
 
 Settings take turns in blocks, so that a run that is stopped has drawn about equally often for each; the next run goes on.
-Counts stay in runs/strict_sampling, p-values go to results/strict_sampling.json and .md after every block.
+Counts stay in results/strict_sampling, p-values go to results/strict_sampling.json and .md after every block.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dynamo_lm.files import write_text
 from dynamo_lm.kernels import loader
 
 ROOT = Path(__file__).parents[1]
-COUNTS, RESULTS = ROOT / "runs" / "strict_sampling", ROOT / "results" / "strict_sampling.json"
+COUNTS, RESULTS = ROOT / "results" / "strict_sampling", ROOT / "results" / "strict_sampling.json"
 PROMPTS = ([5, 3, 9], [1, 7, 7, 2, 4, 8], [6, 0, 1, 2])
 DRAWS, BLOCK = 40_000, 2_000  # of a setting in the end; at a time, which is also the largest batch
 LEVEL = 0.01  # of all tests together
