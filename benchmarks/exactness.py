@@ -80,9 +80,8 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown: a row for each model and precision, a column for each comparison."""
-    kinds = sorted(
-        {(Path(line["model"]).name, line["dtype"]) for line in lines}, key=lambda kind: (kind[0], kind[1] != DTYPES[0])
-    )
+    order = [*DTYPES, *FORMATS]
+    kinds = sorted({(Path(line["model"]).name, line["dtype"]) for line in lines}, key=lambda k: (k[0], order.index(k[1])))
     pairs = [f"{one} = {other}" for one, other in PAIRS]
     rows = ["| model | " + " | ".join(pairs) + " |", "|---" * (len(pairs) + 1) + "|"]
     for name, dtype in kinds:
