@@ -307,7 +307,7 @@ def test_a_folder_of_heads_opens_again(tmp_path):
 def test_a_head_that_is_not_confident_drafts_less_and_the_text_is_the_same(monkeypatch):
     model, prompt = eagle(), torch.tensor([[4, 8, 15, 16]])
     model.base.lm_head.weight.data.mul_(20)  # some tokens are likely now
-    how = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    how = {"max_new_tokens": 40, "do_sample": False, "tree": 0, "eos_token_id": None, "return_dict_in_generate": True}
     runs = []
     for least in (0.0, 0.9, 2.0):
         monkeypatch.setattr(sequential, "LEAST_CONFIDENCE", least)
