@@ -115,6 +115,24 @@ def test_a_step_of_several_tokens_is_as_many_steps_of_one(weights, static):
     assert torch.equal(*states)
 
 
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_heads_beside_the_last_layer_leave_its_states_as_they_are(weights):
+    """Bit for bit, also in a step of a draft tree's many tokens."""
+    model, tokens, states = model_of("llama", *weights), random_tokens(1, 12), []
+    for num_heads, width in ((1, 1), (3, 12)):
+        twin, parts = model.optimize_for_inference(num_heads), []
+        cache = RaggedKVCache(twin.cache_entries, 1)
+        for start in range(0, 12, width):
+            positions = cache.reserve(width)
+            mask = torch.arange(cache.end) <= positions[:, None, :, None]
+            how = {"attention_mask": mask, "position_ids": positions, "cache": cache}
+            with torch.inference_mode():
+                parts.append(twin.hidden(tokens[:, start : start + width], num_heads=num_heads, **how)[:1])
+            cache.commit(torch.tensor([width]))
+        states.append(torch.cat(parts, 2))
+    assert torch.equal(*states)
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_all_layers_and_heads_of_these_forms_are_fused(kind):
     twin = model_of(kind, torch.float32, None).optimize_for_inference(3)

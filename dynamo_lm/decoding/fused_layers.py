@@ -35,7 +35,7 @@ class FusedLayer(nn.Module):
         """layer: what it stands for, whose own code runs where the kernel does not fit; index: of its entry in a cache."""
         super().__init__()
         self.layer, self.kernels, self.index = layer, list(kernels), index
-        self.max_rows = min(kernel.max_rows for kernel in kernels) // len(kernels)
+        self.max_rows = min(kernel.max_rows for kernel in kernels)  # of each product; every layer has its own
         copy_attributes(self, layer)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
