@@ -21,25 +21,28 @@ from dynamo_lm.kernels.linear import optimize_modules
 
 
 def optimized(model: Any, num_heads: int, *, fuse: bool) -> Any:
-    """A `DynaMoForCausalLM` arranged for heads 1..num_heads; for a compiler with fuse=False, that is, layer by part."""
+    """A `DynaMoForCausalLM` arranged for heads 1..num_heads.
+
+    fuse: use the kernels that compute a whole layer. A compiler cannot look into them, and fuses operations itself.
+    """
     offloading.check_own_forward(model.base)
     kernels = loader.available()  # wherever the model is, the sampler runs on the host
     twin = optimize_modules(model)
     twin = copy.copy(model) if twin is model else twin
     layers, config = decoder_layers(twin.base), model.config
     copied = layers is not decoder_layers(model.base)  # else accelerate moves the base
-    together: list[nn.Module] = []  # what the last layer computes beside itself
+    together: list[nn.Module] = []  # what the last layer computes, if it is
+    stacked: nn.Module | None = None
     one_layer = not config.sequential and config.feed == "stem" and config.layers_per_head == 1
     if num_heads > 1 and one_layer and copied:
         extra = [head.layers[0] for head in twin.heads[: num_heads - 1]]
         if model.stack_heads and can_stack([layers[-1], *extra]):
             together = [layers[-1], *extra]
-            layers[-1] = StackedHeads(together)
-    twin._last_layer = (layers[-1],)
+            layers[-1] = stacked = StackedHeads(together)
     if fuse and kernels and copied:
         fuse_layers(layers, together)
-        twin._last_layer = twin._last_layer if together else (layers[-1],)
         if config.sequential:
             twin.sequential_head.midlayer = FusedDraftLayer.of(twin.sequential_head.midlayer)
+    twin._last_layer = (stacked or layers[-1],)  # the layer that tells whether it computes all heads
     twin.plain_readout = twin.reads_plainly()
     return twin

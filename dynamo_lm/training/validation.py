@@ -191,9 +191,7 @@ def measure(
     was_training, n, device, any_scored = model.training, model.num_heads, model.device, False
     model.eval()
     total = min(limit, blocks.num_blocks(0))
-    most = len(
-        range(0, total, ranks.size())
-    )  # blocks of a rank; one with fewer joins in the forwards that it has no block for
+    most = -(-total // ranks.size())  # blocks of a rank; one with fewer joins in the forwards that it has no block for
     for start in range(0, most, batch_size):
         numbers = [ranks.rank() + ranks.size() * i for i in range(start, min(start + batch_size, most))]
         own = [number for number in numbers if number < total]

@@ -39,11 +39,6 @@ struct Step {
   void* result;                    // (slots, tokens, size)
 };
 
-template <typename T>
-constexpr int32_t dtype_of() {
-  return std::is_same_v<T, float> ? 6 : 15;  // torch's float32 and bfloat16
-}
-
 // float32 as it would be read from a T.
 template <typename T>
 inline Lanes as(Lanes values) {
@@ -91,6 +86,7 @@ void gated(T* gate, const T* up, int64_t count) {
   }
 }
 
+// a + b -> b.
 template <typename T>
 void add(const T* a, T* b, int64_t count) {
   for (int64_t i = 0; i < count; i += 8) put(wide(a + i) + wide(b + i), b + i);
@@ -150,7 +146,7 @@ void place(const Layer& layer, const Step& step, T* queries, T* keys, const T* v
 
 template <typename T>
 void attention_of(const Layer& layer, const Step& step, T* queries, T* to) {
-  const int32_t dtype = dtype_of<T>();
+  const int32_t dtype = std::is_same_v<T, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
   const int64_t width = layer.width, line = layer.heads * width;
   int64_t query_sizes[] = {step.slots, layer.heads, step.tokens, width}, query_strides[] = {step.tokens * line, width, line, 1};
   int64_t key_sizes[] = {step.slots, layer.kv_heads, step.end, width};
@@ -158,7 +154,8 @@ void attention_of(const Layer& layer, const Step& step, T* queries, T* to) {
   int64_t mask_sizes[] = {step.mask_rows, 1, step.tokens, step.end}, mask_strides[] = {step.mask_step, 0, step.mask_line, 1};
   attend_all(View(queries, 4, query_sizes, query_strides, dtype), View(step.keys, 4, key_sizes, key_strides, dtype),
              View(step.values, 4, key_sizes, key_strides, dtype),
-             View(const_cast<bool*>(step.mask), 4, mask_sizes, mask_strides, 0), static_cast<float>(layer.scaling), to);
+             View(const_cast<bool*>(step.mask), 4, mask_sizes, mask_strides, aoti_torch_dtype_bool()),
+             static_cast<float>(layer.scaling), to);
 }
 
 template <typename T>
@@ -182,7 +179,7 @@ void run_layer(const Layer& layer, const Step& step) {
   products(normed, {&layer.gate, &layer.up}, {gate, up}, rows);
   gated(gate, up, rows * wide_size);
   products(gate, {&layer.down}, {normed}, rows);
-  for (int64_t i = 0; i < rows * size; i += 8) put(wide(result + i) + wide(normed + i), result + i);
+  add(normed, result, rows * size);
 }
 
 }  // namespace
