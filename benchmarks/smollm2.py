@@ -95,10 +95,11 @@ def answered(
 
 
 def run(
-    model: DynaMoForCausalLM, tokenizer: Any, prompts: list[str], *, num_heads: int, temperature: float
+    model: DynaMoForCausalLM, tokenizer: Any, prompts: list[str], *, num_heads: int, temperature: float, lookup: int
 ) -> dict[str, Any]:
-    """Tokens and steps of every prompt, and acceptance by head."""
+    """Tokens and steps of every prompt, and acceptance by head; lookup: drafts from the text itself, at most."""
     settings = {"num_heads": num_heads, "temperature": temperature, "verify": "strict", "tree": 0}
+    settings |= {"prompt_lookup_num_tokens": lookup}
     answers = sorted(answered(model, tokenizer, prompts, settings, NEW_TOKENS), key=lambda sequence: sequence.number)
     statistics = [sequence.statistics for sequence in answers]
     tokens = np.array([each.new_tokens for each in statistics], dtype=float)
@@ -113,6 +114,8 @@ def run(
         "tokens_per_step": round(float(tokens.sum() / steps.sum()), 3),
         "interval_95": [round(float(q), 3) for q in np.quantile(ratios, (0.025, 0.975))],
         "acceptance": [round(float(a / max(p, 1)), 3) for a, p in zip(accepted, proposed, strict=True)],
+        "looked_up": sum(each.looked_up for each in statistics),
+        "lookup_accepted": sum(each.lookup_accepted for each in statistics),
     }
 
 
@@ -149,6 +152,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs="*", default=[4])
     parser.add_argument("--temperatures", type=float, nargs="*", default=[0.0, 1.0])
     parser.add_argument("--plain", action="store_true", help="also without tables and coupling")
+    parser.add_argument("--prompt-lookup", type=int, default=0, help="drafts from the text itself; at most heads - 1 count")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -167,11 +171,13 @@ def main() -> None:
         for label, (model.coupling, model.cooccurrence) in parts.items():
             for num_heads in arguments.heads:
                 for temperature in arguments.temperatures:
-                    name = f"{arguments.label}n={num_heads} T={temperature:g}{label}"
+                    lookup = " lookup" if arguments.prompt_lookup else ""
+                    name = f"{arguments.label}n={num_heads} T={temperature:g}{label}{lookup}"
                     if group in results["runs"].setdefault(name, {}):
                         continue
                     model.runtime = type(model.runtime)()
-                    entry = run(model, tokenizer, prompts[group], num_heads=num_heads, temperature=temperature)
+                    how = {"num_heads": num_heads, "temperature": temperature, "lookup": arguments.prompt_lookup}
+                    entry = run(model, tokenizer, prompts[group], **how)
                     results["runs"][name][group] = entry
                     arguments.out.mkdir(parents=True, exist_ok=True)
                     write_text(file, json.dumps(results, indent=1) + "\n")

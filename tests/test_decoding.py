@@ -442,7 +442,7 @@ def test_processors_that_the_joint_cannot_heed_are_refused_by_name():
         ({"output_logits": True, "return_dict_in_generate": True}, "output_logits"),
         ({"output_hidden_states": True, "return_dict_in_generate": True}, "output_hidden_states"),
         ({"guidance_scale": 2.0}, "guidance_scale"),
-        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+        ({"max_matching_ngram_size": 3}, "max_matching_ngram_size"),
         ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

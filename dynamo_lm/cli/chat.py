@@ -58,6 +58,9 @@ class AnswerOptions:
         float | None,
         "Quality threshold of --verify off, 0 (fastest) to 1 (one token a step). Default: the model's own, else 0.5.",
     ] = None
+    prompt_lookup_num_tokens: Annotated[
+        int | None, typer.Option("--prompt-lookup", metavar="N", help="As in `generate`.")
+    ] = None
     temperature: Annotated[
         float | None,
         "Above 0, tokens are drawn at random, more adventurously above 1. Default: 0.7 with off, else 0.",
@@ -79,6 +82,7 @@ class AnswerOptions:
         return ChatSettings(
             verify=verify,
             eps_b=self.eps_b,
+            prompt_lookup_num_tokens=self.prompt_lookup_num_tokens,
             temperature=self.temperature,
             max_new_tokens=self.max_new_tokens,
             seed=random.SystemRandom().randrange(2**31) if self.seed is None else self.seed,

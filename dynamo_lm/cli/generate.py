@@ -62,6 +62,15 @@ class SpeedOptions:
             "Default: what is fastest on this machine.",
         ),
     ] = None
+    prompt_lookup_num_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--prompt-lookup",
+            metavar="N",
+            help="With strict or a number: where the text repeats itself, draft up to this many tokens from what it says "
+            "already; 0 for none. Default: the model's own, else 0.",
+        ),
+    ] = None
     otsu: Annotated[
         bool | None,
         typer.Option(
@@ -171,6 +180,10 @@ def _arguments(speed: SpeedOptions, choice: ChoiceOptions) -> dict[str, Any]:
         (
             off and speed.tree is not None,
             "--tree does not apply to --verify off, which verifies no drafts; leave it out, or verify.",
+        ),
+        (
+            off and speed.prompt_lookup_num_tokens is not None,
+            "--prompt-lookup does not apply to --verify off, which verifies no drafts; leave it out, or verify.",
         ),
         (
             off and choice.top_p is not None,

@@ -48,6 +48,10 @@ class DefaultOptions:
     num_heads: Annotated[
         int | None, typer.Option("--heads", help="The most tokens a step may give. Default: all heads.")
     ] = None
+    prompt_lookup_num_tokens: Annotated[
+        int | None,
+        typer.Option("--prompt-lookup", metavar="N", help="As in `generate`; beside other requests at most heads - 1."),
+    ] = None
     strict_only: Annotated[bool, "Refuse requests for anything but exact decoding."] = False
 
 
@@ -81,7 +85,12 @@ def serve(
     folder = Path(resolve(model))
     settings = ServerSettings(
         name=opening.name or (folder.resolve().name if folder.exists() else model),
-        generation=GenerationSettings(verify=verify, eps_b=defaults.eps_b, num_heads=defaults.num_heads),
+        generation=GenerationSettings(
+            verify=verify,
+            eps_b=defaults.eps_b,
+            num_heads=defaults.num_heads,
+            prompt_lookup_num_tokens=defaults.prompt_lookup_num_tokens,
+        ),
         limits=limits,
         strict_only=defaults.strict_only,
         key=server.key_from_environment(),

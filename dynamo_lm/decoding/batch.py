@@ -32,8 +32,9 @@ from dynamo_lm.backbone.rope_limits import length_limit
 from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.decoding.candidates import Candidates
 from dynamo_lm.decoding.draft_length import draft_length_of, drafting_pays_of
-from dynamo_lm.decoding.draft_tree import depths, grow
+from dynamo_lm.decoding.draft_tree import depths
 from dynamo_lm.decoding.draft_vocabulary import draft_vocabulary_of
+from dynamo_lm.decoding.drafter import Drafter
 from dynamo_lm.decoding.kv_cache import RaggedKVCache
 from dynamo_lm.decoding.logprobs import LogProbs
 from dynamo_lm.decoding.model_runner import ModelRunner
@@ -41,12 +42,16 @@ from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.decoding.preconditions import check_heads, check_sequence, is_sequential
 from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.decoding.sequence import SequenceState
-from dynamo_lm.decoding.sequential import SequentialDrafter
 from dynamo_lm.decoding.statistics import Statistics
-from dynamo_lm.decoding.verification import accept_greedy, accept_sampled, accept_synthetic, accept_tree, check_logits
+from dynamo_lm.decoding.verification import (
+    accept_greedy,
+    accept_sampled,
+    accept_synthetic,
+    accept_tree,
+    check_logits,
+)
 from dynamo_lm.errors import InputError
 from dynamo_lm.sampling.algorithm1 import draw_from
-from dynamo_lm.sampling.drafting import draft_from
 from dynamo_lm.sampling.top_k import HeadCandidates, PairwiseCorrection
 
 CHUNK = 512  # positions of a prompt whose logits exist at one time, if the prompt is scored
@@ -116,8 +121,7 @@ class Batch:
         coupling = self.model.coupling  # whose token factors the host reads in every step
         self._embedding = None if coupling is None else coupling.tokens.detach().cpu()
         self._draft_vocabulary = draft_vocabulary_of(self.model)
-        drafts = sequential and num_heads > 1
-        self._drafter = SequentialDrafter(self.model, self._draft_vocabulary) if drafts else None
+        self._drafter = Drafter(self.runner, num_heads, self._draft_vocabulary)
         self._newcomers: list[SequenceState] = []
         self._sequences: list[SequenceState] = []
         self._slots: list[int] = []  # of the cache, by sequence; the others are empty
@@ -154,7 +158,7 @@ class Batch:
             len(prompt),
             options,
             torch.Generator().manual_seed(seed),
-            Statistics(n, proposed=[0] * (n - 1), accepted=[0] * (n - 1)),
+            Statistics(options.ceiling, proposed=[0] * (n - 1), accepted=[0] * (n - 1)),
             input_ids=list(prompt),
             draft_length=draft_length_of(self.model, options),
             drafting_pays=drafting_pays_of(self.model, options),
@@ -244,10 +248,10 @@ class Batch:
             for sequence in sequences:
                 sequence.began = began
         draft_length, size, expected = sequences[0].draft_length, sequences[0].size, sequences[0].expected_accepted
-        drafted, pays = sequences[0].drafted, sequences[0].drafting_pays
+        drafted, pays, looked_up = sequences[0].drafted, sequences[0].drafting_pays, sequences[0].looked_up
 
         # 1. Prefill or decode: one forward over the prompts, or over what every sequence emitted (or drafted) last.
-        watching: Any = captured_features(self.model.base) if self._drafter is not None else nullcontext()
+        watching: Any = captured_features(self.model.base) if self._drafter.head is not None else nullcontext()
         with watching as features:
             hidden = self._forward(sequences, cache, slots, first)
         candidates = Candidates(self.model, sequences, hidden, self._draft_vocabulary, self._embedding)
@@ -265,7 +269,8 @@ class Batch:
 
         # 3. Choose: from all heads at the last accepted token, a draft of the tokens after the verified one, or m tokens at
         # once.
-        if self._drafter is None:
+        chosen: list[tuple[Any, Any]] = [(None, None)] * len(sequences)
+        if self._drafter.head is None:
             chosen = candidates.at([result.last for result in verified])
         for r, (sequence, result) in enumerate(zip(sequences, verified, strict=True)):
             if sequence.ending:
@@ -274,10 +279,10 @@ class Batch:
                 drawn = self._draw(sequence, *chosen[r], int(cache.lengths[slots[r]]))
                 scores.add(sequence, r, drawn[:1], after=[result.last])
                 result.emitted.extend(drawn)
-            elif self._drafter is not None:
-                self._draft_in_steps(sequence, features[0][slots[r]], result, first=first, alone=len(sequences) == 1)
-            else:
-                self._draft(sequence, *chosen[r], result.emitted, alone=len(sequences) == 1)
+                continue
+            if self._drafter.head is not None:
+                self._drafter.keep_unread(sequence, features[0][slots[r]], result.emitted, result.path, first=first)
+            self._drafter.draft(sequence, result.emitted, *chosen[r], alone=len(sequences) == 1)
 
         # 4. Emit, up to the first stopping criterion.
         for r, (sequence, result) in enumerate(zip(sequences, verified, strict=True)):
@@ -296,7 +301,8 @@ class Batch:
             sequence.statistics.seconds = time.perf_counter() - sequence.began
         if len(sequences) == 1 and draft_length is not None and size > 0:
             draft_length.record(size, time.perf_counter() - began, expected, len(verified[0].emitted) - 1)
-        if len(sequences) == 1 and pays is not None and not first and drafted == sequences[0].drafted:
+        alike = drafted == sequences[0].drafted and not (looked_up or sequences[0].looked_up)
+        if len(sequences) == 1 and pays is not None and not first and alike:
             pays.record(drafted, time.perf_counter() - began, len(verified[0].emitted) - 1)
 
     def _forward(self, sequences: list[SequenceState], cache: RaggedKVCache, slots: Sequence[int], first: bool) -> Tensor:
@@ -327,9 +333,8 @@ class Batch:
         else:
             verification = accept_tree(processed, drafts, sequence.parents, budgets)
         accepted, token, costs, path = verification
-        for position in range(max(depths(sequence.parents)) if sequence.draft_length is not None else len(drafts)):
-            sequence.statistics.proposed[position] += position <= accepted  # drafts after a rejected one are not verified
-            sequence.statistics.accepted[position] += position < accepted
+        deepest = max(depths(sequence.parents)) if sequence.draft_length is not None else len(drafts)
+        sequence.statistics.record_drafts(deepest, accepted, looked_up=sequence.looked_up)
         return _Verified(
             [*(sequence.input_ids[place] for place in path), token], [*costs, 0.0], path, path[-1] if path else 0
         )
@@ -348,67 +353,6 @@ class Batch:
         drawn = draw_from(heads, sequence.present, table, algorithm, sequence.generator, greedy=not options.sample)
         sequence.input_ids, sequence.parents = list(drawn.tokens), list(range(len(drawn.tokens) - 1))
         return list(drawn.tokens)
-
-    def _draft(
-        self,
-        sequence: SequenceState,
-        heads: HeadCandidates | None,
-        pairwise: PairwiseCorrection | None,
-        emitted: list[int],
-        *,
-        alone: bool,
-    ) -> None:
-        """Sets what the sequence's next forward takes in: its last verified token and drafts of those after it.
-
-        A tree whose size is measured is for a single sequence: in a batch a forward is wide already.
-        """
-        options, verified_token = sequence.options, emitted[-1]
-        sequence.input_ids, sequence.parents, sequence.proposals, sequence.size = [verified_token], [], [], 0
-        room = self._room(sequence, emitted)
-        if heads is None or room <= 0:
-            return
-        alpha_c, temperature, table = options.algorithm.alpha_c, options.temperature, self.model.cooccurrence
-        how = {"alpha_c": alpha_c, "temperature": temperature}
-        if sequence.draft_length is not None and (alone or options.tree is not None):
-            tree = grow(
-                heads.of(0, room), verified_token, table, **how, pairwise=pairwise, most=sequence.draft_length.sizes[-1] - 1
-            )
-            sequence.size = sequence.draft_length.choose(tree.probabilities)
-            tree = tree.first(sequence.size - 1)
-            sequence.input_ids, sequence.parents = [verified_token, *tree.tokens], tree.parents
-            sequence.expected_accepted = sum(tree.probabilities)
-            return
-        greedy = not options.sample
-        drafted = draft_from(
-            heads.of(0, room), verified_token, table, **how, generator=sequence.generator, greedy=greedy, pairwise=pairwise
-        )
-        sequence.input_ids, sequence.parents = [verified_token, *drafted.tokens], list(range(len(drafted.tokens)))
-        sequence.proposals = [] if greedy else drafted.proposals  # greedy verification does not read them
-
-    def _draft_in_steps(
-        self, sequence: SequenceState, features: Tensor, result: _Verified, *, first: bool, alone: bool
-    ) -> None:
-        """`_draft` of a sequential head; features: of the sequence's input tokens, (width, 3 hidden)."""
-        sequence.input_ids, sequence.parents, sequence.proposals = [result.emitted[-1]], [], []
-        room = self._room(sequence, result.emitted)
-        if self._drafter is None or room <= 0:
-            return
-        after = sequence.tokens[1:] + result.emitted if first else result.emitted  # each verified input token
-        verified = features[: len(after)] if first else features[[0, *result.path]]
-        sequence.unread.append((verified, after))
-        sequence.drafted = not alone or sequence.drafting_pays is None or sequence.drafting_pays.choose()
-        if not sequence.drafted:
-            return
-        features, after = torch.cat([part for part, _ in sequence.unread]), [t for _, part in sequence.unread for t in part]
-        sequence.unread.clear()
-        drafts, proposals = self._drafter.draft(sequence, features, after, room)
-        sequence.input_ids, sequence.parents = [result.emitted[-1], *drafts], list(range(len(drafts)))
-        sequence.proposals = proposals if sequence.options.sample else []
-
-    def _room(self, sequence: SequenceState, emitted: list[int]) -> int:
-        """How many drafts are of use after the tokens that this step emits."""
-        left = min(self.runner.context - len(sequence.tokens), sequence.left) - len(emitted)
-        return min(sequence.options.num_heads, left) - 1
 
     def _score_prompts(self, sequences: list[SequenceState], hidden: Tensor) -> None:
         """Scores the prompts of sequences with `prompt_logprobs`; hidden: the base's, (sequences, width, hidden)."""

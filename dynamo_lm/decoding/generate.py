@@ -43,7 +43,7 @@ REFUSED = {  # what no mode of this loop does, and the value that asks for it
     "output_attentions": bool,
     "output_hidden_states": bool,
     "guidance_scale": lambda value: value not in (None, 1.0),
-    "prompt_lookup_num_tokens": lambda value: value is not None,
+    "max_matching_ngram_size": lambda value: value is not None,
     "penalty_alpha": lambda value: value is not None,
     "dola_layers": lambda value: value is not None,
 }
@@ -73,6 +73,7 @@ def generate(
     otsu: bool | None = None,
     blur: bool | None = None,
     tree: int | None = None,
+    prompt_lookup_num_tokens: int | None = None,
     compile: bool = False,
     synthetic_acceptance: float | None = None,
     seed: int | Sequence[int] | None = None,
@@ -88,6 +89,7 @@ def generate(
         "otsu": otsu,
         "blur": blur,
         "tree": tree,
+        "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
         "compile": compile,
     }
     sources = (arguments | kwargs, generation_config, model.generation_config)

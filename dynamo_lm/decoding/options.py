@@ -32,6 +32,7 @@ class DecodingOptions:
         False  # steps of one fixed shape, compiled: one sequence, a C++ compiler on CPUs, a minute the first time
     )
     tree: int | None = None  # greedy, verified: drafts a forward carries as a tree; 0: a chain; None: measured, if exact
+    prompt_lookup_num_tokens: int = 0  # verified: drafts from the text itself where it repeats, at most so many; 0: none
     temperature: float = 1.0  # verified, with sampling: what logits_processors divide by, and drafts are drawn at
     end_tokens: frozenset[int] = frozenset()
     logits_processors: tuple[
@@ -53,12 +54,17 @@ class DecodingOptions:
             raise InputError("prompt_logprobs scores the prompt as well; it goes with logprobs.")
         if self.tree is not None and not 0 <= self.tree < 64:
             raise InputError(f"tree is {self.tree}; give the number of drafts, up to 63, 0 for a chain.")
-
+        check_prompt_lookup(self.prompt_lookup_num_tokens)
         chance = self.synthetic_acceptance
         if chance is not None and not 0 <= chance <= 1:
             raise InputError(f"synthetic_acceptance is {chance}; give a probability, 0 to 1.")
-        if chance is not None and (self.sample or self.off or self.budget or self.tree):
-            raise InputError('synthetic_acceptance goes with greedy decoding, verify="strict" and chains of drafts.')
+        if chance is not None and (self.sample or self.off or self.budget or self.tree or self.prompt_lookup_num_tokens):
+            raise InputError('synthetic_acceptance goes with greedy decoding, verify="strict" and chains of heads\' drafts.')
+
+    @property
+    def ceiling(self) -> int:
+        """The most tokens that a step can emit."""
+        return max(self.num_heads, 1 + self.prompt_lookup_num_tokens)
 
     @property
     def off(self) -> bool:
@@ -80,3 +86,10 @@ def check_verify(verify: str | float) -> None:
             f'verify is "{verify}"; give "strict" (exact), "off" (the paper\'s Algorithm 1) or a budget in nats per token, '
             "such as 0.1 (0 = exact)."
         )
+
+
+def check_prompt_lookup(prompt_lookup_num_tokens: int) -> None:
+    """Refuses other values of `prompt_lookup_num_tokens`. Raises InputError."""
+    given = prompt_lookup_num_tokens
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < 64:
+        raise InputError(f"prompt_lookup_num_tokens is {given}; give the number of drafts, up to 63, 0 for none.")

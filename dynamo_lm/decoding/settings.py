@@ -74,8 +74,8 @@ def resolve(
     """The options of one text.
 
     Args:
-        sources: of verify, num_heads, tree, compile, the fields of `Algorithm1`, and top_p; the first that states a
-            setting decides it.
+        sources: of verify, num_heads, tree, prompt_lookup_num_tokens, compile, the fields of `Algorithm1`, and top_p; the
+            first that states a setting decides it.
         sample: whether to draw tokens at random; None: unless the temperature is about 0.
         end_tokens: as `token_ids` takes them.
         logits_processors: in verified decoding; None: those that temperature, top_k, top_p and repetition_penalty ask for.
@@ -100,6 +100,7 @@ def resolve(
         verify=verify,
         sample=sample,
         tree=get("tree"),
+        prompt_lookup_num_tokens=0 if off else get("prompt_lookup_num_tokens", 0),
         compile=get("compile", False),
         algorithm=algorithm_of(model, *sources, verify=verify),
         temperature=temperature if sample and not off else 1.0,

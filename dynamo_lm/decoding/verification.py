@@ -26,6 +26,11 @@ from dynamo_lm.kernels import loader
 Proposal = tuple[Tensor, Tensor]  # distinct candidate ids (k,) int64 and their probabilities (k,); contiguous, on the CPU
 
 
+def certain(token: int) -> Proposal:
+    """The distribution that a draft which was not drawn at random comes from."""
+    return torch.tensor([token]), torch.ones(1, dtype=torch.float64)
+
+
 class Verification(NamedTuple):
     """The accepted drafts of one step."""
 

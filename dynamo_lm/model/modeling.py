@@ -310,6 +310,8 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
             tree: greedy and verified: how many drafts a step verifies as a tree, 0 for a chain. By default what is fastest,
                 as the first steps show, where that cannot change the text (in float32); elsewhere a chain. A sequential
                 head drafts chains, by default as long as steps show that they pay, with 0 always.
+            prompt_lookup_num_tokens: verified: draft from the text itself where its latest three tokens stood before, at
+                most so many tokens; elsewhere heads draft. 0 by default. In a batch and with compile at most num_heads - 1.
             compile: one prompt only: compile the steps, which takes a minute the first time (and a C++ compiler on CPUs) and
                 makes small models much faster.
             synthetic_acceptance: accept each draft by chance, with this probability, in place of verification: for tests,

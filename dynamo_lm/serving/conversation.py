@@ -96,6 +96,7 @@ class Conversation:
             attention_mask=torch.ones_like(ids),
             verify=settings.verify,
             eps_b=settings.eps_b if off else None,
+            prompt_lookup_num_tokens=settings.prompt_lookup_num_tokens,
             do_sample=sample,
             max_new_tokens=settings.max_new_tokens,
             seed=settings.seed + len(self.statistics),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dynamo_lm.decoding.options import check_verify
+from dynamo_lm.decoding.options import check_prompt_lookup, check_verify
 from dynamo_lm.errors import InputError
 from dynamo_lm.sampling.options import Algorithm1
 from dynamo_lm.serving.limits import Limits
@@ -17,12 +17,14 @@ class GenerationSettings:
     verify: str | float = "strict"  # or "off", or a budget in nats per token
     eps_b: float | None = None  # under "off"; None: the model's own, else the paper's
     num_heads: int | None = None  # the most tokens a step may give, also on request; None: all heads
+    prompt_lookup_num_tokens: int | None = None  # drafts from the text itself, at most; None: the model's own, else 0
     temperature: float | None = None  # 0: the likeliest tokens; None: the request's kind decides
 
     def __post_init__(self) -> None:
         check_verify(self.verify)
         if self.eps_b is not None:
             Algorithm1(eps_b=self.eps_b)
+        check_prompt_lookup(self.prompt_lookup_num_tokens or 0)
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise InputError(f"The temperature is {self.temperature}; give 0 (the likeliest tokens) or more.")
 

@@ -1,0 +1,138 @@
+"""Chooses what a sequence's next forward takes in: its last verified token, and drafts of those after it.
+
+Drafts come from the text itself where it repeats and that is asked for, elsewhere from the heads: a chain or a tree of
+parallel heads, a chain of a sequential one. The drafts of one sequence do not depend on the others in its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dynamo_lm.decoding.draft_tree import grow
+from dynamo_lm.decoding.draft_vocabulary import DraftVocabulary
+from dynamo_lm.decoding.model_runner import ModelRunner
+from dynamo_lm.decoding.preconditions import is_sequential
+from dynamo_lm.decoding.sequence import SequenceState
+from dynamo_lm.decoding.sequential import SequentialDrafter
+from dynamo_lm.decoding.verification import certain
+from dynamo_lm.sampling.drafting import draft_from
+from dynamo_lm.sampling.top_k import HeadCandidates, PairwiseCorrection
+
+
+class Drafter:
+    """The drafts of all sequences of a batch.
+
+    Attributes:
+        head: the drafting side of a sequential head; None: heads are parallel, or not in use.
+    """
+
+    def __init__(self, runner: ModelRunner, num_heads: int, listed: DraftVocabulary | None):
+        """listed: the tokens that drafts are taken from where a table weights them; None: all."""
+        self.runner, self.model = runner, runner.model
+        sequential = is_sequential(self.model) and num_heads > 1
+        self.head = SequentialDrafter(self.model, listed) if sequential else None
+
+    def keep_unread(
+        self, sequence: SequenceState, features: Tensor, emitted: list[int], path: list[int], first: bool
+    ) -> None:
+        """Keeps what a sequential head reads before it drafts.
+
+        Args:
+            features: of the input tokens, (width, 3 hidden).
+            emitted: the verified tokens of this step.
+            path: where the accepted input tokens after the first are.
+            first: whether the input tokens are the prompt.
+        """
+        after = sequence.tokens[1:] + emitted if first else emitted  # each verified input token
+        sequence.unread.append((features[: len(after)] if first else features[[0, *path]], after))
+
+    def draft(
+        self,
+        sequence: SequenceState,
+        emitted: list[int],
+        heads: HeadCandidates | None,
+        pairwise: PairwiseCorrection | None,
+        *,
+        alone: bool,
+    ) -> None:
+        """Sets the sequence's next input.
+
+        Args:
+            emitted: the verified tokens of this step.
+            heads: candidates of parallel heads 2..n, and with a coupling `pairwise`.
+            alone: whether it is the only sequence: in a batch a forward is wide already.
+        """
+        self._set(sequence, emitted, [])
+        sequence.looked_up = self._look_up(sequence, emitted, alone=alone)
+        room = self._room(sequence, emitted, sequence.options.num_heads - 1)
+        if sequence.looked_up or room <= 0:
+            return
+        if self.head is not None:
+            self._draft_in_steps(sequence, emitted, self.head, room, alone=alone)
+        elif heads is not None:
+            self._draft_from_heads(sequence, emitted, heads.of(0, room), pairwise, alone=alone)
+
+    def _look_up(self, sequence: SequenceState, emitted: list[int], *, alone: bool) -> bool:
+        """Drafts from the text itself, if its latest tokens stood there before. Returns whether they did."""
+        most = sequence.options.prompt_lookup_num_tokens
+        if self.runner.compile or not alone:  # a wider forward is wider for all sequences, or is not compiled
+            most = min(most, sequence.options.num_heads - 1)
+        room = self._room(sequence, emitted, most)
+        drafts = sequence.prompt_lookup.draft(sequence.tokens + emitted, room) if room > 0 else []
+        if drafts:
+            self._set(sequence, emitted, drafts)
+            sequence.proposals = [certain(token) for token in drafts]
+        return bool(drafts)
+
+    def _draft_from_heads(
+        self,
+        sequence: SequenceState,
+        emitted: list[int],
+        heads: HeadCandidates,
+        pairwise: PairwiseCorrection | None,
+        *,
+        alone: bool,
+    ) -> None:
+        """Drafts of parallel heads: a tree whose size is measured where the sequence is alone, else a chain."""
+        options, verified_token = sequence.options, emitted[-1]
+        alpha_c, temperature, table = options.algorithm.alpha_c, options.temperature, self.model.cooccurrence
+        how = {"alpha_c": alpha_c, "temperature": temperature}
+        if sequence.draft_length is not None and (alone or options.tree is not None):
+            tree = grow(heads, verified_token, table, **how, pairwise=pairwise, most=sequence.draft_length.sizes[-1] - 1)
+            sequence.size = sequence.draft_length.choose(tree.probabilities)
+            tree = tree.first(sequence.size - 1)
+            sequence.input_ids, sequence.parents = [verified_token, *tree.tokens], tree.parents
+            sequence.expected_accepted = sum(tree.probabilities)
+            return
+        greedy = not options.sample
+        drafted = draft_from(
+            heads, verified_token, table, **how, generator=sequence.generator, greedy=greedy, pairwise=pairwise
+        )
+        self._set(sequence, emitted, drafted.tokens)
+        sequence.proposals = [] if greedy else drafted.proposals  # greedy verification does not read them
+
+    def _draft_in_steps(
+        self, sequence: SequenceState, emitted: list[int], head: SequentialDrafter, room: int, *, alone: bool
+    ) -> None:
+        """Drafts of a sequential head, unless it measured that they do not pay."""
+        sequence.drafted = not alone or sequence.drafting_pays is None or sequence.drafting_pays.choose()
+        if not sequence.drafted:
+            return
+        features, after = torch.cat([part for part, _ in sequence.unread]), [t for _, part in sequence.unread for t in part]
+        sequence.unread.clear()
+        drafts, proposals = head.draft(sequence, features, after, room)
+        self._set(sequence, emitted, drafts)
+        sequence.proposals = proposals if sequence.options.sample else []
+
+    def _set(self, sequence: SequenceState, emitted: list[int], drafts: Sequence[int]) -> None:
+        """A chain of drafts as the sequence's next input."""
+        sequence.input_ids, sequence.parents = [emitted[-1], *drafts], list(range(len(drafts)))
+        sequence.proposals, sequence.size = [], 0
+
+    def _room(self, sequence: SequenceState, emitted: list[int], most: int) -> int:
+        """How many drafts, at most `most`, are of use after the tokens that this step emits."""
+        left = min(self.runner.context - len(sequence.tokens), sequence.left) - len(emitted)
+        return min(most, left - 1)
