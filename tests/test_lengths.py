@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import pytest
@@ -12,6 +13,11 @@ from transformers import AutoModelForCausalLM, Phi3Config, XLNetConfig
 from dynamo_lm import DynaMoConfig, DynaMoForCausalLM, InputError
 from dynamo_lm.backbone.base_model import fingerprint
 from dynamo_lm.backbone.rope_limits import rope_switch
+from dynamo_lm.decoding.options import DecodingOptions
+from dynamo_lm.serving.engine import Engine
+from dynamo_lm.serving.limits import Limits
+from dynamo_lm.serving.metrics import Metrics
+from dynamo_lm.serving.requests import GenerationRequest
 
 SWITCH = 16
 PLAIN = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -65,6 +71,28 @@ def test_short_and_long_prompts_are_not_decoded_in_one_batch(longrope):
     mask[0, :12] = 0
     with pytest.raises(InputError, match="LongRoPE"):
         longrope.generate(ids, attention_mask=mask, max_new_tokens=4, **PLAIN)
+
+
+def test_a_server_decodes_short_and_long_prompts_beside_each_other(longrope):
+    prompts = [random_tokens(1, length).tolist()[0] for length in (4, SWITCH + 4, 6)]
+    options = DecodingOptions(9, num_heads=3, tree=0)
+
+    async def tokens_of(handle):
+        found = []
+        while (event := await handle.next()) is not None:
+            found += event.tokens
+        return found
+
+    async def scenario():
+        engine = Engine(longrope, 3, Limits(), Metrics(3))
+        engine.start()
+        handles = [engine.accept([GenerationRequest(prompt, options, 0)]) for prompt in prompts]
+        texts = await asyncio.wait_for(asyncio.gather(*map(tokens_of, handles)), 120)
+        await engine.stop()
+        return texts
+
+    alone = [longrope.base.generate(torch.tensor([each]), max_new_tokens=9, **PLAIN)[0, len(each) :] for each in prompts]
+    assert asyncio.run(scenario()) == [each.tolist() for each in alone]
 
 
 def test_only_longrope_has_such_a_length(longrope):

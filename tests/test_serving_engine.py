@@ -371,9 +371,9 @@ def test_an_idle_server_counts_what_is_wrong():
         await tokens_of(engine.accept([ask()]))
         await audited(recorder, 1)
         sound = recorder.value("dynamo_audit_violations_total")
-        await engine.call(lambda model: engine._batches[3]._slots.append(0))  # a slot of nobody's
+        await engine.call(lambda model: engine._batches[3, False]._slots.append(0))  # a slot of nobody's
         await audited(recorder, 2)
-        engine._batches[3]._slots.clear()
+        engine._batches[3, False]._slots.clear()
         stray = recorder.value("dynamo_audit_violations_total")
         engine._unfinished += 1
         await tokens_of(engine.accept([ask()]))
@@ -386,7 +386,7 @@ def test_an_idle_server_counts_what_is_wrong():
 
 def test_a_step_that_fails_leaves_no_memory_behind():
     async def scenario(engine):
-        batch = engine._batches[3]
+        batch = engine._batches[3, False]
         weight = small()[0].base.get_input_embeddings().weight
         before = weight.detach().clone()
         running = asyncio.ensure_future(tokens_of(engine.accept([ask(tokens=3000), ask(PROMPTS[1], tokens=3000)])))

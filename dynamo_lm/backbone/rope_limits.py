@@ -27,6 +27,12 @@ def rope_switch(config: Any) -> int | None:
     return min((limit for limit in limits if limit), default=None)
 
 
+def is_beyond_switch(config: Any, prompt: int) -> bool:
+    """Whether a prompt of so many tokens is decoded with the factors for long texts; both kinds do not go in one batch."""
+    switch = rope_switch(config)
+    return switch is not None and prompt > switch
+
+
 def length_limit(config: Any, context: int, prompt: int, others: Iterable[int], *, compiled: bool) -> int:
     """Tokens that a text may have.
 

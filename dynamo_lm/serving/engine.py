@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from dynamo_lm.backbone.rope_limits import is_beyond_switch
 from dynamo_lm.decoding.audit import violations
 from dynamo_lm.decoding.batch import Batch
 from dynamo_lm.decoding.options import DecodingOptions, LogitsProcessor, StoppingCriterion
@@ -127,7 +128,9 @@ class Engine:
     def __init__(self, model: DynaMoForCausalLM, num_heads: int, limits: Limits, observer: Observer):
         loader.available(wait=True)  # a server runs for long
         self.model, self.limits, self.observer = model, limits, observer
-        self._batches = {num_heads: Batch(model, num_heads)}  # by heads: a request for fewer does not pay for more
+        # By heads, so that a request for fewer does not pay for more, and by whether LongRoPE's factors are those for long
+        # texts, which no batch can mix.
+        self._batches = {(num_heads, False): Batch(model, num_heads)}
         self._condition = threading.Condition()  # guards the five that follow
         self._waiting: deque[EngineSequence] = deque()
         self._leaving: list[EngineSequence] = []
@@ -289,9 +292,10 @@ class Engine:
                 self._waiting.popleft()
             request, heads, number = sequence.request, sequence.request.options.num_heads, next(self._numbers)
             try:
-                batch = self._batches.get(heads)
+                key = heads, is_beyond_switch(self.model.config, len(request.prompt))
+                batch = self._batches.get(key)
                 if batch is None:
-                    batch = self._batches[heads] = Batch(self.model, heads)
+                    batch = self._batches[key] = Batch(self.model, heads)
                 options = _guarded(request.options, sequence)
                 sequence.state = batch.join(request.prompt, options, seed=request.seed, number=number)
             except Exception as error:
@@ -338,7 +342,7 @@ class Engine:
         except Exception as error:  # the batch's state is unknown: its sequences end, and the next one gets a new batch
             log.exception("step_failed", rows=len(batch.running))
             batch.runner.release_all()
-            del self._batches[batch.num_heads]
+            self._batches = {key: other for key, other in self._batches.items() if other is not batch}
             self._fail([sequence for sequence in self._running.values() if sequence.batch is batch], error, events)
             return
         for state in states:
