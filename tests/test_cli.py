@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, BertConfig, GPTNeoXForCausalLM, T5Config
 
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.cli import dry_run
-from dynamo_lm.cli.main import main
+from dynamo_lm.cli.main import BAD_INPUT, BROKEN_PIPE, main
 from dynamo_lm.cli.train import train as train_command
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.data.token_store import tokenizer_fingerprint
@@ -114,6 +114,17 @@ def test_the_defaults_that_train_shows_are_those_of_the_library():
 def test_an_argument_that_is_no_text_is_refused(run, model):
     said = run.refused("generate", model, "caf\udce9")  # what Python makes of the byte E9 in a UTF-8 locale
     assert "Argument 3 ('caf\\udce9') is not valid UTF-8" in said
+
+
+def test_an_argument_that_the_locale_cannot_read_is_refused_with_its_encoding(run, model, monkeypatch):
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    said = run.refused("generate", model, "caf\udcc3\udca9")  # what Python makes of UTF-8 in a locale of ASCII
+    assert "Argument 3 ('caf\\udcc3\\udca9') is not ascii, the locale's encoding; set PYTHONUTF8=1" in said
+
+
+def test_a_hint_begins_a_sentence(run, model):
+    said = run.refused("generate", model, "the fox", "--no-such-option")
+    assert "No such option: --no-such-option. See `dynamo-lm generate --help`." in said
 
 
 @pytest.mark.parametrize("options", [(), ("--json", "--stats")], ids=["text", "json"])
@@ -442,6 +453,14 @@ def test_a_reader_that_goes_away_is_silent(model, tmp_path):
         assert reader.read(3) == b"the"
     process.join()
     assert errors.read_text() == ""
+    assert process.exitcode == BROKEN_PIPE
+
+
+def test_standard_streams_may_be_closed(model, monkeypatch):
+    for stream in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{stream}", None)
+    assert main(["generate", str(model), "the fox", "-n", "3"]) == 0
+    assert main(["generate", str(model), "-n", "3"]) == BAD_INPUT  # no prompt to read
 
 
 def test_json_has_text_and_statistics_for_every_prompt_of_a_file(run, model, tmp_path):

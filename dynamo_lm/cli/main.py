@@ -1,6 +1,6 @@
 """The command line, one command per capability: `dynamo-lm demo | generate | train | count | info | bench | eval | ..`.
 
-Bad input gets one sentence on stderr and exit status 2, Ctrl-C 130; a closed pipe is silent.
+Bad input gets one sentence on stderr and exit status 2, Ctrl-C 130; a closed pipe is silent and gives 141.
 """
 
 from __future__ import annotations
@@ -90,10 +90,11 @@ app.add_typer(evaluation)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out a command line and return its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _open_closed_streams()
     _tolerate_narrow_encodings()
     number = next((number for number, argument in enumerate(arguments, start=1) if not _is_text(argument)), None)
     if number is not None:
-        return _complain(f"Argument {number} ({arguments[number - 1]!a}) is not valid UTF-8; give it in UTF-8.")
+        return _complain(_no_text(number, arguments[number - 1]))
     if arguments and not {"-h", "--help", "--version"}.intersection(arguments):  # help needs neither torch nor transformers
         _quiet()
     try:
@@ -109,9 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _complain(f'This needs the package {missing}; install it with: pip install "dynamo-lm[{extra}]"')
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):  # so that the interpreter's last flush has a reader
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return _reader_gone()
+    except SystemExit as error:  # with which typer answers a closed pipe
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return _reader_gone()
     except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted.")
         return INTERRUPTED
@@ -126,7 +129,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         depth = 2 if arguments[:1] == ["eval"] else 1
         names = [word for word in arguments[:depth] if not word.startswith("-")]
-        return _complain(f"{error.format_message()} See `{' '.join(['dynamo-lm', *names, '--help'])}`.")
+        message = error.format_message()
+        stop = "" if message.endswith((".", "?")) else "."
+        return _complain(f"{message}{stop} See `{' '.join(['dynamo-lm', *names, '--help'])}`.")
+
+
+def _open_closed_streams() -> None:
+    """Give standard streams that the caller has closed (`>&-`) the null device, as Python's print does without them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open to the end
+
+
+def _reader_gone() -> int:
+    """The exit status where a pipe has no reader any more; the interpreter's last flush then has one."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BROKEN_PIPE
+
+
+def _no_text(number: int, argument: str) -> str:
+    """What is wrong with an argument that is no text: its bytes, or the encoding that the locale says they have."""
+    try:
+        os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        return f"Argument {number} ({argument!a}) is not valid UTF-8; give it in UTF-8."
+    encoding = sys.getfilesystemencoding()
+    return f"Argument {number} ({argument!a}) is not {encoding}, the locale's encoding; set PYTHONUTF8=1 or LC_ALL=C.UTF-8."
 
 
 def _is_text(argument: str) -> bool:
