@@ -184,6 +184,7 @@ def test_a_missing_optional_package_names_the_extra(tmp_path, monkeypatch, modul
         ("a.txt", b"fine\nab\xff", r"a\.txt.* is not UTF-8: line 2, byte 3 is 0xff"),
         ("a.jsonl", b'{"text": "fine"}\n{"text": "\xe9"}\n', r"a\.jsonl.* is not UTF-8: line 2, byte 11 is 0xe9"),
         ("a.jsonl", '{"text": "fine"}\n\n{"text": }\n', r"a\.jsonl.* is not JSON at line 3: Expecting value"),
+        ("a.jsonl", '{\n "text": "fine"\n}', r"not JSON at line 1: .*; a \.jsonl file has one value a line\."),
         ("a.json", '[\n{"text": "fine"},\n{"text" "x"}]', r"a\.json.* is not JSON at line 3: Expecting ':'"),
         ("a.json", "[" * 100_000, r"a\.json.* holds JSON that cannot be read"),
         ("a.jsonl", '{"text": "fine"}\n["x"]\n', r"line 2: expected an object with a text field, found list"),

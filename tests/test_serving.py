@@ -311,6 +311,12 @@ def test_bodies_that_are_no_request_are_refused(served, content):
     assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
+def test_a_body_that_is_no_utf_8_says_where(served):
+    headers = {"content-type": "application/json"}
+    answer = served.post("/v1/completions", content=b'{"prompt": "caf\xe9"}', headers=headers)
+    assert answer.status_code == 400 and answer.json()["error"]["message"] == "The body is not UTF-8: byte 16 is 0xe9."
+
+
 def test_the_openai_package_knows_the_errors(served):
     client = served.client()
     with pytest.raises(openai.NotFoundError, match="no model"):

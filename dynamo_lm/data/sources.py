@@ -158,7 +158,8 @@ def _parsing(file: Path, first_line: int) -> Iterator[None]:
     try:
         yield
     except json.JSONDecodeError as error:
-        raise InputError(f"{file} is not JSON at line {first_line + error.lineno - 1}: {error.msg}.") from error
+        form = "; a .jsonl file has one value a line" if file.suffix.lower() == ".jsonl" else ""
+        raise InputError(f"{file} is not JSON at line {first_line + error.lineno - 1}: {error.msg}{form}.") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nesting as deep
         raise InputError(f"{file} holds JSON that cannot be read, from line {first_line} on: {error}.") from error
 

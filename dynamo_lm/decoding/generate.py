@@ -7,9 +7,10 @@ those into `DecodingOptions`, refuses what a mode does not support, and puts the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -220,8 +221,12 @@ def _seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed a sequence: consecutive from `seed`, or as listed, or drawn from torch's global generator."""
     if seed is None:
         return torch.randint(2**62, (count,)).tolist()
-    if isinstance(seed, int):
-        return [seed + number for number in range(count)]
-    if len(seed) != count:
-        raise InputError(f"{len(seed)} seeds were given for {count} rows; give one a row, or a single number.")
-    return list(seed)
+    if isinstance(seed, Integral):
+        seeds = [int(seed) + number for number in range(count)]
+    else:
+        seeds = list(seed) if isinstance(seed, Iterable) else [seed]
+    if any(not isinstance(each, Integral) or not -(2**63) <= each < 2**64 for each in seeds):
+        raise InputError(f"seed is {seed!r}; give a whole number of 64 bits, or one a row.")
+    if len(seeds) != count:
+        raise InputError(f"{len(seeds)} seeds were given for {count} rows; give one a row, or a single number.")
+    return seeds

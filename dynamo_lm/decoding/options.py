@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 
 from torch import Tensor
 
 from dynamo_lm.errors import InputError
-from dynamo_lm.sampling.options import Algorithm1
+from dynamo_lm.sampling.options import Algorithm1, check_numbers
 
 LogitsProcessor = Callable[
     [int, Tensor, Tensor], Tensor
@@ -44,6 +45,11 @@ class DecodingOptions:
     synthetic_acceptance: float | None = None  # accept each draft by chance, with this probability; for tests and benchmarks
 
     def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            whole=("max_new_tokens", "num_heads", "tree", "logprobs"),
+            real=("temperature", "synthetic_acceptance"),
+        )
         check_verify(self.verify)
         least = 0 if self.prompt_logprobs else 1
         if self.max_new_tokens < least:
@@ -81,7 +87,7 @@ def check_verify(verify: str | float) -> None:
     """Refuses other values of `verify`. Raises InputError."""
     if verify in ("strict", "off"):
         return
-    if isinstance(verify, (str, bool)) or not 0 <= verify < math.inf:
+    if isinstance(verify, bool) or not isinstance(verify, Real) or not 0 <= verify < math.inf:
         raise InputError(
             f'verify is "{verify}"; give "strict" (exact), "off" (the paper\'s Algorithm 1) or a budget in nats per token, '
             "such as 0.1 (0 = exact)."

@@ -1,7 +1,10 @@
 """The options of Algorithm 1 and the checks that they fit a vocabulary and a table (method.md section 4)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.errors import InputError
@@ -23,11 +26,21 @@ class Algorithm1:
     repetition_penalty: float = 1.1  # divides an entry once per token that is already there; 1 = off
 
     def __post_init__(self) -> None:
+        check_numbers(self, whole=("top_k",), real=("eps_b", "alpha_c", "temperature", "repetition_penalty"))
         if not 0 <= self.eps_b <= 1:
             raise InputError(f"eps_b is a probability: choose it from 0 to 1, not {self.eps_b}.")
         check_weighting(self.alpha_c, self.top_k, self.temperature)
         if not 0 < self.repetition_penalty < math.inf:
             raise InputError(f"repetition_penalty must be above 0 (1 = off), not {self.repetition_penalty}.")
+
+
+def check_numbers(options: Any, *, whole: Sequence[str] = (), real: Sequence[str] = ()) -> None:
+    """Refuses fields that are neither None nor a number, or not a whole one. Raises InputError."""
+    for names, kind, form in ((whole, Integral, "a whole number"), (real, Real, "a number")):
+        for name in names:
+            value = getattr(options, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise InputError(f"{name} is {value!r}; give {form}.")
 
 
 def check(options: Algorithm1, n: int, vocab_size: int, table: Cooccurrence | None) -> None:

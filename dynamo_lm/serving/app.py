@@ -219,6 +219,16 @@ def _explained(error: RequestValidationError) -> APIError:
     return APIError(400, f"{name}{_given(first['input'])}: {message}.", param=str(place[0]))
 
 
+def _of_starlette(error: HTTPException) -> APIError:
+    """What starlette or FastAPI says; of a body that cannot be read they only say that it cannot."""
+    cause = error.__cause__
+    if isinstance(cause, UnicodeDecodeError):
+        return APIError(400, f"The body is not UTF-8: byte {cause.start + 1} is 0x{cause.object[cause.start]:02x}.")
+    if isinstance(cause, RecursionError):
+        return APIError(400, "The body is nested too deeply.")
+    return APIError(error.status_code, f"{error.detail}.")
+
+
 def _given(value: Any) -> str:
     """ " is VALUE" of a short value."""
     if isinstance(value, (str, int, float)) and len(written := json.dumps(value)) <= LONGEST_VALUE:
@@ -230,7 +240,7 @@ AS_API_ERROR: dict[type[Exception], Callable[[Any], APIError]] = {
     APIError: lambda error: error,
     InputError: lambda error: APIError(400, str(error)),
     RequestValidationError: _explained,
-    HTTPException: lambda error: APIError(error.status_code, f"{error.detail}."),
+    HTTPException: _of_starlette,
     Exception: lambda error: FAILED,
 }
 
