@@ -41,6 +41,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "int4": {"weights": "int4", "dtype": torch.float32},
 }
 DRAFTS = 3
+LOOKUP, LOOKED_UP = "prompt_lookup_num_tokens", 7
 EIGHT, FOUR = "llama.cpp: Q8_0", "llama.cpp: Q4_1"  # what every row is compared with
 
 
@@ -69,6 +70,10 @@ def methods_of(files: dict[str, Path], draft: Path, *, compiled: bool) -> list[M
         for kind in ("eagle3", "parallel") if name != "float32" else ("eagle3",):
             about = {"model": f"{name}, {kind}", "lossless": name == "float32", "identical_to": own}
             rows.append(dynamo(f"DynaMo: strict, n={DRAFTS + 1}, {kind}, {name}", strict, **about))
+            both = f"DynaMo: strict, n={DRAFTS + 1}, {kind} and prompt lookup, {name}"
+            rows.append(dynamo(both, strict | {LOOKUP: LOOKED_UP}, **about))
+        about = {"model": f"{name}, eagle3", "lossless": name == "float32", "identical_to": own}
+        rows.append(dynamo(f"DynaMo: strict, prompt lookup alone, {name}", one | {LOOKUP: LOOKED_UP}, **about))
     off = {"num_heads": DRAFTS, "eps_b": 0.3, "do_sample": False}
     for budget in (0.2, "off"):
         rows.append(dynamo(f"DynaMo: {budget}, n={DRAFTS}, int4", {**off, "verify": budget}, model="int4, parallel"))
@@ -164,7 +169,10 @@ def main() -> None:
         Prompt("mt_bench", tuple(encode_chat(tokenizer, [{"role": "user", "content": question}]))) for question in chosen
     ]
     models = models_of(arguments.base)
-    command = "python -m benchmarks.smollm2_race"
+    command = (
+        f"python -m benchmarks.smollm2_race BASE GGUF ../shared/data results/smollm2 --prompts {arguments.prompts} "
+        f"--repetitions {arguments.repetitions} --new-tokens {arguments.new_tokens} --threads "
+    ) + " ".join(map(str, arguments.threads))
     record: dict[str, Any] = {"command": command, "prompts": len(prompts), "new_tokens": arguments.new_tokens}
     record |= {"repetitions": arguments.repetitions, "machine": tables.machine(torch.device("cpu")), "races": []}
     record |= {"llama_cpp": llama_cpp.facts()}

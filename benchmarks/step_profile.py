@@ -34,9 +34,9 @@ PARTS: tuple[tuple[str, str, str], ...] = (  # part, module, name in it; Class.m
     ("output embedding", "dynamo_lm.decoding.candidates", "_read_heads"),  # or its part that reads the commonest tokens
     ("sampler", "dynamo_lm.decoding.candidates", "highest"),
     ("sampler", "dynamo_lm.sampling.top_k", "HeadCandidates.ranked"),
-    ("sampler", "dynamo_lm.decoding.batch", "draft_from"),
+    ("sampler", "dynamo_lm.decoding.drafter", "draft_from"),
     ("sampler", "dynamo_lm.decoding.batch", "draw_from"),
-    ("sampler", "dynamo_lm.decoding.batch", "grow"),
+    ("sampler", "dynamo_lm.decoding.drafter", "grow"),
     ("sampler", "dynamo_lm.decoding.batch", "accept_greedy"),
     ("sampler", "dynamo_lm.decoding.batch", "accept_tree"),
     ("sampler", "dynamo_lm.decoding.batch", "accept_sampled"),

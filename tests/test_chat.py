@@ -336,7 +336,7 @@ def coloured(text: str, step: int) -> str:
 
 @pytest.fixture
 def screen(folder):
-    screen = Screen("chat", folder, "-n", 8000)
+    screen = Screen("chat", folder, "-n", 8000, "--prompt-lookup", 0)
     yield screen
     screen.program.kill()  # if it has not left
     screen.program.join()

@@ -48,8 +48,9 @@ BUDGETS = (0.05, 0.2)  # nats per token, between strict and off
 
 def dynamo(name: str, arguments: dict[str, Any], **about: Any) -> Method:
     """A method of DynaMo's own loop; its kind and ceiling follow from the arguments of `generate`."""
-    heads = arguments["num_heads"]
-    about = {"lossless": arguments["verify"] == "strict", "one_token": heads == 1, "ceiling": heads, **about}
+    arguments = {"prompt_lookup_num_tokens": 0, **arguments}  # whatever the model's own configuration says
+    ceiling = max(arguments["num_heads"], 1 + arguments["prompt_lookup_num_tokens"])
+    about = {"lossless": arguments["verify"] == "strict", "one_token": ceiling == 1, "ceiling": ceiling, **about}
     return Method(name, "dynamo", arguments, "sampled" if arguments.get("do_sample") else "greedy", **about)
 
 

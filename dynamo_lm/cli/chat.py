@@ -59,8 +59,8 @@ class AnswerOptions:
         "Quality threshold of --verify off, 0 (fastest) to 1 (one token a step). Default: the model's own, else 0.5.",
     ] = None
     prompt_lookup_num_tokens: Annotated[
-        int | None, typer.Option("--prompt-lookup", metavar="N", help="As in `generate`.")
-    ] = None
+        int, typer.Option("--prompt-lookup", metavar="N", help="As in `generate`; it does not change the text.")
+    ] = 7
     temperature: Annotated[
         float | None,
         "Above 0, tokens are drawn at random, more adventurously above 1. Default: 0.7 with off, else 0.",

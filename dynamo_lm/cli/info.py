@@ -160,7 +160,7 @@ def _defaults(name: str) -> dict[str, Any]:
 
     from dynamo_lm.sampling.options import Algorithm1
 
-    defaults = {"verify": "strict"} | asdict(Algorithm1())
+    defaults = {"verify": "strict", "prompt_lookup_num_tokens": 0} | asdict(Algorithm1())
     try:
         own = GenerationConfig.from_pretrained(name).to_dict()
     except (OSError, ValueError):

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.files import write_text
+from dynamo_lm.training import provenance
 from recipes.smollm2.base import HUB_ID
 from recipes.smollm2.prompts import json_lines
 
@@ -36,10 +37,13 @@ def acceptance_table(label: str) -> str:
     if not RESULTS.exists():
         return "Not measured yet."
     runs: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"]
-    names = [name for name in (f"{label}n=4 T=0", f"{label}n=4 T=1") if name in runs]
+    columns = {"n=4 T=0": "greedy", "n=4 T=1": "temperature 1"}
+    columns |= {f"{column} lookup": f"{title}, with prompt lookup" for column, title in columns.items()}
+    titles = {f"{label}{column}": title for column, title in columns.items() if f"{label}{column}" in runs}
+    names = list(titles)
     if not names:
         return "Not measured yet."
-    lines = ["| prompts | greedy | temperature 1 |", "|---|---|---|"]
+    lines = ["| prompts | " + " | ".join(titles.values()) + " |", "|---" * (1 + len(names)) + "|"]
     for group in runs[names[0]]:
         cells = [runs[name].get(group) for name in names]
         texts = [
@@ -145,6 +149,10 @@ def main() -> None:
     config["base_config"]["_name_or_path"] = HUB_ID
     write_text(file, json.dumps(config, indent=2) + "\n")
     write_text(target / "README.md", card(model, run, target))
+    facts = json.loads((run / "facts.json").read_text(encoding="utf-8"))
+    sources = ["answers of the base itself (recipes.smollm2.answer)"]
+    data = {"sources": sources, "training_tokens": facts["answer_tokens"]}
+    provenance.write(target, {"data": data, "steps": facts["steps"]})
     write_text(RESULTS.with_name(f"{target.name}.jsonl"), expected_tokens(run))
     size = sum(path.stat().st_size for path in target.iterdir())
     print(f"{target}: {size / 1e6:.1f} MB")

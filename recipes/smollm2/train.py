@@ -121,6 +121,7 @@ def main() -> None:
         checkpoint_every=50,
     )
     facts = {"answer_tokens": int(counts.sum()), "epochs": steps * arguments.batch_size / blocks.num_blocks()}
+    facts["steps"] = steps
     write_text(arguments.out / "facts.json", json.dumps(facts) + "\n")
     limit = int(arguments.cache_gb * 1e9)
     features = FeatureCache(arguments.out / "features", model, blocks, limit_bytes=limit, bf16=True) if limit else None
