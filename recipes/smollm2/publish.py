@@ -28,8 +28,8 @@ RESULTS = Path("results/smollm2/tokens_per_step.json")
 
 def learned_tokens(run: Path) -> str:
     """What the run read, from its record."""
-    facts = json.loads((run / "facts.json").read_text(encoding="utf-8"))
-    return f"{facts['answer_tokens']:,} tokens of answers, {facts['epochs']:.1f} times"
+    runs = json.loads((run / "facts.json").read_text(encoding="utf-8"))["runs"]
+    return ", then on ".join(f"{each['answer_tokens']:,} tokens of answers, {each['epochs']:.1f} times" for each in runs)
 
 
 def acceptance_table(label: str) -> str:
@@ -151,8 +151,8 @@ def main() -> None:
     write_text(target / "README.md", card(model, run, target))
     facts = json.loads((run / "facts.json").read_text(encoding="utf-8"))
     sources = ["answers of the base itself (recipes.smollm2.answer)"]
-    data = {"sources": sources, "training_tokens": facts["answer_tokens"]}
-    provenance.write(target, {"data": data, "steps": facts["steps"]})
+    data = {"sources": sources, "training_tokens": sum(each["answer_tokens"] for each in facts["runs"])}
+    provenance.write(target, {"data": data, **facts})
     write_text(RESULTS.with_name(f"{target.name}.jsonl"), expected_tokens(run))
     size = sum(path.stat().st_size for path in target.iterdir())
     print(f"{target}: {size / 1e6:.1f} MB")

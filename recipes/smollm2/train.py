@@ -20,6 +20,7 @@ from dynamo_lm.data.packing import WholeBlocks
 from dynamo_lm.data.token_store import TokenStore, build_store, digest
 from dynamo_lm.files import write_text
 from dynamo_lm.model.coupling import add_coupling
+from dynamo_lm.training import provenance
 from dynamo_lm.training.answer_table import add_answers
 from dynamo_lm.training.feature_cache import FeatureCache
 from dynamo_lm.training.log import Progress
@@ -120,8 +121,9 @@ def main() -> None:
         validate_every=arguments.validate_every,
         checkpoint_every=50,
     )
-    facts = {"answer_tokens": int(counts.sum()), "epochs": steps * arguments.batch_size / blocks.num_blocks()}
-    facts["steps"] = steps
+    before = provenance.read(Path(arguments.from_model)) if arguments.from_model else None
+    run = {"answer_tokens": int(counts.sum()), "epochs": steps * arguments.batch_size / blocks.num_blocks()}
+    facts = {"runs": [*(before or {"runs": []})["runs"], run], "steps": (before or {"steps": 0})["steps"] + steps}
     write_text(arguments.out / "facts.json", json.dumps(facts) + "\n")
     limit = int(arguments.cache_gb * 1e9)
     features = FeatureCache(arguments.out / "features", model, blocks, limit_bytes=limit, bf16=True) if limit else None
