@@ -73,6 +73,7 @@ ONE_TOKEN_SAMPLED: tuple[Method, ...] = (
     dynamo("one token, T=0.7: own loop", {"verify": "off", "num_heads": 1, "do_sample": True}),
     Method("one token, T=0.7: transformers", "transformers", PAPER, "sampled", lossless=False, one_token=True),
 )
+LOOKED_UP = 7  # drafts of our own loop from the text itself: eight tokens a forward
 PROMPT_LOOKUP = Method(
     "transformers: prompt lookup",
     "transformers",
@@ -108,6 +109,7 @@ def heads(num_heads: int, *, off_heads: int, eps_b: float) -> list[Method]:
         ("strict sampled", sampled | COMPILED, last, ", compiled", False),
         (f"off, eps_b={eps_b:g}", off(eps_b) | COMPILED, tabled, ", compiled", False),
         ("strict", {**strict, "tree": 0}, last, ", chain", False),
+        ("strict", {**strict, "prompt_lookup_num_tokens": LOOKED_UP}, last, ", prompt lookup", False),
         *((f"budget {budget:g}", {"verify": budget}, last, "", True) for budget in BUDGETS),
         ("strict sampled", sampled, every, "", False),
         *((f"off, eps_b={value:g}", off(value), tabled, "", True) for value in sorted({eps_b, 0.0}, reverse=True)),
