@@ -61,6 +61,7 @@ def test_dynamo_is_raced_at_every_number_of_heads_and_off_as_far_as_its_tables_r
     assert [name for name in names if "strict, " in name] == [
         *(f"DynaMo strict, n={n}" for n in (2, 3, 4)),
         "DynaMo strict, n=4, chain",
+        "DynaMo strict, n=4, prompt lookup",
     ]
     assert [name for name in names if "eps_b=0.3" in name] == [f"DynaMo off, eps_b=0.3, n={n}" for n in (2, 3)]
     assert "DynaMo off, eps_b=0, n=3" in names
@@ -321,13 +322,14 @@ def test_shares_of_a_step_sum_to_one_and_the_engine_is_put_back(context):
     before = DynaMoForCausalLM.hidden, DynaMoForCausalLM.readout, batch.decode, kv_cache.RaggedKVCache.update
     listed = [*methods.ONE_TOKEN, *methods.heads(3, off_heads=1, eps_b=0)]
     profiles = step_profile.profiles(context, listed, RaceOptions(only=["strict, n=3"]), PROMPTS[:1], 8)
-    assert list(profiles) == [methods.ONE, "DynaMo strict, n=3", "DynaMo strict, n=3, chain"]
+    strict = "DynaMo strict, n=3"
+    assert list(profiles) == [methods.ONE, strict, f"{strict}, chain", f"{strict}, prompt lookup"]
     for profile in profiles.values():
         assert sum(profile["shares"].values()) == pytest.approx(1)
         assert {"stem", "output embedding", step_profile.REST} <= set(profile["shares"])
     assert "last layer and heads" in profile["shares"]
     assert before == (DynaMoForCausalLM.hidden, DynaMoForCausalLM.readout, batch.decode, kv_cache.RaggedKVCache.update)
-    assert len(step_profile.shares(profiles).rows) == 3
+    assert len(step_profile.shares(profiles).rows) == len(profiles)
 
 
 # ------------------------------------------------------------------ prompts and models
