@@ -18,7 +18,7 @@ from dynamo_lm.cli.info import describe
 from dynamo_lm.errors import InputError
 from dynamo_lm.export import gguf_base
 from dynamo_lm.kernels import loader, quantized
-from dynamo_lm.kernels.quantized import QuantizedEmbedding, QuantizedLinear, quantize_modules
+from dynamo_lm.kernels.quantized import MOST, QuantizedEmbedding, QuantizedLinear, quantize_modules
 from dynamo_lm.model.quantization import quantize
 
 needs_kernel = pytest.mark.skipif(not loader.available(), reason="needs a C++ compiler")
@@ -39,10 +39,10 @@ def reference(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
     entries, scale = layer.weight.entries(torch.arange(layer.out_features))
     groups = x.float().unflatten(-1, (-1, 32))
     most = groups.abs().amax(-1, keepdim=True)
-    factor = torch.tensor(127.0) / most  # torch would round 127 / most twice
+    factor = torch.tensor(float(MOST)) / most  # torch would round MOST / most twice
     whole = (groups * torch.where(most > 0, factor, 0.0)).round()
     sums = torch.einsum("rgk,ogk->rog", whole.double(), entries.double().unflatten(-1, (-1, 32)))
-    scales = (most[:, :, 0] / 127).double()
+    scales = (most[:, :, 0] / MOST).double()
     product = (sums * scale[..., 0].double() * scales[:, None]).sum(-1)
     if layer.weight.bits == 4:
         product += (whole.double().sum(-1) * scales) @ scale[..., 1].double().T

@@ -1,7 +1,7 @@
 """Linear layers and embeddings whose weights have 8 or 4 bits.
 
 A step of decoding reads every weight, so bits per weight decide how long it takes. Groups of 32 entries of a row share a
-scale in float16, and with 4 bits an offset. Rows of x are rounded to 8 bits by the same groups and multiplied in whole
+scale in float16, and with 4 bits an offset. Rows of x are rounded to 16 bits by the same groups and multiplied in whole
 numbers, so that a row's result does not depend on the rows beside it (csrc/quantized_matmul.cpp). llama.cpp's Q8_0 and Q4_1
 hold the same numbers: what was read from such a file comes out as it was in the file, as does Q4_0 with 4 bits. In: a model.
 Out: the same model, its layers replaced. Its weights cannot be trained any more.
@@ -22,6 +22,7 @@ from dynamo_lm.kernels import loader
 from dynamo_lm.kernels.ops import BESIDE, GROUP
 
 FORMATS = {"int8": 8, "int4": 4}
+MOST = 127 * 255 + 127  # the largest entry of x in the kernel: two digits to the base 255, signed bytes
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range, that the 16 numbers of 4 bits are tried to span
 
 
@@ -136,11 +137,11 @@ def _whole(groups: Tensor, scale: Tensor, least: int, most: int) -> Tensor:
 
 
 def rounded(x: Tensor) -> Tensor:
-    """What the kernel makes of x (..., in) before it multiplies: 8 bits, a float32 scale for every 32."""
+    """What the kernel makes of x (..., in) before it multiplies: whole numbers to MOST, a float32 scale for every 32."""
     groups = x.float().unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
-    factor = torch.where(largest > 0, largest.new_tensor(127.0) / largest, 0.0)  # 127 / largest would be rounded twice
-    return ((groups * factor).round() * (largest / 127)).flatten(-2)
+    factor = torch.where(largest > 0, largest.new_tensor(float(MOST)) / largest, 0.0)  # MOST / largest would be rounded twice
+    return ((groups * factor).round() * (largest / MOST)).flatten(-2)
 
 
 class _Quantized(nn.Module):

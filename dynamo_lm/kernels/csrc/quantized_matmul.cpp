@@ -1,9 +1,10 @@
 // x @ weight^T with a weight of 8 or 4 bits, for any number of rows of float32 or bfloat16, on any CPU that has a C++ compiler.
 //
 // GROUP entries of a row of the weight share a scale, with 4 bits also an offset, and so do as many of a row of x, which are
-// rounded to 8 bits first. What is summed within a group is whole numbers, hence exact; groups are added up in their order. A row of x is therefore multiplied the
-// same, bit for bit, whatever is beside it. 16 rows of the weight lie side by side, one in each lane, and the weight is read once,
-// from its beginning to its end: memory decides, also with four rows of x.
+// rounded first, to whole numbers of two digits to the base 255, each a signed byte. What is summed within a group is whole
+// numbers, hence exact; groups are added up in their order. A row of x is therefore multiplied the same, bit for bit, whatever
+// is beside it. 16 rows of the weight lie side by side, one in each lane, and the weight is read once, from its beginning to
+// its end: memory decides, also with four rows of x.
 
 namespace {
 
@@ -18,9 +19,12 @@ typedef uint16_t Scales __attribute__((vector_size(32), aligned(2), may_alias));
 typedef Bytes LooseBytes __attribute__((aligned(1), may_alias));
 typedef int8_t Packed __attribute__((vector_size(8), aligned(1), may_alias));
 
-// Rows of x in 8 bits: entries, and by group the scale and the sum of the entries.
+constexpr int32_t BASE = 255;              // of the two digits of an entry of x, which are -127 to 127
+constexpr int32_t MOST = 127 * BASE + 127;  // the largest entry
+
+// Rows of x as whole numbers: high digits, low digits, and by group the scale and the sum of the entries.
 struct Rounded {
-  const int8_t* entries;
+  const int8_t *high, *low;
   const float* scales;
   const int32_t* sums;
 };
@@ -91,25 +95,29 @@ inline __attribute__((always_inline)) void beside(
   constexpr int64_t SIZE = 64, STEPS = BITS;  // bytes that are read at a time, and how often in a group
   Floats total[R] = {};
   for (int64_t g = 0; g < groups; g++) {
-    const int8_t* const entries = x.entries + g * GROUP;
-    Ints sum[R];
-    for (int r = 0; r < R; r++) sum[r] = Ints{} - (BITS == 8 ? ZERO8 * x.sums[r * groups + g] : 0);
+    const int8_t *const high = x.high + g * GROUP, *const low = x.low + g * GROUP;
+    Ints sum[R] = {}, fine[R];  // of high digits and of low ones
+    for (int r = 0; r < R; r++) fine[r] = Ints{} - (BITS == 8 ? ZERO8 * x.sums[r * groups + g] : 0);
+    const auto add = [&](Bytes part, int64_t at) __attribute__((always_inline)) {
+      for (int r = 0; r < R; r++) {
+        sum[r] = dot(sum[r], part, high + r * groups * GROUP + at);
+        fine[r] = dot(fine[r], part, low + r * groups * GROUP + at);
+      }
+    };
     for (int64_t j = 0; j < STEPS; j++, weight += SIZE, done++) {
       __builtin_prefetch(ahead + done % STREAMS * apart + done / STREAMS * SIZE);
       const Bytes w = *reinterpret_cast<const LooseBytes*>(weight);
       if constexpr (BITS == 8) {
-        const Bytes v = w ^ static_cast<uint8_t>(ZERO8);
-        for (int r = 0; r < R; r++) sum[r] = dot(sum[r], v, entries + r * groups * GROUP + 4 * j);
+        add(w ^ static_cast<uint8_t>(ZERO8), 4 * j);
       } else {
-        const Bytes low = w & 15, high = (Bytes)((Words)w >> 4 & 0x0f0f0f0fu);
-        for (int r = 0; r < R; r++) sum[r] = dot(sum[r], low, entries + r * groups * GROUP + 8 * j);
-        for (int r = 0; r < R; r++) sum[r] = dot(sum[r], high, entries + r * groups * GROUP + 8 * j + 4);
+        add(w & 15, 8 * j);
+        add((Bytes)((Words)w >> 4 & 0x0f0f0f0fu), 8 * j + 4);
       }
     }
     const uint16_t* const of_group = scale + g * (BITS == 8 ? 1 : 2) * BESIDE;
     const Floats scales = halves(of_group);
     for (int r = 0; r < R; r++)
-      total[r] = fused(__builtin_convertvector(sum[r], Floats) * x.scales[r * groups + g], scales, total[r]);
+      total[r] = fused(__builtin_convertvector(sum[r] * BASE + fine[r], Floats) * x.scales[r * groups + g], scales, total[r]);
     if constexpr (BITS == 4) {
       const Floats offsets = halves(of_group + BESIDE);
       for (int r = 0; r < R; r++)
@@ -134,7 +142,7 @@ void blocks_of(const uint8_t* weight, const uint16_t* scale, const Rounded& x, c
     int64_t count_of_rows;
     for (int64_t r = 0; r < rows; r += count_of_rows) {
       Floats sums[4];
-      const Rounded from = {x.entries + r * groups * GROUP, x.scales + r * groups, x.sums + r * groups};
+      const Rounded from = {x.high + r * groups * GROUP, x.low + r * groups * GROUP, x.scales + r * groups, x.sums + r * groups};
       count_of_rows = std::min<int64_t>(4, rows - r);
       if (count_of_rows == 4) beside<4, BITS>(w, s, from, groups, sums, ahead, bytes, done);
       if (count_of_rows == 3) beside<3, BITS>(w, s, from, groups, sums, ahead, bytes, done);
@@ -151,9 +159,9 @@ void blocks_of(const uint8_t* weight, const uint16_t* scale, const Rounded& x, c
   }
 }
 
-// One group of x in 8 bits: the largest magnitude becomes 127, ties go to even. What is not finite makes the scale nan.
+// One group of x in whole numbers: the largest magnitude becomes MOST, ties go to even. What is not finite makes the scale nan.
 template <typename T>
-inline void round_group(const T* x, int8_t* entries, float* scale, int32_t* sum) {
+inline void round_group(const T* x, int8_t* high, int8_t* low, float* scale, int32_t* sum) {
   constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to whole numbers
   Lanes parts[GROUP / 8], largest = {}, nothing = {};
   for (int i = 0; i < GROUP / 8; i++) {
@@ -164,28 +172,32 @@ inline void round_group(const T* x, int8_t* entries, float* scale, int32_t* sum)
   }
   float most = 0, poison = 0;
   for (int i = 0; i < 8; i++) most = std::max(most, largest[i]), poison += nothing[i];
-  const float factor = most > 0 ? 127.0f / most : 0.0f;
+  const float factor = most > 0 ? MOST / most : 0.0f;
   Whole total = {};
   for (int i = 0; i < GROUP / 8; i++) {
     const Lanes scaled = held(parts[i] * factor);  // a fused addition would round once, and elsewhere
     const Whole whole = (Whole)(scaled + MAGIC) - (Whole)(Lanes{} + MAGIC);
     total += whole;
-    *reinterpret_cast<Packed*>(entries + 8 * i) = __builtin_convertvector(whole, Packed);
+    const Lanes quotient = held(__builtin_convertvector(whole, Lanes) * (1.0f / BASE));
+    const Whole first = (Whole)(quotient + MAGIC) - (Whole)(Lanes{} + MAGIC);
+    *reinterpret_cast<Packed*>(high + 8 * i) = __builtin_convertvector(first, Packed);
+    *reinterpret_cast<Packed*>(low + 8 * i) = __builtin_convertvector(whole - first * BASE, Packed);
   }
-  *scale = most / 127.0f + poison;
+  *scale = most / MOST + poison;
   *sum = 0;
   for (int i = 0; i < 8; i++) *sum += total[i];
 }
 
-// Groups of x in 8 bits, in the thread's scratch.
+// Groups of x in whole numbers, in the thread's scratch.
 template <typename T>
 Rounded rounded_groups(const T* x, int64_t count) {
-  float* const room = scratch(count * (GROUP / 4 + 2));
-  auto* const entries = reinterpret_cast<int8_t*>(room);
-  float* const scales = room + count * (GROUP / 4);
+  float* const room = scratch(count * (GROUP / 2 + 2));
+  auto* const high = reinterpret_cast<int8_t*>(room);
+  int8_t* const low = high + count * GROUP;
+  float* const scales = room + count * (GROUP / 2);
   auto* const sums = reinterpret_cast<int32_t*>(scales + count);
-  for (int64_t i = 0; i < count; i++) round_group(x + i * GROUP, entries + i * GROUP, scales + i, sums + i);
-  return {entries, scales, sums};
+  for (int64_t i = 0; i < count; i++) round_group(x + i * GROUP, high + i * GROUP, low + i * GROUP, scales + i, sums + i);
+  return {high, low, scales, sums};
 }
 
 template <int BITS, typename T>
