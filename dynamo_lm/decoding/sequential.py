@@ -18,11 +18,13 @@ from dynamo_lm.decoding.draft_vocabulary import DraftVocabulary
 from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.decoding.sequence import SequenceState
 from dynamo_lm.decoding.verification import Proposal
+from dynamo_lm.kernels.quantized import is_quantized
 from dynamo_lm.sampling.algorithm1 import _choose
 from dynamo_lm.sampling.drafting import conditional
 from dynamo_lm.sampling.top_k import HeadCandidates
 
 LEAST_CONFIDENCE = 0.1  # in all drafts of a chain; less is accepted too seldom to be worth a step of the head (LOG.md)
+LEAST_OF_ROUNDED = 0.3  # where weights have 8 or 4 bits: a step of the base is cheap, beside one of the head
 
 
 class SequentialDrafter:
@@ -34,6 +36,7 @@ class SequentialDrafter:
         self.head: Any = model.sequential_head
         self.ids: Tensor | None = self.head.draft_ids
         self.device = model.device  # which walks over all modules
+        self.least_confidence = LEAST_OF_ROUNDED if is_quantized(model.base) else LEAST_CONFIDENCE
 
     def draft(
         self, sequence: SequenceState, features: Tensor, following: Sequence[int], count: int
@@ -56,7 +59,7 @@ class SequentialDrafter:
         confidence = 1.0  # in all drafts so far
         while True:
             ids, q = self._proposal(sequence, state, history)
-            if confidence * q.max() < LEAST_CONFIDENCE and sequence.options.synthetic_acceptance is None:
+            if confidence * q.max() < self.least_confidence and sequence.options.synthetic_acceptance is None:
                 break  # whatever token would be drawn: what is verified has to be drawn from q
             proposals.append((torch.from_numpy(ids), torch.from_numpy(q)))
             chosen = _choose(q, sequence.generator, not sequence.options.sample)

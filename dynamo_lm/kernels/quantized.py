@@ -140,7 +140,8 @@ def rounded(x: Tensor) -> Tensor:
     """What the kernel makes of x (..., in) before it multiplies: whole numbers to MOST, a float32 scale for every 32."""
     groups = x.float().unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
-    factor = torch.where(largest > 0, largest.new_tensor(float(MOST)) / largest, 0.0)  # MOST / largest would be rounded twice
+    # MOST / largest, which torch would round twice
+    factor = torch.where(largest > 0, largest.new_tensor(float(MOST)) / largest, 0.0)
     return ((groups * factor).round() * (largest / MOST)).flatten(-2)
 
 
@@ -220,6 +221,11 @@ def quantize_modules(model: nn.Module, bits: int) -> None:
                 QuantizedEmbedding if kind is nn.Embedding else type(kind.__name__, (kind, QuantizedEmbedding), {})
             )
             cast(QuantizedEmbedding, module).hold(weight)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any of its layers has such a weight."""
+    return any(isinstance(layer, _Quantized) for layer in model.modules())
 
 
 def stored_weights(model: nn.Module) -> list[Tensor]:
