@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 from functools import cache
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -425,3 +427,38 @@ def test_the_harness_own_command_line_finds_our_tasks():
     assert harness.arguments(typed) == [*typed, "--include_path", str(FOLDER)]
     assert harness.arguments([*typed, "--include_path=mine"]) == [*typed, "--include_path=mine"]
     assert harness.arguments(["ls", "tasks"]) == ["ls", "tasks"]
+
+
+def asked_as_a_rank(where: str) -> None:
+    """A model opened by name is asked, as the harness's command line does; the first rank writes what it found."""
+    top = Path(where)
+    lm = harness.DynaMoLM(str(top / "model"), batch_size=2)
+    (asked,) = harness.questions(["arc_easy"], data=top / "bench")
+    with harness.quiet():
+        found = harness.evaluate(lm, asked.loaded, bootstrap_iters=0, log_samples=False)
+    if lm.rank == 0:
+        numbers = {name: value for name, value in found["results"][asked.identity].items() if isinstance(value, float)}
+        (top / "found.json").write_text(json.dumps({"ranks": lm.world_size, **numbers}))
+
+
+def test_ranks_share_the_documents_and_find_what_one_process_finds(folder, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    started = [
+        processes.start(
+            asked_as_a_rank, str(folder), stdout=tmp_path / f"out-{rank}", stderr=tmp_path / f"err-{rank}",
+            environment=where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for rank, process in enumerate(started):
+        process.join(120)
+        assert process.exitcode == 0, (tmp_path / f"err-{rank}").read_text()
+    together = json.loads((folder / "found.json").read_text())
+    assert together.pop("ranks") == 2
+    asked_as_a_rank(str(folder))
+    alone = json.loads((folder / "found.json").read_text())
+    assert alone.pop("ranks") == 1
+    assert together == pytest.approx(alone)

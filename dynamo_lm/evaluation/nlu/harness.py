@@ -5,7 +5,8 @@ and the task files of `dynamo_lm.evaluation.nlu.tasks`, through
 
     python -m dynamo_lm.evaluation.nlu.harness --model dynamo-lm --model_args pretrained=FOLDER --tasks local_arc_easy,piqa
 
-which hands every argument over to `lm_eval`; `--model_args` also takes verify=strict|off|NATS, eps_b, heads. Head 1 is the
+which hands every argument over to `lm_eval`; `--model_args` also takes verify=strict|off|NATS, eps_b, heads. `accelerate
+launch --num_processes N -m ..` in place of `python -m ..` shares every task's documents among processes. Head 1 is the
 base's own last layer, so a model whose base was frozen in training scores as its base. Knows nothing about terminals.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -103,6 +105,7 @@ class DynaMoLM(Head1):
         max_batch_size: int | None = None,  # of the harness's automatic batch size, which this model does not do
         **kwargs: Any,
     ):
+        ranks = _accelerator() if isinstance(pretrained, str) else None
         if isinstance(pretrained, str):
             pretrained, tokenizer = open_for_evaluation(
                 pretrained, tokenizer=tokenizer, dtype=dtype, device=_available(device or "auto")
@@ -111,6 +114,8 @@ class DynaMoLM(Head1):
             raise InputError("--batch_size auto is not supported; give a number.")
         context = pretrained.config.max_context
         super().__init__(pretrained, tokenizer, context=context, batch_size=int(batch_size or 1), **kwargs)
+        if ranks is not None:
+            self.accelerator, self._rank, self._world_size = ranks, ranks.process_index, ranks.num_processes
         self.decoding: dict[str, Any] = {"verify": verify, "eps_b": eps_b, "num_heads": heads, "seed": seed}
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -150,6 +155,15 @@ class DynaMoLM(Head1):
     def room(self, new_tokens: int) -> int:
         """The longest prompt in tokens that leaves room for so many new ones, or for half the context if that is less."""
         return self.max_length - min(new_tokens, self.max_length // 2)
+
+
+def _accelerator() -> Any:
+    """The ranks that `accelerate launch` or `torchrun` started, met, each on its own device; None: there is one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=not torch.cuda.is_available())  # without a GPU it looks for ranks only where told so
 
 
 class _Stop:
