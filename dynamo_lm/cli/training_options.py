@@ -85,7 +85,7 @@ class HeadOptions:
         if self.head not in (None, "layer", "medusa", "eagle3"):
             raise InputError(f'--head is "{self.head}"; give layer, medusa or eagle3.')
         if self.draft_vocabulary is not None and self.head != "eagle3":
-            raise InputError("--draft-vocabulary is for a new head and goes with --head eagle3; heads that are there keep theirs.")
+            raise InputError("--draft-vocabulary goes with --head eagle3, for new heads; those that are there keep theirs.")
         if self.head == "eagle3":
             return {"head": "eagle3", "num_heads": self.heads or 4, "draft_vocab_size": self.draft_vocabulary}
         if self.head != "medusa":
