@@ -41,7 +41,7 @@ class SequentialDrafter:
     def draft(
         self, sequence: SequenceState, features: Tensor, following: Sequence[int], count: int
     ) -> tuple[list[int], list]:
-        """Draft up to `count` tokens after the verified ones, as long as the head is confident.
+        """Draft up to `count` tokens after the verified ones, if they are not drawn as long as the head is confident.
 
         Args:
             features: of the positions that were verified in this step, (new, 3 hidden).
@@ -56,11 +56,12 @@ class SequentialDrafter:
         state = self.head.advance(self.head.first(features[None]), self._embedded(following), cache)[:, -1:]
         verified = cache.length
         proposals: list[Proposal] = []
-        confidence = 1.0  # in all drafts so far
+        confidence = 1.0  # in all drafts so far; where tokens are drawn it says little of how often they are accepted
+        all_are_drafted = sequence.options.sample or sequence.options.synthetic_acceptance is not None
         while True:
             ids, q = self._proposal(sequence, state, history)
-            if confidence * q.max() < self.least_confidence and sequence.options.synthetic_acceptance is None:
-                break  # whatever token would be drawn: what is verified has to be drawn from q
+            if confidence * q.max() < self.least_confidence and not all_are_drafted:
+                break
             proposals.append((torch.from_numpy(ids), torch.from_numpy(q)))
             chosen = _choose(q, sequence.generator, not sequence.options.sample)
             history.append(int(ids[chosen]))

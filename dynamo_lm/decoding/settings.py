@@ -15,12 +15,15 @@ from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarp
 
 from dynamo_lm.backbone.token_limits import token_ids
 from dynamo_lm.decoding.options import DecodingOptions, LogitsProcessor
+from dynamo_lm.decoding.preconditions import is_sequential
 from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.sampling.options import Algorithm1
 
 # Power of the mask in drafts that are verified, without and with a learned coupling: where most drafts are accepted, as
-# measured (LOG.md). The paper's 1 is for drafts that are not verified.
+# measured (LOG.md). The paper's 1 is for drafts that are not verified. A sequential head knows the drafts before.
 VERIFIED_ALPHA_C = (0.5, 0.25)
+SEQUENTIAL_ALPHA_C = 0.0
+SEQUENTIAL_TOP_K = 1000  # the base accepts more of what is drawn from nearly the whole of the head's distribution
 MIN_TEMPERATURE = 0.01  # below, decoding is greedy
 
 
@@ -49,8 +52,9 @@ def algorithm_of(model: MultiHeadLM, *sources: Any, verify: str | float = "off")
         alpha_c, temperature = paper.alpha_c, get("temperature", paper.temperature)
         top_k = get("top_k") or paper.top_k  # transformers' 0 is "all", which no grid can hold
     else:
-        alpha_c, temperature = VERIFIED_ALPHA_C[model.coupling is not None], 1.0
-        top_k = min(paper.top_k, model.config.vocab_size)
+        sequential, temperature = is_sequential(model), 1.0
+        alpha_c = SEQUENTIAL_ALPHA_C if sequential else VERIFIED_ALPHA_C[model.coupling is not None]
+        top_k = min(SEQUENTIAL_TOP_K if sequential else paper.top_k, model.config.vocab_size)
     return Algorithm1(
         eps_b=get("eps_b", paper.eps_b),
         alpha_c=get("alpha_c", alpha_c),

@@ -127,11 +127,16 @@ Method: Tuli et al., "DynaMo: Accelerating Language Model Inference with Dynamic
 """
 
 
-def expected_tokens(run: Path) -> str:
-    """JSON lines: the tokens per step to expect that each validation of the run measured, from its log."""
-    records = [record for record in json_lines(run / "log.jsonl") if "tokens_per_step" in record]
-    keys = ("step", "acceptance", "tokens_per_step")
-    return "".join(json.dumps({key: record[key] for key in keys}) + "\n" for record in records)
+def expected_tokens(run: Path, number: int, file: Path) -> str:
+    """JSON lines: the tokens per step to expect that each validation measured, from the run's log.
+
+    number: of the run; those before it, which it went on from, stay as they are in `file`.
+    """
+    lines = [record for record in (json_lines(file) if file.exists() else ()) if record["run"] < number]
+    for record in json_lines(run / "log.jsonl"):
+        if "tokens_per_step" in record:
+            lines.append({"run": number, **{key: record[key] for key in ("step", "acceptance", "tokens_per_step")}})
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def main() -> None:
@@ -153,7 +158,8 @@ def main() -> None:
     sources = ["answers of the base itself (recipes.smollm2.answer)"]
     data = {"sources": sources, "training_tokens": sum(each["answer_tokens"] for each in facts["runs"])}
     provenance.write(target, {"data": data, **facts})
-    write_text(RESULTS.with_name(f"{target.name}.jsonl"), expected_tokens(run))
+    file = RESULTS.with_name(f"{target.name}.jsonl")
+    write_text(file, expected_tokens(run, len(facts["runs"]), file))
     size = sum(path.stat().st_size for path in target.iterdir())
     print(f"{target}: {size / 1e6:.1f} MB")
 
