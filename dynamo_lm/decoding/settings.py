@@ -20,10 +20,11 @@ from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.sampling.options import Algorithm1
 
 # Power of the mask in drafts that are verified, without and with a learned coupling: where most drafts are accepted, as
-# measured (LOG.md). The paper's 1 is for drafts that are not verified. A sequential head knows the drafts before.
+# measured (LOG.md). The paper's 1 is for drafts that are not verified.
 VERIFIED_ALPHA_C = (0.5, 0.25)
-SEQUENTIAL_ALPHA_C = 0.0
-SEQUENTIAL_TOP_K = 1000  # the base accepts more of what is drawn from nearly the whole of the head's distribution
+# Of drafts that a sequential head draws at random: it knows the drafts before, and the base accepts more of what comes from
+# nearly the whole of its distribution.
+DRAWN_ALPHA_C, DRAWN_TOP_K = 0.0, 1000
 MIN_TEMPERATURE = 0.01  # below, decoding is greedy
 
 
@@ -42,7 +43,7 @@ class Settings:
         return default
 
 
-def algorithm_of(model: MultiHeadLM, *sources: Any, verify: str | float = "off") -> Algorithm1:
+def algorithm_of(model: MultiHeadLM, *sources: Any, verify: str | float = "off", sample: bool = True) -> Algorithm1:
     """Algorithm 1 as decoding with `verify` runs it: what the sources state, else the paper's defaults.
 
     Verified decoding takes the shape of its drafts from it, and leaves temperature and candidates to logits processors.
@@ -52,9 +53,9 @@ def algorithm_of(model: MultiHeadLM, *sources: Any, verify: str | float = "off")
         alpha_c, temperature = paper.alpha_c, get("temperature", paper.temperature)
         top_k = get("top_k") or paper.top_k  # transformers' 0 is "all", which no grid can hold
     else:
-        sequential, temperature = is_sequential(model), 1.0
-        alpha_c = SEQUENTIAL_ALPHA_C if sequential else VERIFIED_ALPHA_C[model.coupling is not None]
-        top_k = min(SEQUENTIAL_TOP_K if sequential else paper.top_k, model.config.vocab_size)
+        drawn, temperature = sample and is_sequential(model), 1.0
+        alpha_c = DRAWN_ALPHA_C if drawn else VERIFIED_ALPHA_C[model.coupling is not None]
+        top_k = min(DRAWN_TOP_K if drawn else paper.top_k, model.config.vocab_size)
     return Algorithm1(
         eps_b=get("eps_b", paper.eps_b),
         alpha_c=get("alpha_c", alpha_c),
@@ -106,7 +107,7 @@ def resolve(
         tree=get("tree"),
         prompt_lookup_num_tokens=0 if off else get("prompt_lookup_num_tokens", 0),
         compile=get("compile", False),
-        algorithm=algorithm_of(model, *sources, verify=verify),
+        algorithm=algorithm_of(model, *sources, verify=verify, sample=sample),
         temperature=temperature if sample and not off else 1.0,
         end_tokens=frozenset(token_ids(end_tokens)),
         logits_processors=logits_processors,

@@ -304,9 +304,9 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
                 temperature is sampled at, 0 being "strict".
             num_heads: heads to use, the ceiling on tokens per step; all by default, 1 is the base model.
             eps_b, alpha_c, otsu, blur: Algorithm 1's switches; see `sampling.options.Algorithm1`. alpha_c shapes drafts
-                that are verified, too: 0.5 by default, 0.25 with a learned coupling, 0 of a sequential head. Under "off"
-                top_k, temperature and repetition_penalty default to the paper's 50, 0.7 and 1.1; do_sample=False takes the
-                likeliest tuple instead of drawing one.
+                that are verified, too: 0.5 by default, 0.25 with a learned coupling, 0 where a sequential head draws them.
+                Under "off" top_k, temperature and repetition_penalty default to the paper's 50, 0.7 and 1.1;
+                do_sample=False takes the likeliest tuple instead of drawing one.
             tree: greedy and verified: how many drafts a step verifies as a tree, 0 for a chain. By default what is fastest,
                 as the first steps show, where that cannot change the text (in float32); elsewhere a chain. A sequential
                 head drafts chains, by default as long as steps show that they pay, with 0 always.
