@@ -119,22 +119,18 @@ def run(
     }
 
 
-def cell(entry: dict[str, Any] | None) -> str:
+def cell(entry: dict[str, Any]) -> str:
     """Tokens per step with their interval."""
-    if entry is None:
-        return ""
     low, high = entry["interval_95"]
     return f"{entry['tokens_per_step']:.2f} ({low:.2f} to {high:.2f})"
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row for each group, a column for each configuration."""
-    names = list(results["runs"])
-    kinds = list(dict.fromkeys(group for name in names for group in results["runs"][name]))
-    lines = ["| group | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for group in kinds:
-        cells = [cell(results["runs"][name].get(group)) for name in names]
-        lines.append(f"| {group} | " + " | ".join(cells) + " |")
+    """Markdown: a row for each group and configuration."""
+    runs = results["runs"]
+    lines = ["| group | heads, temperature | tokens per step |", "|---|---|---|"]
+    for group in dict.fromkeys(group for groups in runs.values() for group in groups):
+        lines += [f"| {group} | {name} | {cell(runs[name][group])} |" for name in runs if group in runs[name]]
     return "\n".join(lines)
 
 

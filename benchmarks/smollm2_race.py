@@ -70,10 +70,10 @@ def methods_of(files: dict[str, Path], draft: Path, *, compiled: bool) -> list[M
         for kind in ("eagle3", "parallel") if name != "float32" else ("eagle3",):
             about = {"model": f"{name}, {kind}", "lossless": name == "float32", "identical_to": own}
             rows.append(dynamo(f"DynaMo: strict, n={DRAFTS + 1}, {kind}, {name}", strict, **about))
-            both = f"DynaMo: strict, n={DRAFTS + 1}, {kind} and prompt lookup, {name}"
+            both = f"DynaMo: strict, n={DRAFTS + 1}, {kind} + lookup, {name}"
             rows.append(dynamo(both, strict | {LOOKUP: LOOKED_UP}, **about))
         about = {"model": f"{name}, eagle3", "lossless": name == "float32", "identical_to": own}
-        rows.append(dynamo(f"DynaMo: strict, prompt lookup alone, {name}", one | {LOOKUP: LOOKED_UP}, **about))
+        rows.append(dynamo(f"DynaMo: strict, lookup alone, {name}", one | {LOOKUP: LOOKED_UP}, **about))
     off = {"num_heads": DRAFTS, "eps_b": 0.3, "do_sample": False}
     for budget in (0.2, "off"):
         rows.append(dynamo(f"DynaMo: {budget}, n={DRAFTS}, int4", {**off, "verify": budget}, model="int4, parallel"))
@@ -128,8 +128,9 @@ def row(done: Race, result: Any, context: BenchmarkContext, first: dict[str, flo
 
 def page(record: dict[str, Any]) -> str:
     """The races as Markdown."""
-    lines = ["# SmolLM2-135M-Instruct on a CPU", "", f"`{record['command']}`: {record['prompts']} chat prompts of MT-bench,"]
-    lines += [f"{record['new_tokens']} new tokens, greedy, {record['repetitions']} repetitions, prompts paid for."]
+    lines = ["# SmolLM2-135M-Instruct on a CPU", "", "```sh", record["command"].replace(" --", " \\\n  --", 1), "```", ""]
+    lines += [f"{record['prompts']} chat prompts of MT-bench, {record['new_tokens']} new tokens, greedy,"]
+    lines += [f"{record['repetitions']} repetitions, prompts paid for. Lookup drafts at most {LOOKED_UP} tokens."]
     lines += ["Ratios of tokens per second: median of the repetitions (least-most)."]
     for done in record["races"]:
         lines += ["", f"## {done['threads']} thread{'s' if done['threads'] > 1 else ''}", ""]
@@ -144,7 +145,7 @@ def page(record: dict[str, Any]) -> str:
             ceiling = f" of {each['ceiling']}" if each["ceiling"] not in (None, 1) else ""
             first = f"{each['first_token_ms']:.0f} ms" if each["first_token_ms"] is not None else ""
             speed = f"{each['tokens_per_second']['median']:.1f}"
-            cells = [each["name"], speed, *ratios, f"{each['tokens_per_step']:.2f}{ceiling}", same, first]
+            cells = [each["name"].removeprefix("DynaMo: "), speed, *ratios, f"{each['tokens_per_step']:.2f}{ceiling}", same, first]
             lines.append("| " + " | ".join(cells) + " |")
         lines += [f"\nNot raced: {skipped['name']}. {skipped['reason']}" for skipped in done["skipped"]]
     return "\n".join(lines) + "\n"
