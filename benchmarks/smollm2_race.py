@@ -145,7 +145,14 @@ def page(record: dict[str, Any]) -> str:
             ceiling = f" of {each['ceiling']}" if each["ceiling"] not in (None, 1) else ""
             first = f"{each['first_token_ms']:.0f} ms" if each["first_token_ms"] is not None else ""
             speed = f"{each['tokens_per_second']['median']:.1f}"
-            cells = [each["name"].removeprefix("DynaMo: "), speed, *ratios, f"{each['tokens_per_step']:.2f}{ceiling}", same, first]
+            cells = [
+                each["name"].removeprefix("DynaMo: "),
+                speed,
+                *ratios,
+                f"{each['tokens_per_step']:.2f}{ceiling}",
+                same,
+                first,
+            ]
             lines.append("| " + " | ".join(cells) + " |")
         lines += [f"\nNot raced: {skipped['name']}. {skipped['reason']}" for skipped in done["skipped"]]
     return "\n".join(lines) + "\n"
