@@ -129,7 +129,7 @@ def test_other_numbers_are_refused(value):
 
 
 def test_it_does_not_go_with_synthetic_acceptance():
-    with pytest.raises(InputError, match="chains of heads' drafts"):
+    with pytest.raises(InputError, match="chains of drafts by heads"):
         DecodingOptions(4, 3, prompt_lookup_num_tokens=2, synthetic_acceptance=0.5)
 
 
