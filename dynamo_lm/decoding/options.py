@@ -65,7 +65,9 @@ class DecodingOptions:
         if chance is not None and not 0 <= chance <= 1:
             raise InputError(f"synthetic_acceptance is {chance}; give a probability, 0 to 1.")
         if chance is not None and (self.sample or self.off or self.budget or self.tree or self.prompt_lookup_num_tokens):
-            raise InputError('synthetic_acceptance goes with greedy decoding, verify="strict" and chains of drafts by heads.')
+            raise InputError(
+                'synthetic_acceptance goes with greedy decoding, verify="strict" and chains of drafts by heads.'
+            )
 
     @property
     def ceiling(self) -> int:
