@@ -59,7 +59,7 @@ class AnswerOptions:
         "Quality threshold of --verify off, 0 (fastest) to 1 (one token a step). Default: the model's own, else 0.5.",
     ] = None
     prompt_lookup_num_tokens: Annotated[
-        int, typer.Option("--prompt-lookup", metavar="N", help="As in `generate`; it does not change the text.")
+        int, typer.Option("--prompt-lookup", metavar="N", help="As in `generate`; with strict it changes no greedy text.")
     ] = 7
     temperature: Annotated[
         float | None,

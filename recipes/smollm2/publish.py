@@ -26,9 +26,8 @@ BASE = "../../runs/smollm2-135m-instruct"  # seen from the folder that ships
 RESULTS = Path("results/smollm2/tokens_per_step.json")
 
 
-def learned_tokens(run: Path) -> str:
-    """What the run read, from its record."""
-    runs = json.loads((run / "facts.json").read_text(encoding="utf-8"))["runs"]
+def learned_tokens(runs: list[dict[str, Any]]) -> str:
+    """What the heads read, run by run."""
     return ", then on ".join(f"{each['answer_tokens']:,} tokens of answers, {each['epochs']:.1f} times" for each in runs)
 
 
@@ -80,8 +79,8 @@ tokens. With `verify="strict"` the text is the base's own, in fewer forward pass
 (docs/serving-elsewhere.md)."""
 
 
-def card(model: DynaMoForCausalLM, run: Path, folder: Path) -> str:
-    """The model card of the heads in `folder`."""
+def card(model: DynaMoForCausalLM, runs: list[dict[str, Any]], folder: Path) -> str:
+    """The model card of the heads in `folder`; runs: what each one read."""
     sequential = model.config.sequential
     what = (SEQUENTIAL if sequential else PARALLEL).format(
         count=model.num_heads - 1,
@@ -104,7 +103,7 @@ weights they need `allow_base_mismatch=True`, and fewer drafts are accepted.
 
 ## Training
 
-On {learned_tokens(run)}.
+On {learned_tokens(runs)}.
 The base wrote the answers itself, greedily and at temperatures 0.7 and 1. The questions
 are Databricks Dolly's (CC-BY-SA-3.0), passages of public-domain fairy-tale books and templates of this project. No
 benchmark prompt is among them: prompts that share 13 words in a row with one were left out
@@ -153,8 +152,8 @@ def main() -> None:
     config |= {"base_name_or_path": BASE, "base_hub_id": HUB_ID, "base_path": None}
     config["base_config"]["_name_or_path"] = HUB_ID
     write_text(file, json.dumps(config, indent=2) + "\n")
-    write_text(target / "README.md", card(model, run, target))
     facts = json.loads((run / "facts.json").read_text(encoding="utf-8"))
+    write_text(target / "README.md", card(model, facts["runs"], target))
     sources = ["answers of the base itself (recipes.smollm2.answer)"]
     data = {"sources": sources, "training_tokens": sum(each["answer_tokens"] for each in facts["runs"])}
     provenance.write(target, {"data": data, **facts})

@@ -29,10 +29,10 @@ from dynamo_lm.training.trainer import train
 from recipes.smollm2.answer import Turn, records
 
 
-def encoded(turns: list[Turn], longest: int, prompts: bool = False) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, cut at `longest`, and which of them are learned: answers, or `prompts` as well."""
+def encoded(turns: list[Turn], longest: int) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation and which of them are answers, (tokens,) each, cut at `longest`."""
     ids = turns[-1].prompt_ids + turns[-1].answer_ids
-    learned = [prompts] * len(ids)
+    learned = [False] * len(ids)
     for turn in turns:
         start, end = len(turn.prompt_ids), len(turn.prompt_ids) + len(turn.answer_ids)
         if ids[:end] == turn.prompt_ids + turn.answer_ids:  # a template may write earlier turns in another way
@@ -40,12 +40,12 @@ def encoded(turns: list[Turn], longest: int, prompts: bool = False) -> tuple[lis
     return ids[:longest], learned[:longest]
 
 
-def store_of(prompts: Path, answers: Path, tokenizer: Any, folder: Path, longest: int, learn_prompts: bool) -> TokenStore:
+def store_of(prompts: Path, answers: Path, tokenizer: Any, folder: Path, longest: int) -> TokenStore:
     """The token store of these answers."""
 
-    pairs = (encoded(turns, longest, learn_prompts) for turns in records(prompts, answers, tokenizer))
+    pairs = (encoded(turns, longest) for turns in records(prompts, answers, tokenizer))
     documents = ((ids, learned) for ids, learned in pairs if any(learned))
-    inputs = digest([[str(path.resolve()), path.stat().st_size] for path in (prompts, answers)] + [longest, learn_prompts])
+    inputs = digest([[str(path.resolve()), path.stat().st_size] for path in (prompts, answers)] + [longest])
     return build_store(folder, inputs, documents, tokenizer)
 
 
@@ -71,20 +71,12 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=float, default=0.99)
     parser.add_argument("--validate-every", type=int, default=100)
     parser.add_argument("--cache-gb", type=float, default=8.0)
-    parser.add_argument("--learn-prompts", action="store_true", help="learn from prompts, too, not from answers alone")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    store = store_of(
-        arguments.prompts,
-        arguments.answers,
-        tokenizer,
-        arguments.out / "tokens",
-        arguments.block_size,
-        arguments.learn_prompts,
-    )
+    store = store_of(arguments.prompts, arguments.answers, tokenizer, arguments.out / "tokens", arguments.block_size)
     learn, held_out = store.split(0.02, seed=0)
     blocks = WholeBlocks(store, learn, arguments.block_size, seed=0)
     validation = WholeBlocks(store, held_out, arguments.block_size, seed=0, shuffle=False)
