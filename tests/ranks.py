@@ -18,19 +18,24 @@ import time
 from dataclasses import dataclass, field, replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import processes
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.data.packing import Blocks
+from dynamo_lm.data.streaming import StreamedBlocks, TextStream
 from dynamo_lm.training import ranks
 from dynamo_lm.training.options import TrainingOptions
+from dynamo_lm.training.shared_stream import shared_blocks
 from dynamo_lm.training.trainer import train
 
 VOCABULARY, STEPS = 50, 20
@@ -49,6 +54,7 @@ class Run:
     layers: int = 3
     stop_at: int | None = None  # a signal reaches the last rank while this step is reported
     kill_in: str = ""  # the last rank is killed while this checkpoint is written
+    streamed: bool = False  # the text is tokenized while it is trained on
 
 
 RUNS = {
@@ -61,10 +67,13 @@ RUNS = {
     ),
     "eagle3 shards": Run(replace(FROZEN, shard=True), {"head": "eagle3", "num_heads": 3}, layers=7),
     "eagle3": Run(FROZEN, {"head": "eagle3", "num_heads": 3}, layers=7),
+    "streamed": Run(FROZEN, streamed=True),
     "stopped": Run(FULL, stop_at=7),
     "resumed": Run(FULL),
     "stopped shards": Run(replace(FULL, shard=True), stop_at=7),
     "resumed shards": Run(replace(FULL, shard=True)),
+    "any time": Run(replace(FULL, shard=True, checkpoint_every=2)),
+    "any time streamed": Run(replace(FROZEN, checkpoint_every=1), streamed=True),
     "killed": Run(replace(FULL, shard=True, checkpoint_every=5), kill_in="step-00000010"),  # ends the processes
 }
 
@@ -85,6 +94,24 @@ def blocks(seed: int, shuffle: bool = True) -> Blocks:
     return Blocks(store, np.arange(30), 16, seed=seed, shuffle=shuffle)
 
 
+def stream(folder: Path) -> StreamedBlocks:
+    """Blocks of three shards, one of which is empty, of which seven steps are an epoch."""
+    text = folder.parent / "text"
+    vocabulary = {"<unk>": 0, "<eos>": 1, **{f"w{number}": number for number in range(2, VOCABULARY)}}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    if ranks.rank() == 0:
+        text.mkdir(parents=True, exist_ok=True)
+        random = np.random.default_rng(0)
+        for shard, documents in enumerate((12, 0, 18)):
+            words = [random.integers(2, VOCABULARY, size=size).tolist() for size in random.integers(1, 50, size=documents)]
+            lines = [json.dumps({"text": " ".join(f"w{word}" for word in line)}) + "\n" for line in words]
+            (text / f"{shard}.jsonl").write_text("".join(lines))
+    ranks.meet()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+    return shared_blocks(TextStream([str(text)], tokenizer, 5 * 16, seed=0), folder, 16)
+
+
 def killed_in(checkpoint: Path) -> None:
     """Kills this process when the checkpoint is being written."""
     while not checkpoint.with_name(f".writing-{checkpoint.name}").exists():
@@ -92,10 +119,16 @@ def killed_in(checkpoint: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def carry_out(run: Run, folder: Path) -> dict[str, list[float]]:
-    """Train in `folder`; returns the trained weights, flat, by name."""
+def carry_out(run: Run, folder: Path, kill: tuple[int, int, float] | None = None) -> dict[str, list[float]]:
+    """Train in `folder`; returns the trained weights, flat, by name.
+
+    Args:
+        kill: a rank, a step, and how many seconds after that step the rank is killed.
+    """
 
     def report(progress) -> None:
+        if kill is not None and (ranks.rank(), progress.step) == kill[:2]:
+            Timer(kill[2], os.kill, [os.getpid(), signal.SIGKILL]).start()
         if progress.step == run.stop_at and ranks.rank() == ranks.size() - 1:
             signal.raise_signal(signal.SIGTERM)
 
@@ -104,16 +137,21 @@ def carry_out(run: Run, folder: Path) -> dict[str, list[float]]:
     own_base = copy.deepcopy(base(run.layers))
     torch.manual_seed(1)
     model = DynaMoForCausalLM.from_base(own_base, **run.heads)
-    train(model, blocks(0), blocks(1, shuffle=False), run.options, folder, report=report)
+    train(model, stream(folder) if run.streamed else blocks(0), blocks(1, shuffle=False), run.options, folder, report=report)
     return {name: p.flatten().tolist() for name, p in model.named_parameters()}
 
 
-def start(folder: Path, *runs: str, count: int = 2) -> list[ForkServerProcess]:
-    """Starts so many ranks that carry out these runs one after the other, each in a folder of its name."""
+def start(folder: Path, *runs: str, count: int = 2, kill: tuple[int, int, float] | None = None) -> list[ForkServerProcess]:
+    """Starts so many ranks that carry out these runs one after the other, each in a folder of its name.
+
+    Args:
+        kill: as `carry_out` takes it, in the last run.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    where = {"KILL": json.dumps(kill)} if kill else {}
+    where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     return [
         processes.start(
             main, str(folder), *runs, stdout=folder / f"stdout-{rank}", stderr=folder / f"stderr-{rank}",
@@ -130,7 +168,8 @@ def main(where: str, *names: str) -> None:
     with ranks.process_group(torch.device("cpu"), 1):
         for name in names:
             try:
-                weights = carry_out(RUNS[name], folder / name)
+                kill = json.loads(os.environ.get("KILL", "null")) if name == names[-1] else None
+                weights = carry_out(RUNS[name], folder / name, kill and tuple(kill))
             except KeyboardInterrupt:
                 continue
             (folder / f"{name}-{ranks.rank()}.json").write_text(json.dumps(weights))

@@ -10,7 +10,9 @@ import typer
 
 from dynamo_lm.cli.progress import duration
 from dynamo_lm.cli.training_options import RunOptions
-from dynamo_lm.cli.training_run import Run, Text
+from dynamo_lm.cli.training_run import Run
+from dynamo_lm.cli.training_text import Text
+from dynamo_lm.data.packing import Blocks
 from dynamo_lm.devices import free_memory
 from dynamo_lm.model.loading import print_json
 from dynamo_lm.training.memory_estimate import GPU_SHARE, memory, parameters
@@ -39,11 +41,11 @@ def describe(run: Run, text: Text | None, output: RunOptions) -> None:
             "seconds": seconds,
         }
     if text is not None:
-        facts |= {"documents": len(text.store), **text.sizes()}
+        facts |= {"documents": text.identity["documents"], **text.sizes()}
         if output.plan is None:
             facts["seconds_per_step"] = _measure_step(run, text, facts["memory_bytes_estimate"]["total"])
     if output.json:
-        print_json(facts | ({} if text is None else text.store.facts))
+        print_json(facts | ({} if text is None else text.facts))
     else:
         _print_description(run.base, facts)
 
@@ -56,6 +58,7 @@ def _measure_step(run: Run, text: Text, needed: int) -> float | None:
     tokens = measured_rows(run.device, run.options) * run.block_size
     typer.echo(f"dynamo-lm: measuring a forward and backward pass of {tokens:,} tokens.", err=True)
     torch.manual_seed(run.options.seed)
+    assert isinstance(text.blocks, Blocks)
     return seconds_per_step(run.model_of(run.device), text.blocks, run.options)
 
 

@@ -159,8 +159,10 @@ def finetune(
     """
     from dynamo_lm.cli.conversations import account
     from dynamo_lm.cli.dry_run import describe
-    from dynamo_lm.cli.training_run import Run, carry_out, load_table, read_text
+    from dynamo_lm.cli.training_run import Run, carry_out, load_table
+    from dynamo_lm.cli.training_text import read_text
     from dynamo_lm.data.chat_template import chat_template
+    from dynamo_lm.data.packing import Blocks
     from dynamo_lm.data.tokenize_chat import tokenize_conversations
     from dynamo_lm.model.loading import open_config, resolve
     from dynamo_lm.model.presets import PAPER
@@ -228,7 +230,8 @@ def finetune(
             if lora is not None:
                 lora.merge()
             if model.num_heads > 1 and (heads.count or (heads.count is None and model.cooccurrence is not None)):
-                add_answers(model, corpus.store, corpus.blocks.documents, heads.count_weight)
+                assert isinstance(corpus.blocks, Blocks)
+                add_answers(model, corpus.blocks.store, corpus.blocks.documents, heads.count_weight)
 
         carry_out(context, run, model, tokenizer, corpus, output, finish=finish, try_it="dynamo-lm chat {}")
 

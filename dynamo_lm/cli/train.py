@@ -24,6 +24,22 @@ PAPER_BLOCK = 2048  # method.md section 2
 @dataclass(frozen=True, kw_only=True)
 class TrainTextOptions(TextOptions):
     text_field: Annotated[str | None, 'Field of JSON or Parquet that holds the text. Default: "text".'] = None
+    streaming: Annotated[
+        bool,
+        "Tokenize the text while training reads it, not before the first step. Needs --steps; epochs follow each other.",
+    ] = False
+    look_ahead: Annotated[int, "With --streaming: tokens that are read ahead, and shuffled among each other."] = 2**22
+
+    def __post_init__(self) -> None:
+        if self.look_ahead < 1:
+            raise InputError(f"--look-ahead is {self.look_ahead}; give the number of tokens to read ahead, 1 or more.")
+
+    def check_stream(self, steps: int | None, dry_run: bool) -> None:
+        """Raises InputError for options that need to know the whole text."""
+        if self.streaming and dry_run:
+            raise InputError("A dry run with --data measures the whole text; leave --streaming out, or --dry-run.")
+        if self.streaming and steps is None:
+            raise InputError("A stream does not tell how long it is; give --steps with --streaming.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +122,8 @@ def train(
     Ctrl-C stops it; the same command resumes.
     """
     from dynamo_lm.cli.dry_run import describe
-    from dynamo_lm.cli.training_run import Run, carry_out, load_table, read_text
+    from dynamo_lm.cli.training_run import Run, carry_out, load_table
+    from dynamo_lm.cli.training_text import read_stream, read_text
     from dynamo_lm.data.token_store import tokenize
     from dynamo_lm.model.loading import open_config, resolve
     from dynamo_lm.model.presets import PAPER, PRESETS
@@ -114,6 +131,9 @@ def train(
     with output.ranks():
         # 1. Validate arguments. The shape of a preset is known, so a dry run of one needs no hub.
         output.check_text(text.data)
+        text.check_stream(length.steps, output.dry_run)
+        if text.streaming and output.feature_cache is not None:
+            raise InputError("--feature-cache keeps blocks that come again, which those of a stream do not; leave it out.")
         preset = PRESETS.get(base)
         name = resolve(preset.base if preset else base)
         config = preset.base_config(PAPER_BLOCK) if preset and output.dry_run else open_config(name)
@@ -139,8 +159,14 @@ def train(
         if text.data:
             tokenizer = run.open_tokenizer(text.tokenizer)
             table = load_table(heads.tables, tokenizer, run.vocab_size)
-            read = partial(tokenize, tokenizer=tokenizer, text_field=text.text_field)
-            corpus = read_text(text.data, text, read, output.out or scratch_folder(), run)
+            folder = output.out or scratch_folder()
+            if text.streaming:
+                corpus = read_stream(
+                    text.data, text, tokenizer, folder, run, look_ahead=text.look_ahead, text_field=text.text_field
+                )
+            else:
+                read = partial(tokenize, tokenizer=tokenizer, text_field=text.text_field)
+                corpus = read_text(text.data, text, read, folder, run)
             run = run.of(corpus)
 
         # 3. Train.

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import typer
 
 from dynamo_lm.backbone.token_limits import context_limit
-from dynamo_lm.cli.progress import tokenizing, training
-from dynamo_lm.cli.training_options import Defaults, LearningOptions, LengthOptions, RunOptions, TextOptions
+from dynamo_lm.cli.progress import training
+from dynamo_lm.cli.training_options import Defaults, LearningOptions, LengthOptions, RunOptions
+from dynamo_lm.cli.training_text import Text
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.data.draft_tokens import draft_tokens
-from dynamo_lm.data.packing import Blocks, WholeBlocks
-from dynamo_lm.data.token_store import TokenStore
+from dynamo_lm.data.packing import Blocks
 from dynamo_lm.devices import device_memory
 from dynamo_lm.errors import InputError
 from dynamo_lm.jsonl_cache import JsonlLog
@@ -36,21 +35,6 @@ from dynamo_lm.training.trainer import train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-
-@dataclass(frozen=True)
-class Text:
-    """What is trained on, and what is measured on."""
-
-    store: TokenStore
-    blocks: Blocks
-    validation: Blocks | None
-    facts: dict[str, Any] = field(default_factory=dict)  # for the record: where it comes from
-
-    def sizes(self) -> dict[str, int]:
-        """Tokens to train on and to measure on."""
-        validation_tokens = self.validation.total if self.validation else 0
-        return {"training_tokens": self.blocks.total, "validation_tokens": validation_tokens}
 
 
 @dataclass(frozen=True)
@@ -147,6 +131,7 @@ class Run:
         """The run with as many steps as it takes to read `text` for its epochs, unless their number was given."""
         if self.steps is not None:
             return self
+        assert isinstance(text.blocks, Blocks)
         steps = max(1, round(self.epochs * text.blocks.num_blocks() / self.options.batch_size))
         return replace(self, steps=steps, options=replace(self.options, steps=steps))
 
@@ -245,57 +230,6 @@ def block_length(given: int | None, usual: int, config: PreTrainedConfig) -> int
     return length
 
 
-def read_text(
-    sources: list[str],
-    options: TextOptions,
-    tokenize: Callable[..., TokenStore],
-    folder: Path,
-    run: Run,
-    *,
-    account: Callable[[TokenStore], None] = lambda store: None,
-    **facts: Any,
-) -> Text:
-    """Tokenize `sources`, and hold out a part unless there is a text to measure on; conversations stay whole.
-
-    Where there are several ranks the first tokenizes and the others open what it wrote.
-
-    Args:
-        tokenize: takes sources, folder=.., progress=...
-        folder: where the tokens are kept.
-        account: called with the tokens of `sources` before they are split.
-        facts: for the record.
-
-    Raises:
-        InputError: too little text.
-    """
-    held_out = None
-    with ranks.first_rank_first("tokens"), tokenizing() as progress:
-        store = tokenize(sources, folder=folder / "tokens", progress=progress)
-        if options.validation:
-            held_out = tokenize(options.validation, folder=folder / "validation", progress=progress)
-    account(store)
-    seed = run.options.seed
-    kind, documents = (Blocks, "documents") if store.responses is None else (WholeBlocks, "conversations")
-    ids, validation_ids = store.split(0.0 if held_out is not None else options.validation_fraction, seed)
-    facts = {
-        "sources": options.data,
-        "validation_sources": options.validation or f"{options.validation_fraction:g} of the {documents}, seed {seed}",
-        **facts,
-        **store.facts,
-    }
-    blocks, validation = kind(store, ids, run.block_size, seed=seed), None
-    if held_out is not None:
-        validation_ids = np.arange(len(held_out))
-    if len(validation_ids) > 0:
-        try:
-            validation = kind(held_out or store, validation_ids, run.block_size, seed=seed, shuffle=False)
-        except InputError as error:
-            raise InputError(
-                f"There is too little text to measure on (--validation-fraction 0 does without). {error}"
-            ) from error
-    return Text(store, blocks, validation, facts)
-
-
 def load_table(path: str | None, tokenizer: Any, vocab_size: int) -> Cooccurrence | None:
     """The table of --tables.
 
@@ -336,20 +270,14 @@ def carry_out(
     features = None
     if output.feature_cache is not None:
         limit = int(output.feature_cache * 1e9)
+        assert isinstance(text.blocks, Blocks)
         features = FeatureCache(out / "features", model, text.blocks, limit_bytes=limit, bf16=run.options.bf16)
     # 1. The record of the run, or that of the one that is resumed; the first rank keeps it.
     record = provenance.begin(
         context.obj or [],
         base={"name": run.base, "fingerprint": model.config.base_fingerprint},
         model={key: getattr(model.config, key) for key in provenance.IDENTITY["model"]},
-        data=text.facts
-        | {
-            "fingerprint": text.store.fingerprint,
-            "tokenizer": text.store.tokenizer,
-            "documents": len(text.store),
-            **text.sizes(),
-            "block_size": run.block_size,
-        },
+        data={**text.facts, **text.identity, **text.sizes(), "block_size": run.block_size},
         options=asdict(run.options)
         | {"attention": run.attention, "device": run.device.type, "lora_rank": run.lora_rank}
         | {"ranks": ranks.size()},

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,19 @@ from dynamo_lm.data.token_store import TokenStore
 from dynamo_lm.errors import InputError
 
 IGNORED = -100  # the label that torch's cross-entropy skips
+
+
+class TrainingBlocks(Protocol):
+    """What training needs of its blocks."""
+
+    block_size: int
+
+    def prepare(self, numbers: range) -> None:
+        """Make the blocks of these numbers ready for `rows`; every rank calls it with the same numbers."""
+
+    def rows(self, numbers: Iterable[int]) -> dict[str, Tensor]: ...
+
+    def learned_counts(self, vocab_size: int) -> Tensor: ...
 
 
 class _Epoch(NamedTuple):
@@ -92,6 +105,9 @@ class Blocks:
                 filled, segment = filled + size, segment + 1
             piece += 1
         return tokens, segments, positions
+
+    def prepare(self, numbers: range) -> None:
+        """Nothing: all blocks are on disk."""
 
     def learned_counts(self, vocab_size: int) -> Tensor:
         """How often each token is a target, (vocab_size,) int64: in responses where there are any, else everywhere."""

@@ -1,6 +1,7 @@
 """Files, folders and data sets in, texts and records out, one at a time.
 
-`documents` gives the text of each record, `records` the record itself. Knows no tokens.
+`documents` gives the text of each record, `records` the record itself, `shards` the parts that can be read by themselves.
+Knows no tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -32,7 +35,41 @@ def documents(source: str, *, text_field: str | None = None) -> Iterator[str]:
     the only string field, as the first object of each file has it.
     """
     paths = files(source)  # outside the generator, so that a wrong path is reported at once
-    return _non_empty(source, _hub_texts(source, text_field) if paths is None else _read_all(paths, text_field))
+    return _non_empty(source, _texts(_hub_rows(source), text_field) if paths is None else _read_all(paths, text_field))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a source: a file, or one of the files of a data set on the hub."""
+
+    source: str
+    file: Path | None = None  # None: of a data set
+    number: int = 0  # of a data set's files
+    of: int = 1
+
+    def texts(self, text_field: str | None = None, start: int = 0) -> Iterator[str]:
+        """The texts of its records in order, from record `start` on; those of the records before it are read, too.
+
+        Unlike `documents`, this gives empty texts, so that records keep their numbers.
+        """
+        texts = (
+            _read_all([self.file], text_field) if self.file is not None else _texts(_hub_rows(self.source, self), text_field)
+        )
+        return islice(texts, start, None)
+
+
+def shards(source: str) -> list[Shard]:
+    """The shards of `source`, in the order in which `documents` reads them.
+
+    Raises:
+        InputError: nothing to read there.
+    """
+    paths = files(source)
+    if paths is not None:
+        return [Shard(source, path) for path in paths]
+    with _hub_errors(source):
+        count = _open_hub(source).num_shards
+    return [Shard(source, None, number, count) for number in range(count)]
 
 
 def records(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -245,17 +282,27 @@ def _parquet_batches(
             raise InputError(f"{file} is damaged after row {rows}: {first_line(error)}.") from error
 
 
-def _hub_texts(source: str, text_field: str | None) -> Iterator[str]:
-    return _texts(_hub_rows(source), text_field)
-
-
-def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    datasets = _extra("datasets")
-    name, _, split = source.partition(":")
-    try:
-        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+def _hub_rows(source: str, shard: Shard | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, record) of a data set or of one of its shards."""
+    part = "" if shard is None else f", file {shard.number + 1} of {shard.of}"
+    with _hub_errors(source):
+        rows = _open_hub(source)
+        if shard is not None:
+            rows = rows.shard(shard.of, shard.number)
         for number, row in enumerate(rows, 1):
-            yield f"{source}, row {number}", dict(row)
+            yield f"{source}{part}, row {number}", dict(row)
+
+
+def _open_hub(source: str) -> Any:
+    name, _, split = source.partition(":")
+    return _extra("datasets").load_dataset(name, split=split or "train", streaming=True)
+
+
+@contextmanager
+def _hub_errors(source: str) -> Iterator[None]:
+    datasets = _extra("datasets")
+    try:
+        yield
     except InputError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

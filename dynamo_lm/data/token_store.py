@@ -59,7 +59,7 @@ class TokenStore:
             self.facts = dict(about.get("facts", {}))
             tokens, offsets, responses = _store_files(self.folder, self.inputs)
             self.offsets = np.load(offsets, allow_pickle=False)
-            self.tokens = np.memmap(tokens, dtype=_dtype(self.vocab_size), mode="r")
+            self.tokens = np.memmap(tokens, dtype=token_dtype(self.vocab_size), mode="r")
             self.responses = np.memmap(responses, dtype=np.bool_, mode="r") if about.get("responses") else None
             if self.responses is not None and len(self.responses) != len(self.tokens):
                 raise ValueError("responses and tokens disagree")
@@ -127,8 +127,7 @@ def tokenize(
     """
     sources = [sources] if isinstance(sources, str) else list(map(str, sources))
     folder = Path(folder)
-    if tokenizer.eos_token_id is None:
-        raise InputError("The tokenizer has no end-of-text token, which marks where documents end; set its eos_token.")
+    check_end_token(tokenizer)
     if limit_tokens is not None and limit_tokens < 1:
         raise InputError(f"The token limit must be at least 1, not {limit_tokens}.")
     inputs = digest(
@@ -136,7 +135,7 @@ def tokenize(
         | {"limit_tokens": limit_tokens, "eos": tokenizer.eos_token_id, "format": FORMAT}
     )
     texts = chain.from_iterable(documents(source, text_field=text_field) for source in sources)
-    rows = ((ids, None) for ids in _tokenized(texts, tokenizer))
+    rows = ((ids, None) for ids in token_ids(texts, tokenizer))
     return build_store(folder, inputs, rows, tokenizer, limit_tokens=limit_tokens, progress=progress)
 
 
@@ -164,6 +163,12 @@ def build_store(
             return store
         _build(folder, inputs, documents, tokenizer, facts, limit_tokens, progress)
     return TokenStore(folder)
+
+
+def check_end_token(tokenizer: Any) -> None:
+    """Raises InputError for a tokenizer that cannot mark where a document ends."""
+    if tokenizer.eos_token_id is None:
+        raise InputError("The tokenizer has no end-of-text token, which marks where documents end; set its eos_token.")
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -204,12 +209,13 @@ def _store_files(folder: Path, inputs: str) -> tuple[Path, Path, Path]:
     return folder / f"tokens-{name}.bin", folder / f"offsets-{name}.npy", folder / f"responses-{name}.bin"
 
 
-def _dtype(vocab_size: int) -> np.dtype:
+def token_dtype(vocab_size: int) -> np.dtype:
+    """What token ids are kept as: two bytes where the vocabulary fits, else four."""
     return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
 
 
-def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    """The ids of each text, ending in the end-of-text token whether or not the tokenizer adds it."""
+def token_ids(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+    """The ids of each text, ending in the end-of-text token whether or not the tokenizer adds it; reads ahead by a batch."""
     for batch in _batched(texts):
         rows = tokenizer(batch, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
         for ids in rows:
@@ -247,7 +253,9 @@ def _build(
         # 1. The tokens, document by document.
         with _writing(folder), open(tokens_file, "wb") as file, open(responses_file, "wb") as responses:
             for ids, learned in documents:
-                row = np.array(ids, dtype=_dtype(vocab_size))[: None if limit_tokens is None else limit_tokens - ends[-1]]
+                row = np.array(ids, dtype=token_dtype(vocab_size))[
+                    : None if limit_tokens is None else limit_tokens - ends[-1]
+                ]
                 file.write(row.data)
                 sha.update(row.data)
                 if learned is not None:

@@ -33,13 +33,14 @@ IDENTITY = {  # in what a resumed run must agree with the one it resumes; the tr
         "residual_block",
         "coupling_rank",
     ),
-    "data": ("fingerprint", "tokenizer", "training_tokens", "validation_tokens", "block_size"),
+    "data": ("look_ahead", "fingerprint", "tokenizer", "training_tokens", "validation_tokens", "block_size"),
 }
 BEFORE = {  # values for records that are older than these keys
     "residual_block": False,
     "coupling_rank": 0,
     "head": "parallel",
     "draft_vocab_size": 0,
+    "look_ahead": None,
 }
 
 

@@ -7,7 +7,7 @@ ranks do together. With one process every function here returns what it was give
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -164,6 +164,26 @@ def of_first(value: Any) -> Any:
     holder = [value]
     dist.broadcast_object_list(holder, 0)
     return holder[0]
+
+
+def made_by_first(make: Callable[[], Any]) -> Any:
+    """What the first rank makes, which can be pickled, on every rank.
+
+    Raises:
+        InputError: the first rank's, on every rank.
+    """
+    if size() == 1:
+        return make()
+    result: Any = None
+    if rank() == 0:
+        try:
+            result = make()
+        except InputError as error:
+            result = error
+    result = of_first(result)
+    if isinstance(result, InputError):
+        raise result
+    return result
 
 
 def meet() -> None:

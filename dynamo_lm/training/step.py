@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from dynamo_lm.backbone.base_model import checkpoint_activations
-from dynamo_lm.data.packing import Blocks
+from dynamo_lm.data.packing import TrainingBlocks
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.training import ranks
@@ -71,7 +71,11 @@ class Optimization:
     """
 
     def __init__(
-        self, model: DynaMoForCausalLM, blocks: Blocks, options: TrainingOptions, features: FeatureCache | None = None
+        self,
+        model: DynaMoForCausalLM,
+        blocks: TrainingBlocks,
+        options: TrainingOptions,
+        features: FeatureCache | None = None,
     ):
         """Freezes what does not train.
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dynamo_lm.data.packing import Blocks
+from dynamo_lm.data.packing import Blocks, TrainingBlocks
 from dynamo_lm.errors import InputError
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.training import ranks
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 def train(
     model: DynaMoForCausalLM,
-    blocks: Blocks,
+    blocks: TrainingBlocks,
     validation: Blocks | None,
     options: TrainingOptions,
     folder: Path,
@@ -93,6 +93,7 @@ def train(
         report_part(start)
         for step in range(start, options.steps):
             began = time.perf_counter()
+            blocks.prepare(range(step * options.batch_size, (step + 1) * options.batch_size))
             batch, random = blocks.rows(step_blocks(step, options)), random_state(training.device)
             ranks.seed_step(options.seed, step)
             try:

@@ -23,6 +23,8 @@ from dynamo_lm.model.modeling import DynaMoForCausalLM
 from dynamo_lm.training import ranks
 from dynamo_lm.training.loss import CHUNK, coupled_logits, packed_hidden
 
+BLOCKS = 64  # of held-out text that are measured on, at most
+
 
 def scored_positions(tokens: Tensor, segments: Tensor, num_heads: int, responses: Tensor | None = None) -> Tensor:
     """Where every head has a target: bool (batch, length)."""
@@ -215,7 +217,9 @@ def measure(
         raise InputError("The validation text has no document with as many tokens as the model has heads.")
 
 
-def perplexities(model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, bf16: bool, limit: int = 64) -> Perplexities:
+def perplexities(
+    model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, bf16: bool, limit: int = BLOCKS
+) -> Perplexities:
     """PPL_1..PPL_n and PPL_1:1..PPL_1:n on the first `limit` blocks, and PPL_i|i-1 of a model with a coupling.
 
     Comparable between models with the same tokenizer, heads and blocks.
@@ -226,7 +230,7 @@ def perplexities(model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, b
 
 
 def validate(
-    model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, bf16: bool, limit: int = 64
+    model: DynaMoForCausalLM, blocks: Blocks, *, batch_size: int, bf16: bool, limit: int = BLOCKS
 ) -> tuple[Perplexities, Acceptance | None]:
     """Both over the same forwards; acceptance needs more than one head.
 
