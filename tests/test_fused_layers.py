@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 from architectures import random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, LlamaModel, Qwen2Config, Qwen3Config
 
 from dynamo_lm import DynaMoForCausalLM
-from dynamo_lm.backbone.base_model import decoder_layers
+from dynamo_lm.backbone.base_model import captured_inputs, decoder_layers
 from dynamo_lm.backbone.eagle3_layer import DraftCache, Eagle3Layer
 from dynamo_lm.backbone.stacked_heads import StackedHeads
+from dynamo_lm.decoding import fused_body, fused_layers
+from dynamo_lm.decoding.fused_body import FusedBody
 from dynamo_lm.decoding.fused_layers import FusedDraftLayer, FusedLayer, kernel_of
 from dynamo_lm.decoding.kv_cache import RaggedKVCache, StaticKVCache
 from dynamo_lm.kernels import loader
@@ -42,7 +45,7 @@ def model_of(kind: str, dtype: torch.dtype, weights: str | None, kv_heads: int =
     """Two layers and three heads of such a base, with weights large enough for every part to matter."""
     config_class, extra = KINDS[kind]
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": kv_heads}
-    config = config_class(vocab_size=96, num_hidden_layers=2, **(sizes | extra | changes))
+    config = config_class(vocab_size=96, **(sizes | {"num_hidden_layers": 2} | extra | changes))
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
@@ -141,6 +144,48 @@ def test_all_layers_and_heads_of_these_forms_are_fused(kind):
     assert isinstance(twin.last_layer, StackedHeads) and layers[1].layer is twin.last_layer
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(list(KINDS)), st.sampled_from(WEIGHTS), st.sets(st.integers(0, 4)), st.integers(1, 3), st.data())
+def test_layers_in_one_call_are_the_layers_one_by_one(kind, weights, watched, num_heads, data):
+    """Bit for bit, for sequences of any lengths, and whichever layers somebody watches: these are called themselves."""
+    slots, wide = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    kept = data.draw(st.lists(st.lists(st.integers(0, wide), min_size=slots, max_size=slots), min_size=1, max_size=4))
+    twin = model_of(kind, *weights, num_hidden_layers=5).optimize_for_inference(num_heads)
+    assert isinstance(twin.body, FusedBody)
+    plain = copy.copy(twin.body)
+    plain.__class__ = type(twin.body).__mro__[2]
+    watching = [decoder_layers(twin.base)[i] for i in sorted(watched)]
+    tokens, runs = random_tokens(slots, wide * len(kept)), []
+    for body in (twin.body, plain):
+        cache, given = RaggedKVCache(twin.cache_entries, slots), []
+        with captured_inputs(watching if body is twin.body else list(decoder_layers(twin.base))) as states:
+            for part, keep in zip(tokens.split(wide, 1), kept, strict=True):
+                positions = cache.reserve(wide)
+                mask = torch.arange(cache.end) <= positions[:, None, :, None]
+                with torch.inference_mode():
+                    how = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+                    given.append(body(input_ids=part, **how).last_hidden_state)
+                cache.commit(torch.tensor(keep))
+        runs.append((torch.cat(given, 1), states))
+    assert torch.equal(runs[0][0], runs[1][0])
+    for some, every in zip(*(states for _, states in runs), strict=bool(watched)):
+        assert torch.equal(some, torch.cat([every.split(64, -1)[i] for i in sorted(watched)], -1))
+
+
+class Louder(LlamaModel):
+    """A body that computes something between its embedding and its layers."""
+
+    def forward(self, input_ids=None, **kwargs):
+        return super().forward(inputs_embeds=2 * self.embed_tokens(input_ids), **kwargs)
+
+
+def test_a_body_that_computes_more_is_left_alone():
+    model = model_of("llama", torch.float32, None)
+    model.base.model.__class__ = Louder
+    twin = model.optimize_for_inference(3)
+    assert not isinstance(twin.body, FusedBody) and isinstance(decoder_layers(twin.base)[0], FusedLayer)
+
+
 def test_what_computes_otherwise_is_left_alone():
     """A factor on what a layer adds, a width that is no multiple of 16, another attention function, a hook."""
     granite = AutoModelForCausalLM.from_config(
@@ -156,10 +201,11 @@ def test_what_computes_otherwise_is_left_alone():
     assert isinstance(decoder_layers(hooked.optimize_for_inference(1).base)[1], FusedLayer)
 
 
-def test_a_long_prompt_and_gradients_go_through_the_layers_own_code():
+def test_a_long_prompt_and_gradients_go_through_the_layers_own_code(monkeypatch):
     twin = model_of("llama", torch.float32, None).optimize_for_inference(1)
-    plain, layer = twin.optimize_for_inference(1, fuse=False), decoder_layers(twin.base)[0]
-    layer.kernels[0]._function = None  # the kernel would fail
+    plain = twin.optimize_for_inference(1, fuse=False)
+    monkeypatch.setattr(fused_layers, "run_layers", None)  # the kernel would fail
+    monkeypatch.setattr(fused_body, "run_layers", None)
     for tokens in (random_tokens(1, 65), random_tokens(5, 13)):
         cache = RaggedKVCache(twin.cache_entries, len(tokens))
         positions = cache.reserve(tokens.shape[1])

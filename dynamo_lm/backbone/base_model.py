@@ -57,10 +57,10 @@ def copy_attributes(target: nn.Module, layer: nn.Module) -> None:
 
 
 @contextmanager
-def captured_inputs(base: PreTrainedModel, layers: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Yields a list that receives the inputs of these decoder layers, side by side, at each forward of the base.
+def captured_inputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Yields a list that receives the inputs of these decoder layers, side by side, at each forward of their base.
 
-    layers: ascending; each forward appends (batch, length, hidden * len(layers)).
+    layers: in their order; each forward appends (batch, length, hidden * len(layers)).
     """
     captured: list[Tensor] = []
     parts: list[Tensor] = []
@@ -71,10 +71,9 @@ def captured_inputs(base: PreTrainedModel, layers: Sequence[int]) -> Iterator[li
             captured.append(torch.cat(parts, -1))
             parts.clear()
 
-    every = decoder_layers(base)
     with ExitStack() as hooks:
-        for index in layers:
-            hooks.enter_context(every[index].register_forward_pre_hook(keep, with_kwargs=True))
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(keep, with_kwargs=True))
         yield captured
 
 

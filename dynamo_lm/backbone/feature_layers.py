@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
-from torch import Tensor
+from torch import nn
 from transformers import PreTrainedModel
 
-from dynamo_lm.backbone.base_model import captured_inputs, decoder_layers
+from dynamo_lm.backbone.base_model import decoder_layers
 from dynamo_lm.errors import InputError
 
 LEAST_LAYERS = 7  # with fewer two of the three layers coincide, and readers count a layer once
@@ -27,6 +25,7 @@ def feature_layers(num_layers: int) -> tuple[int, int, int]:
     return 2, num_layers // 2, num_layers - 3
 
 
-def captured_features(base: PreTrainedModel) -> AbstractContextManager[list[Tensor]]:
-    """A context whose list receives the features of each forward of the base, (batch, length, 3 hidden)."""
-    return captured_inputs(base, feature_layers(len(decoder_layers(base))))
+def read_layers(base: PreTrainedModel) -> list[nn.Module]:
+    """These layers of a base, whose inputs side by side are the features, (batch, length, 3 hidden)."""
+    layers = decoder_layers(base)
+    return [layers[index] for index in feature_layers(len(layers))]

@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dynamo_lm.backbone.feature_layers import captured_features
+from dynamo_lm.backbone.base_model import captured_inputs
 from dynamo_lm.backbone.rope_limits import length_limit
 from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.decoding.candidates import Candidates
@@ -251,8 +250,7 @@ class Batch:
         drafted, pays, looked_up = sequences[0].drafted, sequences[0].drafting_pays, sequences[0].looked_up
 
         # 1. Prefill or decode: one forward over the prompts, or over what every sequence emitted (or drafted) last.
-        watching: Any = captured_features(self.model.base) if self._drafter.head is not None else nullcontext()
-        with watching as features:
+        with captured_inputs(self._drafter.read_layers) as features:
             hidden = self._forward(sequences, cache, slots, first)
         candidates = Candidates(self.model, sequences, hidden, self._draft_vocabulary, self._embedding)
         scores = LogProbs(candidates.logits)

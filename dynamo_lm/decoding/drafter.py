@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dynamo_lm.backbone.feature_layers import read_layers
 from dynamo_lm.decoding.draft_tree import grow
 from dynamo_lm.decoding.draft_vocabulary import DraftVocabulary
 from dynamo_lm.decoding.model_runner import ModelRunner
@@ -27,6 +28,7 @@ class Drafter:
 
     Attributes:
         head: the drafting side of a sequential head; None: heads are parallel, or not in use.
+        read_layers: the base's layers whose inputs such a head reads.
     """
 
     def __init__(self, runner: ModelRunner, num_heads: int, listed: DraftVocabulary | None):
@@ -34,6 +36,7 @@ class Drafter:
         self.runner, self.model = runner, runner.model
         sequential = is_sequential(self.model) and num_heads > 1
         self.head = SequentialDrafter(self.model, listed) if sequential else None
+        self.read_layers = read_layers(self.model.base) if sequential else []
 
     def keep_unread(
         self, sequence: SequenceState, features: Tensor, emitted: list[int], path: list[int], first: bool

@@ -18,7 +18,7 @@ from dynamo_lm.backbone.eagle3_layer import DraftCache, Eagle3Layer
 from dynamo_lm.backbone.stacked_heads import has_hooks, settings
 from dynamo_lm.decoding.kv_cache import RaggedKVCache
 from dynamo_lm.kernels.attention import MAX_QUERIES, uses_kernel
-from dynamo_lm.kernels.decoder_layer import LayerKernel, LayerParts
+from dynamo_lm.kernels.decoder_layer import LayerKernel, LayerParts, run_layers
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 HEAD_NORMS = {"q_norm", "k_norm"}
@@ -42,18 +42,23 @@ class FusedLayer(nn.Module):
         cache: Any = kwargs.get("past_key_values", kwargs.get("cache"))
         mask: Any = kwargs.get("attention_mask")
         turns: Any = kwargs.get("position_embeddings")
-        if args or not self._fits(hidden_states, cache, mask, turns):
+        if args or not self.fits(hidden_states, cache, mask, turns):
             return self.layer(hidden_states, *args, **kwargs)
-        slots, first = hidden_states.shape[0], self.kernels[0]
-        shape = (slots * len(self.kernels), first.kv_heads, 0, first.width)
-        keys, values = cache.room(self.index, hidden_states.new_empty(shape))
+        slots = hidden_states.shape[0]
+        keys, values = self.room(hidden_states, cache)
         results = []
         for i, kernel in enumerate(self.kernels):
             part = slice(i * slots, (i + 1) * slots)
-            results.append(kernel(hidden_states, turns, mask, cache.lengths, keys[part], values[part]))
+            results.append(run_layers([kernel], hidden_states, turns, mask, cache.lengths, [(keys[part], values[part])]))
         return results[0] if len(results) == 1 else torch.cat(results)
 
-    def _fits(self, hidden: Tensor, cache: Any, mask: Any, turns: Any) -> bool:
+    def room(self, hidden: Tensor, cache: RaggedKVCache) -> tuple[Tensor, Tensor]:
+        """Keys and values of the layer with room for the write in progress; hidden: (slots, tokens, hidden)."""
+        first = self.kernels[0]
+        return cache.room(self.index, (hidden.shape[0] * len(self.kernels), first.kv_heads, 0, first.width), hidden)
+
+    def fits(self, hidden: Tensor, cache: Any, mask: Any, turns: Any) -> bool:
+        """Whether the kernel computes a step of such a call: its states, cache, mask and rotary positions."""
         return (
             isinstance(cache, RaggedKVCache)
             and isinstance(mask, Tensor)
@@ -102,13 +107,13 @@ class FusedDraftLayer(nn.Module):
         held, new, kernel = cache.length, state.shape[1], self.kernel
         if new > min(MAX_QUERIES, kernel.max_rows) or not state.dtype == embedding.dtype == kernel.dtype:
             return self.layer.advance(state, embedding, cache)
-        keys, values = cache.room(new, state.new_empty((1, kernel.kv_heads, 0, kernel.width)))
+        entry = cache.room(new, state.new_empty((1, kernel.kv_heads, 0, kernel.width)))
         places = torch.arange(held, held + new)
         cosine, sine = self.layer.turns(places[None], state)
         mask = torch.arange(held + new) <= places[None, None, :, None]
         cache.length = held + new
         turns = cosine[:, 0], sine[:, 0]
-        return kernel(state, turns, mask, torch.tensor([held]), keys, values, embedding.contiguous())
+        return run_layers([kernel], state, turns, mask, torch.tensor([held]), [entry], embedding.contiguous())
 
 
 def fuse_layers(layers: nn.ModuleList, heads: Sequence[nn.Module] = ()) -> None:

@@ -132,16 +132,20 @@ class RaggedKVCache(Cache):
             mine.extend(theirs, int(lengths.max()) + GROWTH)
         self.lengths = lengths
 
-    def room(self, entry: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def room(self, entry: int, shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer with room for the write in progress, for a kernel that writes them itself, each
         slot's from its length on.
 
-        like: keys of no token, (copies * slots, heads, 0, width), for a layer that has none yet.
+        Args:
+            shape: of keys of no token, (copies * slots, heads, 0, width), for a layer that has none yet.
+            like: has their type.
         """
         layer: Any = self.layers[entry]
         if not layer.is_initialized:
-            layer.lazy_initialization(like, like)
-        layer.keys, layer.values = _roomy(layer.keys, self.end), _roomy(layer.values, self.end)
+            empty = like.new_empty(shape)
+            layer.lazy_initialization(empty, empty)
+        if layer.keys.shape[2] < self.end:
+            layer.keys, layer.values = _roomy(layer.keys, self.end), _roomy(layer.values, self.end)
         return layer.keys, layer.values
 
     def release(self) -> None:

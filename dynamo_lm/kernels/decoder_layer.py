@@ -1,8 +1,8 @@
-"""One decoder layer of Llama's form in one call, for the few tokens of a decoding step on a CPU (csrc/decoder_layer.cpp).
+"""Decoder layers of Llama's form in one call, for the few tokens of a decoding step on a CPU (csrc/decoder_layer.cpp).
 
-In: the layers' parts, as a model's optimized copy has them (`linear.py`, `quantized.py`). Out: a `LayerKernel` that
-computes a step of such a layer and writes its keys and values. Called one by one, the two dozen operations of a layer take
-longer than its products do in 8 bits.
+In: the layers' parts, as a model's optimized copy has them (`linear.py`, `quantized.py`). Out: a `LayerKernel` of each, and
+`run_layers`, which computes a step of such layers and writes their keys and values. Called one by one, the two dozen
+operations of a layer take longer than its products do in 8 bits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,8 +47,6 @@ class _Step(ctypes.Structure):
         *((name, _N) for name in ("mask_rows", "mask_step", "mask_line")),
         ("starts", _P),
         *((name, _N) for name in ("slots", "tokens", "end")),
-        *((name, _P) for name in ("keys", "values")),
-        *((name, _N) for name in ("slot_step", "head_step", "place_step")),
         ("result", _P),
     ]
 
@@ -101,7 +100,7 @@ class LayerKernel:
         self.kv_heads, self.width, self.size = kv_heads, parts.width, size
         self.max_rows = min(getattr(linear, "max_rows", 2**31) for linear in linears)
         self.rounds = any(isinstance(linear, QuantizedLinear) for linear in linears)
-        self._function: Any = loader.decoder_layer()
+        self.address = ctypes.addressof(self._layer)
 
     def _matrix(self, linear: Any) -> _Matrix:
         if isinstance(linear, QuantizedLinear):
@@ -143,54 +142,51 @@ class LayerKernel:
         if not q.kind == k.kind == v.kind or gate.kind != up.kind:
             raise ValueError("weights of several kinds beside each other")
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        turns: tuple[Tensor, Tensor],
-        mask: Tensor,
-        starts: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        embedding: Tensor | None = None,
-    ) -> Tensor:
-        """A step of the layer; its keys and values are written into the cache's.
 
-        Args:
-            hidden: (slots, tokens, size) of `dtype`, contiguous.
-            turns: cosines and sines of the rotary positions, (slots or 1, tokens, width) of `dtype`.
-            mask: (slots or 1, 1, tokens, end) bool, true where a key is attended to.
-            starts: (slots,) int64, where each slot's tokens go; start + tokens <= end.
-            keys, values: (slots, kv heads, room, width) of `dtype`, with room for `end`.
-            embedding: like hidden, for a layer with an `embedding_norm`.
+def run_layers(
+    kernels: Sequence[LayerKernel],
+    hidden: Tensor,
+    turns: tuple[Tensor, Tensor],
+    mask: Tensor,
+    starts: Tensor,
+    entries: Sequence[tuple[Tensor, Tensor]],
+    embedding: Tensor | None = None,
+) -> Tensor:
+    """A step of layers, each on what the one before it gave; their keys and values are written into the cache's.
 
-        Returns:
-            (slots, tokens, size).
-        """
-        slots, tokens, _ = hidden.shape
-        cosine, sine = turns
-        hidden, cosine, sine, mask = (part.contiguous() for part in (hidden, cosine, sine, mask))
-        result = torch.empty_like(hidden)
-        slot_step, head_step, place_step, _ = keys.stride()
-        step = _Step(
-            hidden=hidden.data_ptr(),
-            embedding=None if embedding is None else embedding.data_ptr(),
-            cosine=cosine.data_ptr(),
-            sine=sine.data_ptr(),
-            turn_step=cosine.stride(0) if len(cosine) > 1 else 0,
-            mask=mask.data_ptr(),
-            mask_rows=len(mask),
-            mask_step=mask.stride(0),
-            mask_line=mask.stride(2),
-            starts=starts.data_ptr(),
-            slots=slots,
-            tokens=tokens,
-            end=mask.shape[3],
-            keys=keys.data_ptr(),
-            values=values.data_ptr(),
-            slot_step=slot_step,
-            head_step=head_step,
-            place_step=place_step,
-            result=result.data_ptr(),
-        )
-        self._function(ctypes.byref(self._layer), ctypes.byref(step))
-        return result
+    Args:
+        kernels: at least one; all of one dtype, size and head width.
+        hidden: (slots, tokens, size) of `dtype`.
+        turns: cosines and sines of the rotary positions, (slots or 1, tokens, width) of `dtype`.
+        mask: (slots or 1, 1, tokens, end) bool, true where a key is attended to.
+        starts: (slots,) int64, where each slot's tokens go; start + tokens <= end.
+        entries: by layer, keys and values, (slots, kv heads, room, width) of `dtype`, with room for `end`.
+        embedding: like hidden, contiguous, for a layer with an `embedding_norm`.
+
+    Returns:
+        (slots, tokens, size).
+    """
+    slots, tokens, _ = hidden.shape
+    cosine, sine = turns
+    hidden, cosine, sine, mask = (part.contiguous() for part in (hidden, cosine, sine, mask))
+    result = torch.empty_like(hidden)
+    step = _Step(
+        hidden=hidden.data_ptr(),
+        embedding=None if embedding is None else embedding.data_ptr(),
+        cosine=cosine.data_ptr(),
+        sine=sine.data_ptr(),
+        turn_step=cosine.stride(0) if len(cosine) > 1 else 0,
+        mask=mask.data_ptr(),
+        mask_rows=len(mask),
+        mask_step=mask.stride(0),
+        mask_line=mask.stride(2),
+        starts=starts.data_ptr(),
+        slots=slots,
+        tokens=tokens,
+        end=mask.shape[3],
+        result=result.data_ptr(),
+    )
+    layers = (_P * len(kernels))(*(kernel.address for kernel in kernels))
+    places = np.array([(keys.data_ptr(), values.data_ptr(), *keys.stride()[:3]) for keys, values in entries])
+    loader.decoder_layers()(layers, loader.address(places), len(kernels), ctypes.byref(step))
+    return result

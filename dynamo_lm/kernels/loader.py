@@ -40,7 +40,7 @@ SAMPLER = {  # functions of arrays on the host: their names in C, result and arg
     "dynamo_lm_children": (_N, (_P, _N, _P, _N, _P, _N, _P, _N, _P, _P, _P)),
 }
 _sampler: Any = None
-_decoder_layer: Any = None
+_decoder_layers: Any = None
 _decided: bool | None = None
 _status = "not loaded yet"
 _lock = threading.Lock()
@@ -76,7 +76,7 @@ def status() -> str:
 
 def _load(library: str) -> None:
     """Registers the ops with torch and with its compiler, and finds the sampler's functions."""
-    global _sampler, _decoder_layer
+    global _sampler, _decoder_layers
     ops.register()
     call_from_compiled_steps(
         library, {getattr(torch.ops.dynamo_lm, name).default: (f"dynamo_lm_{name}", c) for name, c in OPS.items()}
@@ -86,13 +86,13 @@ def _load(library: str) -> None:
         function = getattr(functions, name)
         function.restype, function.argtypes = result, arguments
     _sampler = functions
-    _decoder_layer = ctypes.CDLL(library).dynamo_lm_decoder_layer
-    _decoder_layer.restype, _decoder_layer.argtypes = None, (_P, _P)
+    _decoder_layers = ctypes.CDLL(library).dynamo_lm_decoder_layers
+    _decoder_layers.restype, _decoder_layers.argtypes = None, (_P, _P, ctypes.c_int64, _P)
 
 
-def decoder_layer() -> Any:
+def decoder_layers() -> Any:
     """The function of `kernels.decoder_layer`, which lets other threads go on; only where `available`."""
-    return _decoder_layer
+    return _decoder_layers
 
 
 def sampler() -> Any:

@@ -107,7 +107,7 @@ def _try(base: PreTrainedModel, model_class: Callable[[DynaMoConfig, PreTrainedM
 @torch.inference_mode()
 def _states_of_a_token(base: PreTrainedModel) -> int:
     """How many hidden states of each token the base's layers take: Gemma 3n's take (states, batch, length, hidden)."""
-    with captured_inputs(base, [len(decoder_layers(base)) - 1]) as captured, contextlib.suppress(Exception):
+    with captured_inputs([decoder_layers(base)[-1]]) as captured, contextlib.suppress(Exception):
         base(input_ids=_tokens(base, 3))
     return len(captured[0]) if captured and captured[0].ndim == 4 else 1
 

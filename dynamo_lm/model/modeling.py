@@ -21,13 +21,14 @@ from dynamo_lm.backbone import offloading
 from dynamo_lm.backbone.base_model import (
     PassThrough,
     body_name,
+    captured_inputs,
     check_base,
     decoder_layers,
     fingerprint,
     layer_input,
     load_base,
 )
-from dynamo_lm.backbone.feature_layers import captured_features
+from dynamo_lm.backbone.feature_layers import read_layers
 from dynamo_lm.backbone.stacked_heads import StackedHeads
 from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.decoding.generate import ended, generate
@@ -248,7 +249,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
 
     def features_and_final(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What a sequential head reads, (batch, length, 3 hidden), and head 1's final states, without gradient."""
-        with torch.no_grad(), captured_features(self.base) as features:
+        with torch.no_grad(), captured_inputs(read_layers(self.base)) as features:
             final = self.body(input_ids=input_ids, **kwargs).last_hidden_state
         return features[0], final
 

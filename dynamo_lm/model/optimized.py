@@ -2,7 +2,8 @@
 
 In: a model and how many of its heads are used. Out: a shallow copy, in which products and attention suit few rows
 (`kernels.linear`), the heads' layers run as one with the last layer (`backbone.stacked_heads`), and layers that the kernels
-know whole compute a step in one call (`decoding.fused_layers`). The model itself is not changed.
+know whole compute a step in one call (`decoding.fused_layers`), all of them together where nothing lies between
+(`decoding.fused_body`). The model itself is not changed.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 from torch import nn
 
 from dynamo_lm.backbone import offloading
-from dynamo_lm.backbone.base_model import decoder_layers
+from dynamo_lm.backbone.base_model import body_name, decoder_layers
 from dynamo_lm.backbone.stacked_heads import StackedHeads, can_stack
+from dynamo_lm.decoding.fused_body import fuse_body
 from dynamo_lm.decoding.fused_layers import FusedDraftLayer, fuse_layers
 from dynamo_lm.kernels import loader
 from dynamo_lm.kernels.linear import optimize_modules
@@ -41,6 +43,7 @@ def optimized(model: Any, num_heads: int, *, fuse: bool) -> Any:
             layers[-1] = stacked = StackedHeads(together)
     if fuse and kernels and copied:
         fuse_layers(layers, together)
+        twin.base._modules[body_name(twin.base)] = fuse_body(twin.body, model.body, model.cache_argument)
         if config.sequential:
             twin.sequential_head.midlayer = FusedDraftLayer.of(twin.sequential_head.midlayer)
     twin._last_layer = (stacked or layers[-1],)  # the layer that tells whether it computes all heads

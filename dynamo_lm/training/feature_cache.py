@@ -43,7 +43,7 @@ def stem_states(model: DynaMoForCausalLM, batch: dict[str, Tensor], *, bf16: boo
             if model.config.sequential:
                 of_document = torch.cat(model.features_and_final(ids, position_ids=positions, use_cache=False), -1)
             else:
-                with captured_inputs(model.base, [-1]) as stems:
+                with captured_inputs([model.last_layer]) as stems:
                     model.body(input_ids=ids, position_ids=positions, use_cache=False)
                 of_document = stems[0]
         states.append(of_document[0].to(torch.bfloat16))

@@ -1,4 +1,4 @@
-// One decoder layer of Llama's form for the few tokens of a decoding step, in one call.
+// Decoder layers of Llama's form for the few tokens of a decoding step, one after another in one call.
 //
 // norm, queries, keys and values, rotary positions, the write to the cache, attention, output, norm, gated unit: called one by
 // one, these are two dozen operations of some microseconds each around products that take as long. The products and attention are
@@ -34,9 +34,12 @@ struct Step {
   int64_t mask_rows, mask_step, mask_line;
   const int64_t* starts;           // (slots,): where in the cache each slot's tokens go
   int64_t slots, tokens, end;
-  void *keys, *values;             // (slots, kv_heads, room, width), width contiguous
-  int64_t slot_step, head_step, place_step;
   void* result;                    // (slots, tokens, size)
+};
+
+struct Entry {          // of a cache, for one layer
+  void *keys, *values;  // (slots, kv_heads, room, width), width contiguous
+  int64_t slot_step, head_step, place_step;
 };
 
 // float32 as it would be read from a T.
@@ -122,7 +125,7 @@ void products(const T* x, const Matrix* const (&matrices)[N], T* const (&y)[N], 
 
 // Queries turned in place, keys turned into the cache, values copied into it.
 template <typename T>
-void place(const Layer& layer, const Step& step, T* queries, T* keys, const T* values) {
+void place(const Layer& layer, const Step& step, const Entry& entry, T* queries, T* keys, const T* values) {
   const int64_t width = layer.width, rows = step.slots * step.tokens;
   if (layer.query_norm) norm_rows(queries, layer.query_norm, layer.eps, rows * layer.heads, width, queries, width);
   if (layer.key_norm) norm_rows(keys, layer.key_norm, layer.eps, rows * layer.kv_heads, width, keys, width);
@@ -136,55 +139,65 @@ void place(const Layer& layer, const Step& step, T* queries, T* keys, const T* v
         turn(query, cosine, sine, width, query);
       }
       for (int64_t h = 0; h < layer.kv_heads; h++) {
-        const int64_t at = slot * step.slot_step + h * step.head_step + (step.starts[slot] + t) * step.place_step;
-        turn(keys + (row * layer.kv_heads + h) * width, cosine, sine, width, static_cast<T*>(step.keys) + at);
+        const int64_t at = slot * entry.slot_step + h * entry.head_step + (step.starts[slot] + t) * entry.place_step;
+        turn(keys + (row * layer.kv_heads + h) * width, cosine, sine, width, static_cast<T*>(entry.keys) + at);
         const T* const value = values + (row * layer.kv_heads + h) * width;
-        std::copy(value, value + width, static_cast<T*>(step.values) + at);
+        std::copy(value, value + width, static_cast<T*>(entry.values) + at);
       }
     }
 }
 
 template <typename T>
-void attention_of(const Layer& layer, const Step& step, T* queries, T* to) {
+void attention_of(const Layer& layer, const Step& step, const Entry& entry, T* queries, T* to) {
   const int32_t dtype = std::is_same_v<T, float> ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
   const int64_t width = layer.width, line = layer.heads * width;
   int64_t query_sizes[] = {step.slots, layer.heads, step.tokens, width}, query_strides[] = {step.tokens * line, width, line, 1};
   int64_t key_sizes[] = {step.slots, layer.kv_heads, step.end, width};
-  int64_t key_strides[] = {step.slot_step, step.head_step, step.place_step, 1};
+  int64_t key_strides[] = {entry.slot_step, entry.head_step, entry.place_step, 1};
   int64_t mask_sizes[] = {step.mask_rows, 1, step.tokens, step.end}, mask_strides[] = {step.mask_step, 0, step.mask_line, 1};
-  attend_all(View(queries, 4, query_sizes, query_strides, dtype), View(step.keys, 4, key_sizes, key_strides, dtype),
-             View(step.values, 4, key_sizes, key_strides, dtype),
+  attend_all(View(queries, 4, query_sizes, query_strides, dtype), View(entry.keys, 4, key_sizes, key_strides, dtype),
+             View(entry.values, 4, key_sizes, key_strides, dtype),
              View(const_cast<bool*>(step.mask), 4, mask_sizes, mask_strides, aoti_torch_dtype_bool()),
              static_cast<float>(layer.scaling), to);
 }
 
+// state: (slots, tokens, size), the layer's input and in the end its output.
 template <typename T>
-void run_layer(const Layer& layer, const Step& step) {
+void run_layer(const Layer& layer, const Step& step, const Entry& entry, T* state) {
   const int64_t rows = step.slots * step.tokens, size = layer.size, wide_size = layer.gate.out;
   const int64_t query = layer.query.out, key = layer.key.out;
-  const T *const hidden = static_cast<const T*>(step.hidden), *const embedding = static_cast<const T*>(step.embedding);
-  T* const result = static_cast<T*>(step.result);
+  const T* const embedding = static_cast<const T*>(step.embedding);
   T* const normed = reinterpret_cast<T*>(scratch<LAYER>(rows * (2 * size + 2 * query + 2 * key + 2 * wide_size)));
   T *const queries = normed + rows * 2 * size, *const keys = queries + rows * query, *const values = keys + rows * key;
   T *const mixed = values + rows * key, *const gate = mixed + rows * query, *const up = gate + rows * wide_size;
   const int64_t in = layer.query.in;
   if (embedding) norm_rows(embedding, layer.embedding_norm, layer.eps, rows, size, normed, in);
-  norm_rows(hidden, layer.input_norm, layer.eps, rows, size, normed + (in - size), in);
+  norm_rows(state, layer.input_norm, layer.eps, rows, size, normed + (in - size), in);
   products(normed, {&layer.query, &layer.key, &layer.value}, {queries, keys, values}, rows);
-  place(layer, step, queries, keys, values);
-  attention_of(layer, step, queries, mixed);
-  products(mixed, {&layer.output}, {result}, rows);
-  add(hidden, result, rows * size);
-  norm_rows(result, layer.post_norm, layer.eps, rows, size, normed, size);
+  place(layer, step, entry, queries, keys, values);
+  attention_of(layer, step, entry, queries, mixed);
+  products(mixed, {&layer.output}, {normed}, rows);
+  add(normed, state, rows * size);
+  norm_rows(state, layer.post_norm, layer.eps, rows, size, normed, size);
   products(normed, {&layer.gate, &layer.up}, {gate, up}, rows);
   gated(gate, up, rows * wide_size);
   products(gate, {&layer.down}, {normed}, rows);
-  add(normed, result, rows * size);
+  add(normed, state, rows * size);
+}
+
+template <typename T>
+void run_layers(const Layer* const* layers, const Entry* entries, int64_t count, const Step& step) {
+  const T* const hidden = static_cast<const T*>(step.hidden);
+  T* const state = static_cast<T*>(step.result);
+  std::copy(hidden, hidden + step.slots * step.tokens * layers[0]->size, state);
+  for (int64_t i = 0; i < count; i++) run_layer(*layers[i], step, entries[i], state);
 }
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void dynamo_lm_decoder_layer(const Layer* layer, const Step* step) {
-  if (layer->dtype == FLOAT32) run_layer<float>(*layer, *step);
-  else run_layer<uint16_t>(*layer, *step);
+// All layers have one type and size; entries[i] is where layer i writes its keys and values.
+extern "C" __attribute__((visibility("default"))) void dynamo_lm_decoder_layers(
+    const Layer* const* layers, const Entry* entries, int64_t count, const Step* step) {
+  if (layers[0]->dtype == FLOAT32) run_layers<float>(layers, entries, count, *step);
+  else run_layers<uint16_t>(layers, entries, count, *step);
 }
