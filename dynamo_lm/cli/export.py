@@ -82,6 +82,7 @@ def export(
             base_gguf=files.base_gguf,
             with_base=files.with_base,
             draft_precision=files.draft_precision,
+            base=files.base,
         )
         print(f"{files.out}: written; serve it with:")
         for program, command in commands.items():

@@ -19,9 +19,16 @@ print(tokenizer.decode(text[0]))
 END"""
 
 
-def serve_commands(model: DynaMoForCausalLM, form: str, out: Path, base_gguf: Path | None) -> dict[str, str]:
-    """By program, the exact command, with as many drafts as the head was trained for. base_gguf: the base's file."""
-    base, drafts = model.config.base_hub_id or model.config.base_path or "BASE", model.num_heads - 1
+def serve_commands(
+    model: DynaMoForCausalLM, form: str, out: Path, base_gguf: Path | None, base: str | None = None
+) -> dict[str, str]:
+    """By program, the exact command, with as many drafts as the head was trained for.
+
+    Args:
+        base_gguf: the base's file.
+        base: the base's folder or hub id as the user named it; None: the recorded one.
+    """
+    base, drafts = base or model.config.base_hub_id or model.config.base_path or "BASE", model.num_heads - 1
     if form == "gguf":
         files = f"-m {base_gguf or 'BASE.gguf'} -md {out / DRAFT_GGUF}"
         return {"llama.cpp": f"llama-server {files} --spec-type draft-eagle3 --spec-draft-n-max {drafts}"}

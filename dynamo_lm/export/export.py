@@ -29,6 +29,7 @@ def export(
     base_gguf: Path | None = None,
     with_base: str | None = None,
     draft_precision: str | None = None,
+    base: str | None = None,
 ) -> dict[str, str]:
     """Writes the head of `model` into `out`.
 
@@ -38,6 +39,7 @@ def export(
         base_gguf: the base's file, for "gguf": the tokens are copied from it.
         with_base: for "gguf": writes the base, too, in this precision, one of `gguf_tensors.PRECISIONS`.
         draft_precision: for "gguf": of the head's matrices, one of the same; None for the model's dtype.
+        base: the base's folder or hub id as the user named it, for the commands; None: the recorded one.
 
     Returns:
         The commands that serve it, by program.
@@ -49,7 +51,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f'The folder "{out}" is not empty; name another with --out.')
     check_request(model, name, tokenizer, form, {"--with-base": with_base, "--draft-precision": draft_precision})
-    commands = serve_commands(model, form, out, out / BASE_GGUF if with_base else base_gguf)
+    commands = serve_commands(model, form, out, out / BASE_GGUF if with_base else base_gguf, base)
     with atomic_folder(out) as temporary:
         if form == "gguf":
             tokens = _tokens(model, tokenizer, base_gguf)
