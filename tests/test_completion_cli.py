@@ -1,14 +1,17 @@
 """`dynamo-lm eval completion` as a user runs it: results, judges that fail, resuming, and bad input."""
 
 import json
+import socket
 import sys
 
+import processes
 import pytest
 from commandline import Run, byte_tokenizer, neox
 from test_judges import Server, error, serve  # noqa: F401
 
 from dynamo_lm import DynaMoForCausalLM
 
+NAME = "completion-mine"
 FEW = ("--seeds", "1", "--max-new-tokens", "4", "--eps-b", "0,1", "--no-strict")
 
 
@@ -47,6 +50,46 @@ def test_without_a_judge_there_are_speeds_and_a_second_run_writes_nothing_new(as
     assert again["methods"] == found["methods"]
     Run(capfd)("report", tmp_path / "out")
     assert "No judge was used" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_ranks_share_the_texts_and_write_those_of_one_process(ask, folder, capfd, tmp_path):
+    ask("--seeds", "2", "--threads", "1")
+    line = ["eval", "completion", str(folder / "model"), "--bench", str(folder / "mine.txt"), "--out", str(tmp_path / "two")]
+    line += [*FEW, "--seeds", "2", "--threads", "1"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    started = [
+        processes.start(
+            processes.command, *line, stdout=tmp_path / f"out-{rank}", stderr=tmp_path / f"err-{rank}",
+            environment=where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for rank, process in enumerate(started):
+        process.join(timeout=300)
+        assert process.exitcode == 0, (tmp_path / f"err-{rank}").read_text()
+    assert "mask+Otsu+blur" in (tmp_path / "out-0").read_text() and (tmp_path / "out-1").read_text() == ""
+    assert sorted(file.name for file in (tmp_path / "two").iterdir()) == sorted(
+        file.name for file in (tmp_path / "out").iterdir()
+    )
+    assert tokens_of(tmp_path / "two") == tokens_of(tmp_path / "out")
+    # Parts that a run left which was stopped are read by a run of any number of processes.
+    file, part = tmp_path / "two" / f"{NAME}.texts.jsonl", tmp_path / "two" / f"{NAME}.texts.jsonl.part-3"
+    head, *texts = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([head, *texts[:9]]))
+    part.write_text("".join([head, *texts[6:20]]))
+    Run(capfd)(*line)
+    assert tokens_of(tmp_path / "two") == tokens_of(tmp_path / "out") and not part.exists()
+
+
+def tokens_of(out) -> dict[tuple, list[int]]:
+    """By arm, prompt and seed; each is there once."""
+    _, *texts = map(json.loads, (out / f"{NAME}.texts.jsonl").read_text().splitlines())
+    found = {(text["arm"], text["prompt"], text["seed"]): text["tokens"] for text in texts}
+    assert len(found) == len(texts)
+    return found
 
 
 def test_a_judge_that_answers_garbage_is_reported_as_useless(ask, serve, monkeypatch, capfd, tmp_path):  # noqa: F811

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -11,13 +12,16 @@ import typer
 from dynamo_lm.cli.dataclass_options import dataclass_options
 from dynamo_lm.cli.eval_options import ResultOptions, open_model_or_base, table_of
 from dynamo_lm.cli.judge_options import JudgeOptions, agree
-from dynamo_lm.cli.options import Model, OpeningOptions, grid
+from dynamo_lm.cli.options import Model, OpeningOptions, grid, only_the_first_rank_prints
 from dynamo_lm.errors import InputError
 
 if TYPE_CHECKING:
     from dynamo_lm.evaluation.completion.compare import Completions
     from dynamo_lm.evaluation.completion.generate import Arm
     from dynamo_lm.model.modeling import DynaMoForCausalLM
+
+
+RANK_TIMEOUT = 10.0  # minutes in which all ranks must have met
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,23 +93,41 @@ def completion(
     Every prompt is continued at every eps_b and by the base model; a judge compares. The win rate against the speed-up gives
     the same-quality speed-up, also against the base model at the same diversity.
 
-    With --out a stopped run continues where it stopped.
+    With --out a stopped run continues where it stopped. Under torchrun the ranks share the texts.
 
     `dynamo-lm eval completion story --reference gpt2-large --out results/story`
     """
     import sacrebleu  # noqa: F401  # used at the very end: a missing package is reported now
 
+    from dynamo_lm.training import ranks
+
+    # 1. Validate arguments.
+    if output.out is None:
+        raise InputError("Say where the texts and results go with --out FOLDER.")
+    writing.arms(1)
+    device = ranks.own_device(machine.torch_device())
+    with ranks.process_group(device, RANK_TIMEOUT), only_the_first_rank_prints():
+        _write_and_compare(context, model, writing, judging, replace(machine, device=str(device)), output, output.out)
+
+
+def _write_and_compare(
+    context: typer.Context,
+    model: str,
+    writing: WritingOptions,
+    judging: CompletionJudge,
+    machine: OpeningOptions,
+    output: ResultOptions,
+    folder: Path,
+) -> None:
+    """What the command does on each rank."""
     from dynamo_lm.cli.progress import counting
     from dynamo_lm.data.chat_template import chat_template
     from dynamo_lm.evaluation import results_file
     from dynamo_lm.evaluation.completion import prompts as benches
     from dynamo_lm.evaluation.completion.compare import Completions, compare
     from dynamo_lm.evaluation.completion.generate import BASELINE, write_texts
+    from dynamo_lm.training import ranks
 
-    # 1. Validate arguments.
-    if output.out is None:
-        raise InputError("Say where the texts and results go with --out FOLDER.")
-    writing.arms(1)
     name, prompts = benches.read(writing.bench, writing.data)
 
     # 2. Open the model, and the judge before the long work, so that a wrong name is reported at once.
@@ -125,17 +147,19 @@ def completion(
         chat_template(tokenizer)
         settings["chat_template"] = tokenizer.chat_template
     record = output.begin(context, kind, network, model, seed=writing.seed, settings=settings)
-    judge = judging.open(output.out, machine.device)
+    first = ranks.rank() == 0
+    judge = judging.open(folder, machine.device) if first else None
 
-    # 3. Write the texts.
+    # 3. Write the texts: each rank its share. The first one then collects them.
     arms = writing.arms(ceiling)
     with counting() as report:
-        texts = write_texts(
+        write = partial(
+            write_texts,
             network,
             tokenizer,
             prompts,
             arms,
-            output.out / f"{kind}.texts.jsonl",
+            folder / f"{kind}.texts.jsonl",
             base=opponent,
             chat=writing.chat,
             identity=record["model"]["identity"],
@@ -143,6 +167,12 @@ def completion(
             progress=lambda done, total: report("writing", done, total),
             **lengths,
         )
+        if ranks.size() > 1:
+            write(part=ranks.rank(), parts=ranks.size())
+            ranks.all_done("texts")
+        if not first:
+            return
+        texts = write()
     questions = [f"{prompt}\n\n" if writing.chat else prompt for prompt in prompts]  # what completions are joined to
     completions = Completions.gather(texts, arms, questions, writing.seeds)
 
@@ -156,7 +186,7 @@ def completion(
     file = output.save(record)
     output.print(record, _show)
     if not output.json:
-        print(f"{file}; make a page of it: dynamo-lm report {output.out}")
+        print(f"{file}; make a page of it: dynamo-lm report {folder}")
 
 
 def _opponent(base: str, tokenizer: Any, machine: OpeningOptions) -> DynaMoForCausalLM:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -80,6 +82,18 @@ class ModelOptions(OpeningOptions):
     allow_base_mismatch: Annotated[
         bool, "Take a base with other weights than the heads were trained for, such as another quantisation."
     ] = False
+
+
+@contextmanager
+def only_the_first_rank_prints() -> Iterator[None]:
+    """Other ranks print nothing while the block runs."""
+    from dynamo_lm.training import ranks
+
+    if ranks.rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def scratch_folder() -> Path:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from dynamo_lm.cli.options import ComputeOptions, Tokenizer
+from dynamo_lm.cli.options import ComputeOptions, Tokenizer, only_the_first_rank_prints
 from dynamo_lm.errors import InputError
 from dynamo_lm.training.options import OptimizerOptions, ScheduleOptions
 
@@ -259,12 +258,8 @@ class RunOptions(ComputeOptions):
         """The group of the ranks that torchrun started, of which the first alone prints."""
         from dynamo_lm.training import ranks
 
-        with ranks.process_group(self.torch_device(), self.rank_timeout):
-            if ranks.rank() == 0:
-                yield
-                return
-            with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-                yield
+        with ranks.process_group(self.torch_device(), self.rank_timeout), only_the_first_rank_prints():
+            yield
 
     def check_text(self, data: list[str] | None) -> None:
         """Raises InputError for a run without a text or a folder; a dry run needs neither."""

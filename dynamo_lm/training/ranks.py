@@ -116,6 +116,17 @@ def first_rank_first(what: str) -> Iterator[None]:
         _store.set(what, "done")
 
 
+def all_done(what: str) -> None:
+    """Wait until every rank has called this, as long as they live; no limit of the group applies.
+
+    Args:
+        what: a name that no other call uses.
+    """
+    if size() > 1:
+        _store.set(f"{what} {rank()}", "done")
+        _store.wait([f"{what} {number}" for number in range(size())], LONGEST_WAIT)
+
+
 def share(total: int) -> range:
     """This rank's part of `total` things in order; parts differ by one at most."""
     return range(total * rank() // size(), total * (rank() + 1) // size())

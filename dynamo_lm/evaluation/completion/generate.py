@@ -6,6 +6,7 @@ be compared, and every text is written to a file at once, so that a stopped run 
 
 from __future__ import annotations
 
+import glob
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -105,15 +106,21 @@ def write_texts(
     base: DynaMoForCausalLM | None = None,
     chat: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    part: int = 0,
+    parts: int = 1,
 ) -> list[Text]:
     """Continues every prompt `seeds` times with every arm, one text at a time; texts that `file` holds already are kept.
+
+    Several processes share the work: each continues its part of the prompts and seeds, with all arms, and the parts but the
+    first go into files beside `file`. A call without parts moves those texts into `file`.
 
     Args:
         file: JSON lines: a first one that describes the run, then a text each.
         identity: of the model (`results_file.describe`).
         base: the model of the arms that candidates are compared with, if it is not `model` at one token per step.
         chat: ask each prompt as a user's message, through the tokenizer's chat template.
-        progress: called with the number of finished texts and of all.
+        progress: called with the number of finished texts and of all of this part.
+        part, parts: which part of how many to write.
 
     Raises:
         InputError: the file belongs to a run with another model, prompts or options; a prompt that cannot be continued.
@@ -129,32 +136,48 @@ def write_texts(
         head["base"] = results_file.identity(base)
     if chat:
         head["chat_template"] = tokenizer.chat_template
-    log = JsonlLog(file)
+    log = JsonlLog(_part_file(file, part))
     done = {(text.arm, text.prompt, text.seed): text for text in _resume(log, head)}
+    for other in [file, *sorted(file.parent.glob(f"{glob.escape(file.name)}.part-*"))]:
+        others = JsonlLog(other)
+        if other == log.file or not others.records:  # that of a process that just begins
+            continue
+        new = [text for text in _resume(others, head) if (text.arm, text.prompt, text.seed) not in done]
+        done |= {(text.arm, text.prompt, text.seed): text for text in new}
+        if parts == 1:
+            for text in new:
+                log.append(asdict(text))
+            other.unlink()
     encoded = [_encode(tokenizer, prompt, chat).to(model.device) for prompt in prompts]
     writers = {arm.name: base if base is not None and arm.role in COMPARED_WITH else model for arm in chosen}
     if any(ids.shape[1] == 0 for ids in encoded):
         raise InputError("A prompt is empty; give a few words to begin with.")
     # For all arms, whichever model writes.
     ends = {"eos_token_id": end_tokens(model.generation_config, tokenizer) or None}
-    total, fresh = len(prompts) * seeds * len(chosen), True
-    for number in range(seeds):
-        for prompt, ids in enumerate(encoded):
-            order = list(chosen)
-            random.Random(f"{seed} {number} {prompt}").shuffle(order)
-            for arm in order:
-                if (arm.name, prompt, number) in done:
-                    continue
-                if fresh:  # first calls pay for what is set up once
-                    for other in chosen:
-                        writers[other.name].generate(ids, max_new_tokens=4, seed=0, **other.arguments, **ends)
-                    fresh = False
-                options = {"max_new_tokens": max_new_tokens, **ends}
-                text = _complete(writers[arm.name], tokenizer, ids, arm, prompt, number, seed, **options)
-                done[arm.name, prompt, number] = text
-                log.append(asdict(text))
-                progress(len(done), total)
+    pairs = [(number, prompt) for number in range(seeds) for prompt in range(len(prompts))][part::parts]
+    pending = sum((arm.name, prompt, number) not in done for number, prompt in pairs for arm in chosen)
+    total, fresh = len(pairs) * len(chosen), True
+    for number, prompt in pairs:
+        ids, order = encoded[prompt], list(chosen)
+        random.Random(f"{seed} {number} {prompt}").shuffle(order)
+        for arm in order:
+            if (arm.name, prompt, number) in done:
+                continue
+            if fresh:  # first calls pay for what is set up once
+                for each in chosen:
+                    writers[each.name].generate(ids, max_new_tokens=4, seed=0, **each.arguments, **ends)
+                fresh = False
+            options = {"max_new_tokens": max_new_tokens, **ends}
+            text = _complete(writers[arm.name], tokenizer, ids, arm, prompt, number, seed, **options)
+            done[arm.name, prompt, number] = text
+            log.append(asdict(text))
+            pending -= 1
+            progress(total - pending, total)
     return list(done.values())
+
+
+def _part_file(file: Path, part: int) -> Path:
+    return file if part == 0 else file.with_name(f"{file.name}.part-{part}")
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
