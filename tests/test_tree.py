@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from dynamo_lm.cooccurrence.counting import count
 from dynamo_lm.decoding.batch import decode
-from dynamo_lm.decoding.draft_length import TRIALS, WARM_UP_STEPS, WINDOW, AdaptiveDraftLength
+from dynamo_lm.decoding.draft_length import (
+    IDLE_STEPS,
+    REST_STEPS,
+    TRIALS,
+    WARM_UP_STEPS,
+    WINDOW,
+    AdaptiveDraftLength,
+)
 from dynamo_lm.decoding.draft_tree import ancestry, depths, grow
 from dynamo_lm.decoding.kv_cache import RaggedKVCache
 from dynamo_lm.decoding.options import DecodingOptions
@@ -126,6 +133,24 @@ def test_where_hardly_any_draft_is_kept_none_is_tried_and_taken_if_faster():
     assert draft_length.choose(hopeless) == 1
     assert draft_length.choose(promising) in (4, 8)  # as soon as drafts are likely again
     assert all(len(times) <= WINDOW for times in draft_length.seconds.values())
+
+
+def test_heads_rest_while_no_draft_is_worth_it():
+    """And are asked again in between, so that drafts come back when they are."""
+    draft_length, hopeless, promising = AdaptiveDraftLength((4, 8), accepted=0, steps=WARM_UP_STEPS), [0.05] * 7, [0.9] * 7
+    for size, seconds in ((4, 1.5), (8, 2.0), (1, 1.0)):
+        for _ in range(TRIALS):
+            draft_length.record(size, seconds, expected=0.0, accepted=0)
+    asked = []
+    for _ in range(10 * (REST_STEPS + 1)):
+        asked.append(not draft_length.rests())
+        if asked[-1]:
+            assert draft_length.choose(hopeless) == 1
+    assert all(asked[:IDLE_STEPS]) and sum(asked[IDLE_STEPS:]) == 9
+    while draft_length.rests():
+        pass
+    assert draft_length.choose(promising) in (4, 8)
+    assert not any(draft_length.rests() for _ in range(IDLE_STEPS))
 
 
 def test_kept_slots_move_up_for_every_copy_of_a_row():

@@ -267,8 +267,14 @@ class Batch:
 
         # 3. Choose: from all heads at the last accepted token, a draft of the tokens after the verified one, or m tokens at
         # once.
+        alone = len(sequences) == 1
+        wanted = [
+            0 if each.ending else each.options.num_heads if each.options.off
+            else self._drafter.begin(each, result.emitted, alone=alone)
+            for each, result in zip(sequences, verified, strict=True)
+        ]  # fmt: skip
         chosen: list[tuple[Any, Any]] = [(None, None)] * len(sequences)
-        if self._drafter.head is None:
+        if self._drafter.head is None and any(wanted):
             chosen = candidates.at([result.last for result in verified])
         for r, (sequence, result) in enumerate(zip(sequences, verified, strict=True)):
             if sequence.ending:
@@ -280,7 +286,8 @@ class Batch:
                 continue
             if self._drafter.head is not None:
                 self._drafter.keep_unread(sequence, features[0][slots[r]], result.emitted, result.path, first=first)
-            self._drafter.draft(sequence, result.emitted, *chosen[r], alone=len(sequences) == 1)
+            if wanted[r]:
+                self._drafter.draft(sequence, result.emitted, wanted[r], *chosen[r], alone=alone)
 
         # 4. Emit, up to the first stopping criterion.
         for r, (sequence, result) in enumerate(zip(sequences, verified, strict=True)):

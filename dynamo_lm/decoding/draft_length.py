@@ -18,6 +18,8 @@ WINDOW = 15  # latest steps of each size, whose median counts
 WARM_UP_STEPS = 24  # before steps without drafts are tried, too ..
 RETRY_STEPS = 96  # without drafts, of which the last ones try them again
 MIN_ACCEPTED = 0.75  # .. and only if fewer drafts a step were accepted
+IDLE_STEPS = 8  # in a row without drafts, after which heads are not read ..
+REST_STEPS = 24  # .. for so many steps
 
 
 @dataclass
@@ -29,6 +31,13 @@ class AdaptiveDraftLength:
     steps: int = 0
     expected: float = 0.0  # accepted drafts by the draft probabilities
     accepted: int = 0  # accepted drafts
+    idle: int = 0  # latest choices that were no draft at all, and steps in which nothing was chosen
+
+    def rests(self) -> bool:
+        """Whether the next step does without drafts unseen, because the last ones were not worth it."""
+        rests = IDLE_STEPS <= self.idle < IDLE_STEPS + REST_STEPS
+        self.idle = self.idle + 1 if rests else min(self.idle, IDLE_STEPS - 1)
+        return rests
 
     def record(self, size: int, seconds: float, expected: float, accepted: int) -> None:
         """Records a step of `size` tokens; `expected` of its drafts should have been accepted, and `accepted` were."""
@@ -53,7 +62,9 @@ class AdaptiveDraftLength:
         def rate(size: int) -> float:
             return (1 + trust * sum(probabilities[: size - 1])) / float(np.median(self.seconds[size]))
 
-        return max(self.candidates, key=rate)
+        best = max(self.candidates, key=rate)
+        self.idle = self.idle + 1 if best == 1 else 0
+        return best
 
 
 @dataclass

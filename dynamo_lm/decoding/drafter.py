@@ -52,31 +52,48 @@ class Drafter:
         after = sequence.tokens[1:] + emitted if first else emitted  # each verified input token
         sequence.unread.append((features[: len(after)] if first else features[[0, *path]], after))
 
-    def draft(
-        self,
-        sequence: SequenceState,
-        emitted: list[int],
-        heads: HeadCandidates | None,
-        pairwise: PairwiseCorrection | None,
-        *,
-        alone: bool,
-    ) -> None:
-        """Sets the sequence's next input.
+    def begin(self, sequence: SequenceState, emitted: list[int], *, alone: bool) -> int:
+        """Sets the sequence's next input, with drafts from the text itself if it repeats.
 
         Args:
             emitted: the verified tokens of this step.
-            heads: candidates of parallel heads 2..n, and with a coupling `pairwise`.
             alone: whether it is the only sequence: in a batch a forward is wide already.
+
+        Returns:
+            How many drafts of the heads are wanted.
         """
         self._set(sequence, emitted, [])
         sequence.looked_up = self._look_up(sequence, emitted, alone=alone)
         room = self._room(sequence, emitted, sequence.options.num_heads - 1)
         if sequence.looked_up or room <= 0:
-            return
+            return 0
+        if sequence.draft_length is not None and alone and sequence.draft_length.rests():
+            sequence.size = 1
+            return 0
+        return room
+
+    def draft(
+        self,
+        sequence: SequenceState,
+        emitted: list[int],
+        wanted: int,
+        heads: HeadCandidates | None,
+        pairwise: PairwiseCorrection | None,
+        *,
+        alone: bool,
+    ) -> None:
+        """Adds drafts of the heads to the sequence's next input.
+
+        Args:
+            emitted: the verified tokens of this step.
+            wanted: how many drafts, as `begin` gave it.
+            heads: candidates of parallel heads 2..n, and with a coupling `pairwise`.
+            alone: whether it is the only sequence.
+        """
         if self.head is not None:
-            self._draft_in_steps(sequence, emitted, self.head, room, alone=alone)
+            self._draft_in_steps(sequence, emitted, self.head, wanted, alone=alone)
         elif heads is not None:
-            self._draft_from_heads(sequence, emitted, heads.of(0, room), pairwise, alone=alone)
+            self._draft_from_heads(sequence, emitted, heads.of(0, wanted), pairwise, alone=alone)
 
     def _look_up(self, sequence: SequenceState, emitted: list[int], *, alone: bool) -> bool:
         """Drafts from the text itself, if its latest tokens stood there before. Returns whether they did."""
