@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,14 +143,11 @@ def main() -> None:
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     results |= {"versions": versions(), "machine": machine(torch.device("cpu"))}
     if arguments.only != "tokenizing":
-        options = asdict(FULL)
-        results["memory"] = {
-            "ranks": RANKS,
-            "block_size": BLOCK,
-            "heads": HEADS,
-            "batch_size": options["batch_size"],
-            "settings": [memory_of(arguments.base, name) for name in SETTINGS],
-        }
+        shape = {"ranks": RANKS, "block_size": BLOCK, "heads": HEADS, "batch_size": FULL.batch_size}
+        results["memory"] = shape | {"settings": []}
+        for name in SETTINGS:
+            results["memory"]["settings"].append(memory_of(arguments.base, name))
+            write_text(RESULTS, json.dumps(results, indent=1) + "\n")
     if arguments.only != "memory":
         named = {"SmolLM2": AutoTokenizer.from_pretrained(arguments.base), "Pythia": open_tokenizer("pythia")}
         results["tokenizing"] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ from test_data import word_tokenizer, write, write_lines
 from dynamo_lm.cli.main import BAD_INPUT, main
 from dynamo_lm.data import sources
 from dynamo_lm.data.packing import Blocks
-from dynamo_lm.data.streaming import Position, StreamedBlocks, TextStream, WindowLog
+from dynamo_lm.data.streaming import ENDS, Position, StreamedBlocks, TextStream, WindowLog
 from dynamo_lm.errors import InputError
 
 WORDS = {"<unk>": 0, "<eos>": 1, "<bos>": 2} | {f"w{number}": number for number in range(3, 40)}
@@ -104,13 +103,15 @@ def test_every_epoch_has_every_token_once_and_shards_in_another_order(tmp_path):
 
 
 def test_a_run_that_resumes_reads_only_the_shards_from_where_it_stopped(tmp_path):
-    shards = [[f"w{3 + shard}"] * 1000 for shard in range(6)]  # 2,000 tokens each
-    paths = write_shards(tmp_path, shards)
-    before = blocks_of(streamed(paths, 1000, 500, tmp_path / "log"), range(16, 20))
+    shards = [[" ".join([f"w{3 + shard}"] * 99)] * 1000 for shard in range(6)]  # 100,000 tokens each
+    paths, log = write_shards(tmp_path, shards), tmp_path / "log"
+    before = blocks_of(streamed(paths, 50_000, 25_000, log), range(16, 20))
     order = np.random.default_rng((0, 0, 1)).permutation(6)
     for shard in order[:3]:  # blocks 16.. begin where the fourth ends
-        Path(paths[shard]).write_text("x" * os.path.getsize(paths[shard]))
-    assert blocks_of(streamed(paths, 1000, 500, tmp_path / "log", resume=True), range(16, 20)) == before
+        content = bytearray(Path(paths[shard]).read_bytes())
+        content[ENDS:-ENDS] = b"x" * (len(content) - 2 * ENDS)
+        Path(paths[shard]).write_bytes(content)
+    assert blocks_of(streamed(paths, 50_000, 25_000, log, resume=True), range(16, 20)) == before
 
 
 def test_text_is_read_no_further_than_a_batch_beyond_the_next_window(tmp_path):
@@ -169,29 +170,43 @@ def test_the_tokens_of_the_first_window_stand_for_those_of_the_text(tmp_path):
 
 
 def test_a_shard_that_changed_after_it_was_read_is_refused(tmp_path):
-    paths = write_shards(tmp_path, [["w3 w4 w5"] * 20])
-    blocks_of(streamed(paths, 10, 5, tmp_path / "log"), range(4))
-    text = Path(paths[0]).read_text()
-    Path(paths[0]).write_text(text.replace("w4", "w7"))  # of the same size
-    with pytest.raises(InputError, match=r"The text is not what it was .* \(window 2 of 10 tokens differs\)"):
-        blocks_of(streamed(paths, 10, 5, tmp_path / "log", resume=True), range(2, 4))
-    Path(paths[0]).write_text(text + text)
-    with pytest.raises(InputError, match='log" is of other text or of another --look-ahead; use the same to resume'):
-        streamed(paths, 10, 5, tmp_path / "log", resume=True)
-    streamed(paths, 10, 5, tmp_path / "log")  # a new run
+    line = json.dumps({"text": "w3 w4 w5"}) + "\n"
+    path = Path(write(tmp_path / "a.jsonl", 10_000 * line))
+    log = tmp_path / "log"
+    blocks_of(streamed([str(path)], 10, 5, log), range(3998, 4000))
+    middle = 4999 * line + line.replace("w4", "w7") + 5000 * line  # of the same size, and the same at both ends
+    for changed in (path.read_text() + line, path.read_text().replace("w4", "w7", 1)):
+        path.write_text(changed)
+        with pytest.raises(InputError, match='log" is of other text or of another --look-ahead or --seed'):
+            streamed([str(path)], 10, 5, log, resume=True)
+    path.write_text(middle)
+    with pytest.raises(InputError, match=r"The text is not what it was .* \(window 2,000 of 10 tokens differs\)"):
+        blocks_of(streamed([str(path)], 10, 5, log, resume=True), range(3998, 4000))
+    streamed([str(path)], 10, 5, log)  # a new run
 
 
 def test_a_log_of_another_window_and_a_damaged_one_are_refused(tmp_path):
-    paths = write_shards(tmp_path, [["w3 w4 w5"] * 20])
-    blocks_of(streamed(paths, 10, 5, tmp_path / "log"), range(4))
-    with pytest.raises(InputError, match="of another --look-ahead"):
-        streamed(paths, 20, 5, tmp_path / "log", resume=True)
-    whole = (tmp_path / "log").read_text()
-    (tmp_path / "log").write_text(whole[:-9])  # the last line was cut off by a kill
-    blocks_of(streamed(paths, 10, 5, tmp_path / "log", resume=True), range(4))
-    (tmp_path / "log").write_text(whole.replace("next", "ne}xt", 1).replace('{"window": 0', "window 0"))
-    with pytest.raises(InputError, match='log" is damaged; delete it'):
-        streamed(paths, 10, 5, tmp_path / "log", resume=True)
+    paths, log = write_shards(tmp_path, [["w3 w4 w5"] * 20]), tmp_path / "log"
+    blocks_of(streamed(paths, 10, 5, log), range(4))
+    for options in ({"window": 20}, {"window": 10, "seed": 1}):
+        with pytest.raises(InputError, match="of another --look-ahead or --seed"):
+            streamed(paths, options.pop("window"), 5, log, resume=True, **options)
+    whole = log.read_text()
+    log.write_text(whole[:-9])  # the last line was cut off by a kill
+    blocks_of(streamed(paths, 10, 5, log, resume=True), range(4))
+    head, first, *others = whole.splitlines(keepends=True)
+    for damaged in (
+        first + "".join(others),
+        "".join([head, *others, first]),
+        whole.replace("next", "ne}xt", 1),
+        whole.replace('{"window": 0', "window 0"),
+        whole.replace("[0, 0, 2, 2]", '["a", 0]'),
+        whole.replace("[0, 0, 2, 2]", "[0, 0, -2, 2]"),
+    ):
+        assert damaged != whole
+        log.write_text(damaged)
+        with pytest.raises(InputError, match='log" is damaged; delete it'):
+            streamed(paths, 10, 5, log, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +297,7 @@ def test_a_stream_trains_and_resumes_to_the_same_losses(made, tmp_path, capfd):
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000030")  # as if it had been killed after step 20
     capfd.readouterr()
     assert train(made, tmp_path / "parts", "--look-ahead", "1000", *steps) == BAD_INPUT
-    assert "of other text or of another --look-ahead" in capfd.readouterr().err
+    assert "of other text or of another --look-ahead or --seed" in capfd.readouterr().err
     assert train(made, tmp_path / "parts", *steps) == 0
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 

@@ -267,7 +267,7 @@ def _parquet_batches(
     try:
         table = parquet.ParquetFile(file)
     except unreadable as error:
-        raise InputError(f"{file} is not a readable Parquet file: {first_line(error)}.") from error
+        raise InputError(f"{file} is not a readable Parquet file: {first_line(error).rstrip('.')}.") from error
     with table:
         schema, types = table.schema_arrow, pyarrow.types
         kinds = [column.type.value_type if types.is_dictionary(column.type) else column.type for column in schema]
@@ -279,7 +279,7 @@ def _parquet_batches(
                 yield rows, batch
                 rows += len(batch)
         except unreadable as error:
-            raise InputError(f"{file} is damaged after row {rows}: {first_line(error)}.") from error
+            raise InputError(f"{file} is damaged after row {rows}: {first_line(error).rstrip('.')}.") from error
 
 
 def _hub_rows(source: str, shard: Shard | None = None) -> Iterator[tuple[str, dict[str, Any]]]:

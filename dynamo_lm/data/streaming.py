@@ -31,6 +31,7 @@ from dynamo_lm.errors import InputError
 from dynamo_lm.jsonl_cache import JsonlLog
 
 FORMAT = 1  # of the stream: another number is other blocks
+ENDS = 2**16  # bytes at either end of a file that tell whether it is the same
 
 
 _Documents = Iterator[tuple["Position", np.ndarray]]
@@ -90,7 +91,7 @@ class TextStream:
             {
                 "format": FORMAT,
                 "shards": [
-                    source if paths is None else [(path.name, path.stat().st_size) for path in paths]
+                    source if paths is None else [_of_file(path) for path in paths]
                     for source, paths in zip(self.sources, parts, strict=True)
                 ],
                 "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -217,17 +218,18 @@ class WindowLog:
             file.unlink(missing_ok=True)
         self._log = JsonlLog(file)
         before, *windows = self._log.records or [head]
-        if self._log.damaged or "stream" not in before:
+        positions = [_position(line, number) for number, line in enumerate(windows)]
+        if self._log.damaged or before.keys() != head.keys() or None in positions:
             raise InputError(f'"{file}" is damaged; delete it, and the text is read from its beginning.')
         if before != head:
             raise InputError(
-                f'"{file}" is of other text or of another --look-ahead; use the same to resume, or give another --out.'
+                f'"{file}" is of other text or of another --look-ahead or --seed; use the same to resume, or give another '
+                "--out for a new run."
             )
         if not self._log.records:
             self._log.append(head)
-        for line in windows:
-            self._starts.append(Position(*line["next"]))
-            self._hashes.append(line["sha256"])
+        self._starts += [position for position in positions if position is not None]
+        self._hashes += [line["sha256"] for line in windows]
         self._ahead: tuple[int, Future[_Reading]] | None = None
 
     def window(self, number: int) -> Window:
@@ -249,7 +251,7 @@ class WindowLog:
                 self._hashes.append(sha256)
             elif self._hashes[index] != sha256:
                 raise InputError(
-                    f"The text is not what it was when this run read it (window {index + 1} of {self.stream.window:,} "
+                    f"The text is not what it was when this run read it (window {index + 1:,} of {self.stream.window:,} "
                     "tokens differs); resume with the same text, or give another --out for a new run."
                 )
         self._begin(number + 1)
@@ -308,3 +310,26 @@ class StreamedBlocks:
 
     def _blocks_of(self, window: Window) -> Blocks:
         return Blocks(window, np.arange(len(window.offsets) - 1), self.block_size, seed=self.seed)  # type: ignore[arg-type]
+
+
+def _position(line: dict[str, Any], number: int) -> Position | None:
+    """Where window `number` ends by its line in the log, or None if that is not such a line."""
+    after = line.get("next")
+    if line.get("window") != number or not isinstance(line.get("sha256"), str) or not isinstance(after, list):
+        return None
+    if len(after) != len(Position()) or any(type(value) is not int or value < 0 for value in after):
+        return None
+    return Position(*after)
+
+
+def _of_file(path: Path) -> tuple[str, int, str]:
+    """Name, size and a hash of the beginning and the end."""
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            ends = file.read(ENDS)
+            file.seek(max(0, size - ENDS))
+            ends += file.read()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    return path.name, size, hashlib.sha256(ends).hexdigest()
