@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dynamo_lm.backbone.offloading import loaded
 from dynamo_lm.errors import InputError, first_line
+from dynamo_lm.kernels.linear import unpacked
 from dynamo_lm.private_interfaces import compute_again_in_backward
 
 
@@ -213,7 +214,7 @@ def fingerprint(base: PreTrainedModel, *, cast: torch.dtype | None = None) -> st
             if tensor.is_meta:
                 return "meta"
             digest.update(name.encode())
-            rounded = tensor.detach().to("cpu", cast).to(torch.bfloat16)
+            rounded = unpacked(tensor).to("cpu", cast).to(torch.bfloat16)
             digest.update(rounded.flatten().view(torch.uint8).numpy().tobytes())
     now = digest.hexdigest()[:16]
     after, stored = vars(base).get("_fingerprints", (None, None))

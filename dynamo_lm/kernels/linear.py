@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedConfig
 
+from dynamo_lm.errors import InputError
 from dynamo_lm.kernels import attention, loader, ops
 from dynamo_lm.private_interfaces import arranged_product, arranged_weight, multiplies_bfloat16
 
@@ -71,6 +72,27 @@ class TransposedLinear(nn.Linear):
         return out[:, :rows].t().contiguous().unflatten(0, x.shape[:-1])
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is stored number by number, not by a class of its own as torchao's quantised weights are."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def unpacked(tensor: Tensor) -> Tensor:
+    """The numbers of a weight that need not be plain.
+
+    Raises:
+        InputError: it is of a kind that cannot be unpacked.
+    """
+    if is_plain(tensor):
+        return tensor.detach()
+    if tensor.is_floating_point():  # what it stands for; others, as bitsandbytes' weights, are what is stored
+        return tensor.detach().dequantize()
+    raise InputError(
+        f"The base's weights are of the kind {type(tensor).__name__}, which heads cannot read; quantise it with torchao, or "
+        "open it without quantization_config."
+    )
+
+
 def optimize_modules(model: M) -> M:
     """A shallow copy of a tree of modules with products and attention for few rows, where those help: on a CPU."""
     return _twin(model, {}, {})
@@ -109,6 +131,8 @@ def _twin(module: M, made: dict[int, nn.Module], configs: dict[int, PreTrainedCo
 def _replace_linear(layer: nn.Linear) -> None:
     """Give a layer of a copy the class that suits its weight: same attributes, another product."""
     weight = layer.weight
+    if not is_plain(weight):
+        return
     fits = layer.in_features % ops.STRIDE == 0 and weight.is_contiguous() and weight.dtype in ops.DTYPES
     if fits and loader.available():
         layer.__class__ = SkinnyLinear  # type: ignore[assignment]

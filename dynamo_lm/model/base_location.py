@@ -52,6 +52,7 @@ def open_base(
 
     Args:
         allow_mismatch: take a base of the same shape with other weights, such as another quantisation, with a warning.
+            One that transformers quantised while it opened it is taken so in any case.
         **kwargs: handed to `load_base`.
 
     Raises:
@@ -83,7 +84,7 @@ def open_base(
     given = f'"{source}" is {fingerprint(loaded)}'
     if _shape(config.get_text_config()) != _shape(loaded.config.get_text_config()):
         raise InputError(f"{trained}, but {given}, a model of another shape; open them with that base.")
-    if not allow_mismatch:
+    if not allow_mismatch and getattr(loaded.config, "quantization_config", None) is None:
         hint = "or, if this is another quantisation of it, with --allow-base-mismatch"
         raise InputError(f"{trained}, but {given}; open them with that base, {hint}.")
     logger.warning("%s and are used with another: %s. Texts are this base's own, but may take more steps.", trained, given)

@@ -19,6 +19,7 @@ from dynamo_lm.backbone.base_model import body_name, decoder_layers
 from dynamo_lm.backbone.eagle3_layer import DraftCache, Eagle3Layer, norm_of
 from dynamo_lm.backbone.feature_layers import feature_layers
 from dynamo_lm.errors import InputError
+from dynamo_lm.kernels.linear import unpacked
 from dynamo_lm.model.chain_attention import chain_attention
 
 
@@ -117,6 +118,7 @@ class Eagle3Head(nn.Module):
         self.fc.weight[:, 2 * size :] = torch.eye(size)
         for name, parameter in self.midlayer.named_parameters():
             source = theirs.get(name.replace("hidden_norm", "input_layernorm"))
+            source = None if source is None else unpacked(source)
             if source is None or source.shape[0] != parameter.shape[0]:
                 raise InputError(f'init "copy" of an eagle3 head needs a base of the Llama form, not {type(base).__name__}.')
             if parameter.shape == source.shape:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dynamo_lm.backbone.base_model import decoder_layers
 from dynamo_lm.backbone.offloading import forget_hooks, is_hooked, shared_hooks
 from dynamo_lm.errors import InputError
+from dynamo_lm.kernels.linear import is_plain, unpacked
 from dynamo_lm.model.configuration import DynaMoConfig
 
 
@@ -33,6 +34,7 @@ class TokenHead(nn.Module):
             shared |= shared_hooks(last_layer)
             layer = copy.deepcopy(last_layer, shared)  # one configuration, so that attention is switched for all
             _forget_hooks(layer)
+            _unpack(layer)
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = cache_index + offset  # type: ignore[assignment]  # its own entry in the shared cache
@@ -115,6 +117,14 @@ def _adapt(layer: nn.Module, last_layer: nn.Module, rank: int) -> None:
                 module._parameters[key] = getattr(sources[name], key)
                 change = _LowRank(parameter, rank) if parameter.ndim == 2 else _Detached()
                 parametrize.register_parametrization(module, key, change, unsafe=True)
+
+
+def _unpack(layer: nn.Module) -> None:
+    """Gives a copied layer plain weights in place of those that transformers quantised while it opened the base."""
+    for module in layer.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and not is_plain(parameter):
+                module._parameters[name] = nn.Parameter(unpacked(parameter), requires_grad=False)
 
 
 def _forget_hooks(layer: nn.Module) -> None:
