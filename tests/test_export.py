@@ -168,9 +168,9 @@ def test_the_files_have_the_names_that_the_programs_read(form, short, base_folde
 
 def test_what_cannot_be_exported_says_so(base_folder, tokenizer, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    with pytest.raises(InputError, match='"mine" has parallel heads, which no other program reads'):
+    with pytest.raises(InputError, match='"mine" has parallel heads, which only --to vllm exports'):
         export(DynaMoForCausalLM.from_base(str(base_folder)), "mine", tokenizer, "eagle3", out)
-    with pytest.raises(InputError, match='--to is "onnx"; give eagle3, speculators, gguf, mtp'):
+    with pytest.raises(InputError, match='--to is "onnx"; give eagle3, speculators, gguf, mtp, vllm'):
         export(eagle(base_folder), "mine", tokenizer, "onnx", out)
     with pytest.raises(InputError, match='--with-base is "q4"; give f32, bf16, f16, q8_0'):
         export(eagle(base_folder), "mine", tokenizer, "gguf", out, with_base="q4")

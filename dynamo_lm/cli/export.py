@@ -1,4 +1,4 @@
-"""`dynamo-lm export`: a sequential head for vLLM, SGLang, llama.cpp or transformers."""
+"""`dynamo-lm export`: heads for vLLM, SGLang, llama.cpp or transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class ExportOptions:
     to: Annotated[
         str,
         "eagle3 (a folder for vLLM, SGLang and llama.cpp's converter), speculators (a folder for vLLM), gguf (a file for "
-        "llama.cpp) or mtp (base, head and code in one folder for transformers' `generate(use_mtp=True)`).",
+        "llama.cpp) or mtp (base, head and code in one folder for transformers' `generate(use_mtp=True)`). For parallel "
+        "heads: vllm (a folder for vLLM with dynamo-lm installed beside it).",
     ]
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to write; it must be empty or not exist.")]
     base_gguf: Annotated[
@@ -39,7 +40,7 @@ class ExportOptions:
     check: Annotated[
         bool,
         "Then write a few texts with the program that the files are for, and compare text and accepted drafts with the same "
-        "head here; exit status 1 if they differ. Takes xllamacpp for gguf, vllm for eagle3 and speculators.",
+        "head here; exit status 1 if they differ. Takes xllamacpp for gguf, vllm for eagle3, speculators and vllm.",
     ] = False
     check_only: Annotated[bool, "Check a folder that is there, and write nothing."] = False
     base: Annotated[str | None, "Base of the head, if it is not where the head's folder says: a folder or hub id."] = None
@@ -51,11 +52,14 @@ class ExportOptions:
 def export(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A model with an eagle3 head (`dynamo-lm train --head eagle3`)."),
+        typer.Argument(
+            metavar="MODEL",
+            help="A model with an eagle3 head (`dynamo-lm train --head eagle3`); with parallel ones for vllm.",
+        ),
     ],
     files: ExportOptions,
 ) -> None:
-    """Write a sequential head in the form that other programs serve.
+    """Write heads in the form that other programs serve.
 
     `dynamo-lm export runs/mine/model --to gguf --with-base q8_0 --out drafts --check`
     """

@@ -35,6 +35,8 @@ def serve_commands(
     if form == "mtp":
         return {"transformers": PYTHON.format(out=out)}
     speculation = json.dumps({"method": "eagle3", "model": str(out), "num_speculative_tokens": drafts})
+    if form == "vllm":
+        return {"vLLM": f"vllm serve {base} --enforce-eager --speculative-config '{speculation}'"}
     commands = {"vLLM": f"vllm serve {base} --speculative-config '{speculation}'"}
     if form == "eagle3":
         commands["SGLang (not tested)"] = (
@@ -56,18 +58,23 @@ def card(model: DynaMoForCausalLM, form: str, commands: dict[str, str]) -> str:
     reads = "read" if " and " in READERS[form][0] else "reads"
     says = (
         f"One decoder layer that reads the states of three layers of {base} and drafts the next tokens one after another. "
-        f"It was trained to draft {drafts} a step, from {vocabulary}. The base verifies every draft, so greedy text is the "
-        "base's own text up to rounding, and sampled text has the base's distribution."
+        f"It was trained to draft {drafts} a step, from {vocabulary}."
     )
+    title, tag = "An EAGLE-3 head", "eagle3"
+    if form == "vllm":
+        says = f"{drafts} decoder layers beside the last one of {base}; each drafts one of the next {drafts} tokens."
+        title, tag, contents = "Parallel heads", "multi-token-prediction", "the heads alone"
+    says += " The base verifies every draft, so greedy text is the base's own text up to rounding, and sampled text has the "
+    says += "base's distribution."
     holds = (
-        f"The folder holds {contents}, in the form that {READERS[form][0]} {reads}. The head belongs to this base alone "
+        f"The folder holds {contents}, in the form that {READERS[form][0]} {reads}. It belongs to this base alone "
         f"(fingerprint {config.base_fingerprint}): with other weights, a fine-tuned copy among them, it drafts worse."
     )
     return f"""---
-tags: [eagle3, speculative-decoding]
+tags: [{tag}, speculative-decoding]
 {hub_id}---
 
-# An EAGLE-3 head for {base}
+# {title} for {base}
 
 {textwrap.fill(says, 118)}
 

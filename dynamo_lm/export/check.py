@@ -1,4 +1,4 @@
-"""Reads an exported head with the program that it is for, and compares its drafts with those of the same head here.
+"""Reads exported heads with the program that they are for, and compares their drafts with those of the same heads here.
 
 In: the model and the folder. Out: whether the program writes the same greedy text with the head as without, and how many
 drafts it accepts, beside how many of the head's drafts fit that very text here. So the comparison holds in any precision.
@@ -119,7 +119,9 @@ def _check_files(form: str, out: Path, base_gguf: Path | None) -> None:
 
 @torch.inference_mode()
 def steps_here(model: DynaMoForCausalLM, prompt: Sequence[int], text: Sequence[int], drafts: int) -> int:
-    """Forward passes of the base that `text` behind `prompt` takes with the head's likeliest drafts, `drafts` a step."""
+    """Forward passes of the base that `text` behind `prompt` takes with the heads' likeliest drafts, `drafts` a step."""
+    if not model.config.sequential:
+        return _steps_of_parallel_heads(model, prompt, text, drafts)
     head, cache, embed = model.sequential_head, DraftCache(), model.get_input_embeddings()
     ids = torch.tensor([[*prompt, *text]], device=model.device)
     features, _ = model.features_and_final(ids)
@@ -135,6 +137,24 @@ def steps_here(model: DynaMoForCausalLM, prompt: Sequence[int], text: Sequence[i
             accepted += 1
             state = head.advance(state, embed(token.view(1, 1)), cache)
         cache.length, verified, steps = read, verified + accepted + 1, steps + 1
+    return steps
+
+
+def _steps_of_parallel_heads(model: DynaMoForCausalLM, prompt: Sequence[int], text: Sequence[int], drafts: int) -> int:
+    """`steps_here`; no table weighs the drafts, since no other program reads it."""
+    ids = torch.tensor([[*prompt, *text]], device=model.device)
+    end, right = ids.shape[1], []  # by head, whether what it drafts at a position is the text's own token
+    for head, state in enumerate(model.hidden(ids, num_heads=drafts + 1)[1:, :, : end - 1], start=2):
+        known = state[:, : end - head]
+        if model.coupling is not None:
+            known = known + model.coupling.hidden_correction(head, known, ids[:, head - 1 : end - 1])
+        right.append((model.readout(known, head).argmax(-1) == ids[:, head:])[0].tolist())
+    verified, steps = len(prompt) + 1, 1
+    while verified < end:
+        accepted, most = 0, min(drafts, end - verified - 1)
+        while accepted < most and right[accepted][verified - 2]:
+            accepted += 1
+        verified, steps = verified + accepted + 1, steps + 1
     return steps
 
 
@@ -203,5 +223,6 @@ READ: dict[str, Callable[[DynaMoForCausalLM, Path, list[list[int]], Path | None]
     "mtp": _transformers,
     "eagle3": _vllm,
     "speculators": _vllm,
+    "vllm": _vllm,
 }
-PROGRAM = {"gguf": "llama.cpp", "mtp": "transformers", "eagle3": "vLLM", "speculators": "vLLM"}
+PROGRAM = {"gguf": "llama.cpp", "mtp": "transformers", "eagle3": "vLLM", "speculators": "vLLM", "vllm": "vLLM"}

@@ -1,4 +1,4 @@
-"""Writes a sequential head into a folder that another program opens, with the command that serves it."""
+"""Writes heads into a folder that another program opens, with the command that serves it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dynamo_lm.errors import InputError
 from dynamo_lm.export import gguf_base, gguf_head, mtp
@@ -15,6 +16,7 @@ from dynamo_lm.export.card import BASE_GGUF, DRAFT_GGUF, card, serve_commands
 from dynamo_lm.export.forms import check, eagle3_config, speculators_config, tensors
 from dynamo_lm.export.gguf_tensors import PRECISIONS
 from dynamo_lm.export.gguf_tokens import add_tokens, copy_tokens
+from dynamo_lm.export.parallel import parallel_config, parallel_tensors
 from dynamo_lm.files import atomic_folder
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
@@ -31,7 +33,7 @@ def export(
     draft_precision: str | None = None,
     base: str | None = None,
 ) -> dict[str, str]:
-    """Writes the head of `model` into `out`.
+    """Writes the heads of `model` into `out`.
 
     Args:
         name: of the model, as the user gave it.
@@ -61,13 +63,18 @@ def export(
         elif form == "mtp":
             mtp.write(model, temporary, tokenizer)
         else:
-            native = form == "eagle3"
-            config = eagle3_config(model) if native else speculators_config(model)
-            weights = tensors(model, "midlayer" if native else "layers.0")
+            config, weights = _PARTS[form](model)
             save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(card(model, form, commands), encoding="utf-8")
     return commands
+
+
+_PARTS: dict[str, Callable[[DynaMoForCausalLM], tuple[dict[str, Any], dict[str, Tensor]]]] = {
+    "eagle3": lambda model: (eagle3_config(model), tensors(model, "midlayer")),
+    "speculators": lambda model: (speculators_config(model), tensors(model, "layers.0")),
+    "vllm": lambda model: (parallel_config(model), parallel_tensors(model)),
+}  # config.json and model.safetensors, by form
 
 
 def check_request(model: DynaMoForCausalLM, name: str, tokenizer: Any, form: str, precisions: dict[str, str | None]) -> None:

@@ -15,6 +15,7 @@ from dynamo_lm.backbone.eagle3_layer import rms_norm_eps, rope_theta
 from dynamo_lm.backbone.feature_layers import feature_layers
 from dynamo_lm.data.draft_tokens import needed_tokens
 from dynamo_lm.errors import InputError
+from dynamo_lm.export import parallel
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 READERS = {  # form: its programs, and the architectures of bases whose states they hand to a draft
@@ -22,6 +23,7 @@ READERS = {  # form: its programs, and the architectures of bases whose states t
     "speculators": ("vLLM", ("llama", "mistral", "qwen2", "qwen3")),
     "gguf": ("llama.cpp", ("llama", "mistral", "qwen3")),
     "mtp": ("transformers", ("llama", "mistral", "qwen2", "qwen3")),
+    "vllm": ("vLLM with dynamo-lm beside it", ("llama",)),  # for parallel heads
 }
 
 
@@ -33,20 +35,23 @@ def check(model: DynaMoForCausalLM, name: str, form: str, tokenizer: Any) -> Non
     """
     if form not in READERS:
         raise InputError(f'--to is "{form}"; give {", ".join(READERS)}.')
-    if not model.config.sequential:
+    config = model.base.config.get_text_config()
+    if form == "vllm":
+        parallel.check(model, name)
+    elif not model.config.sequential:
         raise InputError(
-            f'"{name}" has parallel heads, which no other program reads; train a sequential one with `dynamo-lm train BASE '
+            f'"{name}" has parallel heads, which only --to vllm exports; train a sequential one with `dynamo-lm train BASE '
             "--head eagle3`."
         )
-    config = model.base.config.get_text_config()
-    feature_layers(config.num_hidden_layers)
+    else:
+        feature_layers(config.num_hidden_layers)
     programs, architectures = READERS[form]
     if config.model_type not in architectures:
         raise InputError(
             f"{programs} cannot draft for a base of the architecture {config.model_type}; the form {form} is for "
             f"{', '.join(architectures)}."
         )
-    ids = model.sequential_head.draft_ids
+    ids = model.sequential_head.draft_ids if model.config.sequential else None
     if ids is not None:
         missing = sorted(token for token in needed_tokens(tokenizer) - set(ids.tolist()) if token < config.vocab_size)
         if missing:
