@@ -13,7 +13,8 @@ from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.errors import InputError
 from dynamo_lm.kernels.linear import unpacked
 
-torchao = pytest.importorskip("torchao.quantization")
+# Not installed with the tests: transformers imports it wherever it is, which takes seconds in every process.
+torchao = pytest.importorskip("torchao.quantization", reason="needs torchao (pip install torchao)")
 
 
 @pytest.fixture
