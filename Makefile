@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SMOLLM2 := runs/smollm2-135m-instruct
 
 chat: $(VENV)/.ready-demo $(SMOLLM2)/model.safetensors
-	$(BIN)/dynamo-lm chat models/smollm2-135m-instruct --weights int4
+	$(BIN)/dynamo-lm chat models/smollm2-135m-instruct --weights int4 --adapt-threads
 
 $(SMOLLM2)/model.safetensors: | $(VENV)/.ready-demo
 	$(PIP) gguf accelerate

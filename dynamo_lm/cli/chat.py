@@ -18,7 +18,7 @@ from rich.text import Text
 
 from dynamo_lm.cli.dataclass_options import dataclass_options
 from dynamo_lm.cli.generate import weak_heads
-from dynamo_lm.cli.options import Model, ModelOptions, verification
+from dynamo_lm.cli.options import DecodingModelOptions, Model, verification
 from dynamo_lm.errors import InputError
 from dynamo_lm.files import decode
 
@@ -90,7 +90,7 @@ class AnswerOptions:
 
 
 @dataclass_options
-def chat(model: Model, answers: AnswerOptions, opening: ModelOptions) -> None:
+def chat(model: Model, answers: AnswerOptions, opening: DecodingModelOptions) -> None:
     """Talk with a model and see how many tokens each step gives.
 
     Uses the chat template of the model's tokenizer, or a plain one. When the conversation outgrows the model's context,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from dynamo_lm.cli.dataclass_options import dataclass_options
-from dynamo_lm.cli.options import MACHINE, Model, ModelOptions, verification
+from dynamo_lm.cli.options import MACHINE, DecodingModelOptions, Model, verification
 from dynamo_lm.errors import InputError
 from dynamo_lm.files import decode, read_bytes, split_lines
 
@@ -144,7 +144,7 @@ def generate(
         bool,
         typer.Option("--json", help="One JSON object a line and prompt: text, statistics.", rich_help_panel=MACHINE),
     ] = False,
-    opening: ModelOptions,
+    opening: DecodingModelOptions,
 ) -> None:
     """Continue a text, several tokens per forward pass.
 

@@ -84,6 +84,15 @@ class ModelOptions(OpeningOptions):
     ] = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecodingModelOptions(ModelOptions):
+    """How to open a DynaMo model that answers."""
+
+    adapt_threads: Annotated[
+        bool, "On a CPU: use as many of the threads as decode fastest now, which steps of decoding show."
+    ] = False
+
+
 @contextmanager
 def only_the_first_rank_prints() -> Iterator[None]:
     """Other ranks print nothing while the block runs."""

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import typer
 
 from dynamo_lm.cli.dataclass_options import dataclass_options
-from dynamo_lm.cli.options import Model, ModelOptions, verification
+from dynamo_lm.cli.options import DecodingModelOptions, Model, verification
 from dynamo_lm.serving.limits import Limits
 
 
@@ -56,7 +56,7 @@ class DefaultOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedModelOptions(ModelOptions):
+class ServedModelOptions(DecodingModelOptions):
     """How to open the model, and what to tell of it."""
 
     name: Annotated[str | None, "What clients call the model. Default: the name of its folder."] = None
@@ -110,6 +110,7 @@ def serve(
         weights=opening.weights,
         allow_base_mismatch=opening.allow_base_mismatch,
         trust_remote_code=opening.trust_remote_code,
+        adapt_threads=opening.adapt_threads,
     )
     if tokenizer.chat_template or tokenizer.eos_token is not None:
         chat_template(tokenizer)

@@ -186,7 +186,7 @@ class Batch:
         with torch.inference_mode():
             if self._sequences:
                 assert self._cache is not None
-                self._advance(self._sequences, self._cache, self._slots, first=False)
+                self._decode(self._sequences, self._cache)
                 self._free({sequence for sequence in self._sequences if sequence.finished})
             if self._newcomers:
                 newcomers, self._newcomers = self._newcomers, []
@@ -195,6 +195,20 @@ class Batch:
                 self._allocate(newcomers, cache)
             self._compact()
         return stepped
+
+    def _decode(self, sequences: list[SequenceState], cache: RaggedKVCache) -> None:
+        """A step of sequences that are past their prompts, with as many CPU threads as are fastest, if that is asked for."""
+        threads = self.model.runtime.threads
+        if threads is None:
+            return self._advance(sequences, cache, self._slots, first=False)
+        began, usual, tokens = time.perf_counter(), torch.get_num_threads(), sum(len(each.input_ids) for each in sequences)
+        count = threads.choose()
+        torch.set_num_threads(count)
+        try:
+            self._advance(sequences, cache, self._slots, first=False)
+        finally:
+            torch.set_num_threads(usual)
+        threads.record(count, time.perf_counter() - began, tokens)
 
     def _free(self, sequences: set[SequenceState]) -> None:
         """Takes sequences out; their slots stay empty."""

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from dynamo_lm.assets import bundled
 from dynamo_lm.backbone.base_model import offline_if_unreachable
 from dynamo_lm.data.token_store import tokenizer_fingerprint
+from dynamo_lm.decoding.thread_choice import AdaptiveThreads
 from dynamo_lm.errors import InputError, first_line
 from dynamo_lm.model.checkpoint import TABLE_FILE
 from dynamo_lm.model.configuration import DynaMoConfig
@@ -120,11 +121,13 @@ def open_for_evaluation(
     weights: str | None = None,
     allow_base_mismatch: bool = False,
     trust_remote_code: bool = False,
+    adapt_threads: bool = False,
     random_heads: int | None = None,
 ) -> tuple[DynaMoForCausalLM, Any]:
     """A DynaMo model and its tokenizer; sets the number of CPU threads if one is given. See `open_model` for the others.
 
     Args:
+        adapt_threads: let steps of decoding show how many threads, at most `threads`, are fastest.
         random_heads: a model without heads gets random ones, so many in all, head 1 included; None refuses it.
 
     Raises:
@@ -152,6 +155,8 @@ def open_for_evaluation(
         allow_base_mismatch=allow_base_mismatch,
         trust_remote_code=trust_remote_code,
     )
+    if adapt_threads and network.device.type == "cpu":
+        network.runtime.threads = AdaptiveThreads.of_this_machine()
     return network, tokens
 
 
