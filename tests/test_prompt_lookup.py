@@ -12,9 +12,11 @@ from test_eagle3 import eagle
 from transformers import GenerationConfig
 
 from dynamo_lm import DynaMoForCausalLM, InputError
+from dynamo_lm.cli.generate import numbers, sentence
 from dynamo_lm.decoding.batch import decode
 from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.decoding.prompt_lookup import LEAST_MATCH, PromptLookup
+from dynamo_lm.decoding.statistics import Statistics
 from dynamo_lm.decoding.verification import accept_sampled, certain
 
 PROMPT = [5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7]
@@ -141,3 +143,14 @@ def test_the_base_alone_takes_it():
     mine = model.generate(ids, do_sample=False, max_new_tokens=40, prompt_lookup_num_tokens=6)
     assert torch.equal(mine, model.base.generate(ids, do_sample=False, max_new_tokens=40))
     assert int(mine.max()) < VOCABULARY
+
+
+def test_statistics_name_drafts_from_the_text():
+    found = Statistics(8, looked_up=10, lookup_accepted=7)
+    assert sentence(found).endswith("drafts accepted: from the text 70%")
+    assert numbers(found)["looked_up"] == 10 and numbers(found)["lookup_accepted"] == 7
+    assert "drafts accepted" not in sentence(Statistics(8))
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    assert DecodingOptions(4, 1, prompt_lookup_num_tokens=np.int64(3)).ceiling == 4

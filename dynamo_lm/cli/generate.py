@@ -276,6 +276,8 @@ def numbers(statistics: Statistics) -> dict[str, Any]:
         "ceiling": statistics.ceiling,
         "histogram": statistics.histogram,
         "acceptance": [round(share, 4) for share in statistics.acceptance],
+        "looked_up": statistics.looked_up,
+        "lookup_accepted": statistics.lookup_accepted,
         "mean_log_likelihood": round(statistics.mean_log_likelihood, 5),
         "mean_regret": round(statistics.mean_regret, 5),
         "seconds": round(statistics.seconds, 4),
@@ -293,8 +295,12 @@ def sentence(statistics: Statistics) -> str:
     )
     if statistics.unverified:
         text += f"; regret {statistics.mean_regret:.3f} nats per token"
-    accepted = ", ".join(f"head {head} {share:.0%}" for head, share in enumerate(statistics.acceptance, start=2))
-    return f"{text}; drafts accepted: {accepted}" if any(statistics.proposed) else text
+    accepted = [f"head {head} {share:.0%}" for head, share in enumerate(statistics.acceptance, start=2)]
+    if not any(statistics.proposed):
+        accepted.clear()
+    if statistics.looked_up:
+        accepted.append(f"from the text {statistics.lookup_accepted / statistics.looked_up:.0%}")
+    return f"{text}; drafts accepted: {', '.join(accepted)}" if accepted else text
 
 
 def weak_heads(statistics: Sequence[Statistics], *, verify: Any, temperature: float | None) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 
 from torch import Tensor
 
@@ -99,5 +99,5 @@ def check_verify(verify: str | float) -> None:
 def check_prompt_lookup(prompt_lookup_num_tokens: int) -> None:
     """Refuses other values of `prompt_lookup_num_tokens`. Raises InputError."""
     given = prompt_lookup_num_tokens
-    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given < 64:
+    if isinstance(given, bool) or not isinstance(given, Integral) or not 0 <= given < 64:
         raise InputError(f"prompt_lookup_num_tokens is {given}; give the number of drafts, up to 63, 0 for none.")

@@ -107,7 +107,8 @@ On {learned_tokens(runs)}.
 The base wrote the answers itself, greedily and at temperatures 0.7 and 1. The questions
 are Databricks Dolly's (CC-BY-SA-3.0), passages of public-domain fairy-tale books and templates of this project. No
 benchmark prompt is among them: prompts that share 13 words in a row with one were left out
-(`recipes/smollm2/prompts.py`). The base stayed frozen. The loss is {loss} from the base's own distribution{rest}
+(`recipes/smollm2/prompts.py`). The base stayed frozen. The loss is {loss} from the base's own
+distribution{rest}
 (`recipes/smollm2/train.py`). Two CPU cores trained it.
 
 ## Tokens per step
