@@ -171,6 +171,26 @@ def quality_table(results: dict[str, Any], dials: tuple[float, ...] = (0.3, 0.5,
     return "\n".join(lines)
 
 
+def memory_table(results: dict[str, Any]) -> str:
+    """Memory of a rank by the dry run and as measured, both ranks."""
+    lines = [f"| {results['ranks']} ranks | estimated | measured, each rank |", "|---|---|---|"]
+    for setting in results["settings"]:
+        measured = " and ".join(f"{value / 1e9:.1f}" for value in setting["measured"])
+        lines.append(f"| `{setting['options']}` | {setting['estimated']['total'] / 1e9:.1f} GB | {measured} GB |")
+    return "\n".join(lines)
+
+
+def tokenizing_table(results: list[dict[str, Any]]) -> str:
+    """Tokens a processor second, and processor seconds to resume."""
+    lines = ["| tokenizer | into the run folder | streamed | to resume | from the beginning |", "|---|---|---|---|---|"]
+    for row in results:
+        lines.append(
+            f"| {row['tokenizer']} | {row['stored_per_second']:,} tokens a second | {row['streamed_per_second']:,} "
+            f"| {row['resumed_seconds']:.1f} s | {row['from_the_beginning_seconds']:.1f} s |"
+        )
+    return "\n".join(lines)
+
+
 def _rate(rate: dict[str, Any]) -> str:
     low, high = rate["interval"]
     return f"{rate['win_rate']:.2f} ({low:.2f}-{high:.2f})"
@@ -194,3 +214,5 @@ if __name__ == "__main__":
             print("", together(record["races"]), sep="\n")
         if record.get("profiles"):
             print("", shares_table(record["profiles"]), sep="\n")
+    scaling = json.loads((RESULTS / "scaling.json").read_text(encoding="utf-8"))
+    print("", memory_table(scaling["memory"]), "", tokenizing_table(scaling["tokenizing"]), sep="\n")

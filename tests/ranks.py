@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from threading import Thread, Timer
@@ -54,6 +55,7 @@ class Run:
     layers: int = 3
     stop_at: int | None = None  # a signal reaches the last rank while this step is reported
     kill_in: str = ""  # the last rank is killed while this checkpoint is written
+    hang_at: int | None = None  # the last rank stops, and never goes on, while this step is reported
     streamed: bool = False  # the text is tokenized while it is trained on
 
 
@@ -74,6 +76,7 @@ RUNS = {
     "resumed shards": Run(replace(FULL, shard=True)),
     "any time": Run(replace(FULL, shard=True, checkpoint_every=2)),
     "any time streamed": Run(replace(FROZEN, checkpoint_every=1), streamed=True),
+    "hung": Run(FULL, hang_at=4),
     "killed": Run(replace(FULL, shard=True, checkpoint_every=5), kill_in="step-00000010"),  # ends the processes
 }
 
@@ -129,6 +132,12 @@ def carry_out(run: Run, folder: Path, kill: tuple[int, int, float] | None = None
     def report(progress) -> None:
         if kill is not None and (ranks.rank(), progress.step) == kill[:2]:
             Timer(kill[2], os.kill, [os.getpid(), signal.SIGKILL]).start()
+        if progress.step == run.hang_at and ranks.size() > 1:
+            torch.distributed.distributed_c10d._set_pg_timeout(
+                timedelta(seconds=2)
+            )  # from here on; starting may take longer
+            if ranks.rank() == ranks.size() - 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
         if progress.step == run.stop_at and ranks.rank() == ranks.size() - 1:
             signal.raise_signal(signal.SIGTERM)
 

@@ -22,7 +22,7 @@ def losses(folder) -> list[list[float]]:
     return [line["losses"] + line.get("coupled_losses", []) for line in log_of(folder)]
 
 
-OF_TWO = [name for name in RUNS if not name.startswith("any time")]
+OF_TWO = [name for name in RUNS if not name.startswith(("any time", "hung"))]
 OF_THREE = ["frozen", "full", "full shards", "streamed"]
 
 
@@ -105,6 +105,16 @@ def test_a_rank_of_three_that_is_killed_at_some_time_ends_the_job_which_one_proc
     carry_out(RUNS["any time"], of_three / "any time")
     for one, three in zip(losses(of_one("any time")[0]), losses(of_three / "any time"), strict=True):
         assert three == pytest.approx(one, abs=1e-5)
+
+
+def test_a_rank_that_hangs_ends_the_job_with_a_message(tmp_path):
+    first, hung = start(tmp_path, "hung")
+    try:
+        assert ended([first]) == [1]
+    finally:
+        hung.kill()
+    message = "Rank 0 of 2 waited for another rank, which ended or did not come within 1 minutes (--rank-timeout)"
+    assert message in (tmp_path / "stderr-0").read_text()
 
 
 def test_a_stream_whose_reader_is_killed_at_some_time_goes_on_where_it_stopped(of_one, tmp_path):
