@@ -129,9 +129,14 @@ def carry_out(run: Run, folder: Path, kill: tuple[int, int, float] | None = None
         kill: a rank, a step, and how many seconds after that step the rank is killed.
     """
 
+    timers: list[Timer] = []
+
     def report(progress) -> None:
         if kill is not None and (ranks.rank(), progress.step) == kill[:2]:
-            Timer(kill[2], os.kill, [os.getpid(), signal.SIGKILL]).start()
+            timers.append(Timer(kill[2], os.kill, [os.getpid(), signal.SIGKILL]))
+            timers[0].start()
+        if timers and progress.step == run.options.steps:
+            timers[0].join()  # never done before
         if progress.step == run.hang_at and ranks.size() > 1:
             torch.distributed.distributed_c10d._set_pg_timeout(
                 timedelta(seconds=2)
@@ -174,7 +179,7 @@ def main(where: str, *names: str) -> None:
     """Carry out these runs as one of the ranks; their trained weights go into a file of each."""
     folder = Path(where)
     torch.set_num_threads(1)
-    with ranks.process_group(torch.device("cpu"), 1):
+    with ranks.process_group(torch.device("cpu"), 5):
         for name in names:
             try:
                 kill = json.loads(os.environ.get("KILL", "null")) if name == names[-1] else None
