@@ -208,7 +208,7 @@ def finetune(
                 sources, facts = ranks.of_first((sources, facts))
             read = partial(tokenize_conversations, tokenizer=tokenizer, longest=run.block_size)
             corpus = read_text(
-                sources, text, read, folder, run,
+                sources, text, read, folder, run.block_size, run.options.seed,
                 account=lambda store: typer.echo(f"dynamo-lm: {account(store.facts, run.block_size)}", err=True), **facts,
             )  # fmt: skip
             run = run.of(corpus)

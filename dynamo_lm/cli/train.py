@@ -162,11 +162,18 @@ def train(
             folder = output.out or scratch_folder()
             if text.streaming:
                 corpus = read_stream(
-                    text.data, text, tokenizer, folder, run, look_ahead=text.look_ahead, text_field=text.text_field
+                    text.data,
+                    text,
+                    tokenizer,
+                    folder,
+                    run.block_size,
+                    run.options.seed,
+                    look_ahead=text.look_ahead,
+                    text_field=text.text_field,
                 )
             else:
                 read = partial(tokenize, tokenizer=tokenizer, text_field=text.text_field)
-                corpus = read_text(text.data, text, read, folder, run)
+                corpus = read_text(text.data, text, read, folder, run.block_size, run.options.seed)
             run = run.of(corpus)
 
         # 3. Train.

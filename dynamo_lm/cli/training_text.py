@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import typer
@@ -19,9 +19,6 @@ from dynamo_lm.errors import InputError
 from dynamo_lm.training import ranks
 from dynamo_lm.training.shared_stream import shared_blocks
 from dynamo_lm.training.validation import BLOCKS
-
-if TYPE_CHECKING:
-    from dynamo_lm.cli.training_run import Run
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,8 @@ def read_text(
     options: TextOptions,
     tokenize: Callable[..., TokenStore],
     folder: Path,
-    run: Run,
+    block_size: int,
+    seed: int,
     *,
     account: Callable[[TokenStore], None] = lambda store: None,
     **facts: Any,
@@ -75,7 +73,6 @@ def read_text(
         if options.validation:
             held_out = tokenize(options.validation, folder=folder / "validation", progress=progress)
     account(store)
-    seed = run.options.seed
     kind, documents = (Blocks, "documents") if store.responses is None else (WholeBlocks, "conversations")
     ids, validation_ids = store.split(0.0 if held_out is not None else options.validation_fraction, seed)
     facts = {
@@ -84,11 +81,11 @@ def read_text(
         **facts,
         **store.facts,
     }
-    blocks, validation = kind(store, ids, run.block_size, seed=seed), None
+    blocks, validation = kind(store, ids, block_size, seed=seed), None
     if held_out is not None:
         validation_ids = np.arange(len(held_out))
     if len(validation_ids) > 0:
-        validation = _to_measure_on(kind, held_out or store, validation_ids, run.block_size, seed)
+        validation = _to_measure_on(kind, held_out or store, validation_ids, block_size, seed)
     return Text.on_disk(blocks, validation, facts)
 
 
@@ -97,7 +94,8 @@ def read_stream(
     options: TextOptions,
     tokenizer: Any,
     folder: Path,
-    run: Run,
+    block_size: int,
+    seed: int,
     *,
     look_ahead: int,
     text_field: str | None = None,
@@ -112,7 +110,6 @@ def read_stream(
     Raises:
         InputError: files that cannot be read, or too little text to measure on.
     """
-    seed, block_size = run.options.seed, run.block_size
     length = max(1, look_ahead // block_size) * block_size
     held_out = 0.0 if options.validation else options.validation_fraction
     stream = TextStream(sources, tokenizer, length, seed=seed, held_out=held_out, text_field=text_field)
