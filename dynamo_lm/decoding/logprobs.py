@@ -20,11 +20,20 @@ class LogProbs:
 
     def __init__(self, logits: Tensor):
         """logits: (sequences, width, vocabulary) float32 on the CPU."""
-        self.logits, self.normaliser = logits.numpy(), logits.logsumexp(-1).numpy()
+        self.tensor, self.logits = logits, logits.numpy()
+        self._normalisers: dict[
+            tuple[int, int], float
+        ] = {}  # of lines that were asked for, which are few
+
+    def normaliser(self, r: int, place: int) -> float:
+        """The logarithm of the sum of exponentials of the r-th sequence's logits after input token `place`."""
+        if (r, place) not in self._normalisers:
+            self._normalisers[r, place] = float(self.tensor[r, place].logsumexp(-1))
+        return self._normalisers[r, place]
 
     def of(self, sequence: SequenceState, r: int, token: int, place: int) -> TokenLogProb:
         """The score of a token after the r-th sequence's input token `place`."""
-        line, normaliser = self.logits[r, place], float(self.normaliser[r, place])
+        line, normaliser = self.logits[r, place], self.normaliser(r, place)
         best = torch.from_numpy(line).topk(min(sequence.options.logprobs or 0, len(line)))
         top = [(token, value - normaliser) for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
         return TokenLogProb(float(line[token]) - normaliser, top)
@@ -46,7 +55,7 @@ class LogProbs:
         for i, token in enumerate(tokens):
             place = i if after is None else after[i]
             line = self.logits[r, place]
-            statistics.log_likelihood += float(line[token] - self.normaliser[r, place])
+            statistics.log_likelihood += float(line[token]) - self.normaliser(r, place)
             statistics.scored += 1
             regret = float(line.max() - line[token]) if costs is None else costs[i]
             statistics.regret += regret
