@@ -21,9 +21,7 @@ class LogProbs:
     def __init__(self, logits: Tensor):
         """logits: (sequences, width, vocabulary) float32 on the CPU."""
         self.tensor, self.logits = logits, logits.numpy()
-        self._normalisers: dict[
-            tuple[int, int], float
-        ] = {}  # of lines that were asked for, which are few
+        self._normalisers: dict[tuple[int, int], float] = {}  # of lines that were asked for, which are few
 
     def normaliser(self, r: int, place: int) -> float:
         """The logarithm of the sum of exponentials of the r-th sequence's logits after input token `place`."""
