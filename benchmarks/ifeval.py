@@ -5,8 +5,8 @@
 
 Prompts whose answers a program can check, scored by lm-eval's own functions (strict and loose). Every mode answers the
 same prompts greedily, at most 384 tokens; differences to strict decoding are paired by prompt, with 95 % bootstrap
-intervals. Strict decoding writes the base's own text, so its score is the base's. Answers stay in runs/, so that a stopped
-run goes on.
+intervals. Strict decoding writes the base's own text, so its score is the base's. Sentences are counted without nltk's
+model of English. Answers stay in runs/, so that a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def scores(prompts: list[dict[str, Any]], answers: dict[int, dict[str, Any]]) ->
     """Whether all instructions of each prompt are followed, strictly and loosely: (prompts, 2) of 0 and 1."""
     from lm_eval.tasks.ifeval import instructions_util, utils
 
-    # The sentence model that word_tokenize wants is a download; capital words are counted the same without it.
+    # The sentence model of English is a download. Capital words are counted the same without it; sentences end at any full
+    # stop, question mark or exclamation mark, also after abbreviations, in all modes alike.
+    instructions_util._get_sentence_tokenizer = instructions_util.nltk.tokenize.PunktSentenceTokenizer
     instructions_util.nltk.word_tokenize = functools.partial(
         instructions_util.nltk.tokenize.word_tokenize, preserve_line=True
     )
