@@ -89,7 +89,7 @@ def memory_of(base: str, name: str) -> dict[str, Any]:
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
     line = [sys.executable, "-m", "benchmarks.scaling", base, f"--as-rank={name}"]
     started = [
-        subprocess.Popen(line, env=os.environ | where | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(line, env=os.environ | where | {"RANK": str(rank)}, stdout=subprocess.PIPE, encoding="utf-8")
         for rank in range(RANKS)
     ]
     measured = [json.loads(process.communicate()[0]) for process in started]

@@ -66,7 +66,10 @@ def server(python: str, base: str, draft: Path | None, dtype: str, log: Path) ->
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     environment = {**environment, "OMP_NUM_THREADS": "1", **os.environ}
     url = f"http://127.0.0.1:{port}"
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process:
+    with (
+        log.open("w", encoding="utf-8") as output,
+        subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process,
+    ):
         try:
             for _ in range(STARTS_WITHIN):
                 if process.poll() is not None:

@@ -569,6 +569,7 @@ def test_a_run_that_would_train_nothing_is_refused(num_heads, lr_m, tmp_path):
 
 def test_a_second_interrupt_stops_at_once_and_the_handler_is_put_back():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     before = [signal.getsignal(number) for number in numbers]
     for number in numbers:
         with pytest.raises(KeyboardInterrupt), trainer._stop_between_steps() as stopped:
@@ -576,6 +577,7 @@ def test_a_second_interrupt_stops_at_once_and_the_handler_is_put_back():
             assert len(stopped) == 1
             signal.raise_signal(number)
         assert [signal.getsignal(number) for number in numbers] == before
+    signal.signal(signal.SIGHUP, inherited)
 
 
 def test_a_run_that_outlives_its_terminal_goes_on():
