@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import os
+import socket
 import sys
 import termios
 from collections.abc import Callable, Mapping
@@ -40,6 +41,24 @@ def start(
     process = forking.Process(target=_run, args=(function, arguments, files, dict(environment or {}), terminal), daemon=True)
     process.start()
     return process
+
+
+def start_ranks(
+    count: int, function: Callable[..., Any], *arguments: Any, folder: Path, environment: Mapping[str, str] | None = None
+) -> list[ForkServerProcess]:
+    """Runs a function on so many ranks, as torchrun would; `folder` gets their stdout-0, stderr-0, stdout-1 .."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    where |= environment or {}
+    return [
+        start(
+            function, *arguments, stdout=folder / f"stdout-{rank}", stderr=folder / f"stderr-{rank}",
+            environment=where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(count)
+    ]  # fmt: skip
 
 
 def command(*line: str) -> int:

@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -161,18 +160,8 @@ def start(folder: Path, *runs: str, count: int = 2, kill: tuple[int, int, float]
     Args:
         kill: as `carry_out` takes it, in the last run.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = {"KILL": json.dumps(kill)} if kill else {}
-    where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    return [
-        processes.start(
-            main, str(folder), *runs, stdout=folder / f"stdout-{rank}", stderr=folder / f"stderr-{rank}",
-            environment=where | {"RANK": str(rank)},
-        )
-        for rank in range(count)
-    ]  # fmt: skip
+    environment = {"KILL": json.dumps(kill)} if kill else {}
+    return processes.start_ranks(count, main, str(folder), *runs, folder=folder, environment=environment)
 
 
 def main(where: str, *names: str) -> None:

@@ -1,7 +1,6 @@
 """`dynamo-lm eval completion` as a user runs it: results, judges that fail, resuming, and bad input."""
 
 import json
-import socket
 import sys
 
 import processes
@@ -56,21 +55,11 @@ def test_ranks_share_the_texts_and_write_those_of_one_process(ask, folder, capfd
     ask("--seeds", "2", "--threads", "1")
     line = ["eval", "completion", str(folder / "model"), "--bench", str(folder / "mine.txt"), "--out", str(tmp_path / "two")]
     line += [*FEW, "--seeds", "2", "--threads", "1"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    started = [
-        processes.start(
-            processes.command, *line, stdout=tmp_path / f"out-{rank}", stderr=tmp_path / f"err-{rank}",
-            environment=where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    started = processes.start_ranks(2, processes.command, *line, folder=tmp_path)
     for rank, process in enumerate(started):
         process.join(timeout=300)
-        assert process.exitcode == 0, (tmp_path / f"err-{rank}").read_text()
-    assert "mask+Otsu+blur" in (tmp_path / "out-0").read_text() and (tmp_path / "out-1").read_text() == ""
+        assert process.exitcode == 0, (tmp_path / f"stderr-{rank}").read_text()
+    assert "mask+Otsu+blur" in (tmp_path / "stdout-0").read_text() and (tmp_path / "stdout-1").read_text() == ""
     assert sorted(file.name for file in (tmp_path / "two").iterdir()) == sorted(
         file.name for file in (tmp_path / "out").iterdir()
     )

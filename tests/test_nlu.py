@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import socket
 from functools import cache
 from pathlib import Path
 
@@ -442,20 +441,10 @@ def asked_as_a_rank(where: str) -> None:
 
 
 def test_ranks_share_the_documents_and_find_what_one_process_finds(folder, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    started = [
-        processes.start(
-            asked_as_a_rank, str(folder), stdout=tmp_path / f"out-{rank}", stderr=tmp_path / f"err-{rank}",
-            environment=where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    started = processes.start_ranks(2, asked_as_a_rank, str(folder), folder=tmp_path)
     for rank, process in enumerate(started):
         process.join(120)
-        assert process.exitcode == 0, (tmp_path / f"err-{rank}").read_text()
+        assert process.exitcode == 0, (tmp_path / f"stderr-{rank}").read_text()
     together = json.loads((folder / "found.json").read_text())
     assert together.pop("ranks") == 2
     asked_as_a_rank(str(folder))

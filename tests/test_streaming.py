@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -327,20 +326,10 @@ def test_a_shard_that_breaks_in_the_middle_ends_every_rank_with_one_sentence(mad
     bad = write(tmp_path / "text" / "bad.jsonl", "".join(lines * 26) + "[\n")  # beyond what the first window reads
     line = ["train", str(made / "base"), "--data", bad, "--streaming", "--look-ahead", "600", "--out", str(tmp_path / "run")]
     line += ["--freeze", "--block-size", "32", "--batch-size", "64", "--validation-fraction", "0", "--steps", "1000"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    started = [
-        processes.start(
-            processes.command, *line, "--threads", "1", stdout=tmp_path / f"out-{rank}", stderr=tmp_path / f"err-{rank}",
-            environment=where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    started = processes.start_ranks(2, processes.command, *line, "--threads", "1", folder=tmp_path)
     for process in started:
         process.join(timeout=300)
-    errors = [(tmp_path / f"err-{rank}").read_text() for rank in range(2)]
+    errors = [(tmp_path / f"stderr-{rank}").read_text() for rank in range(2)]
     assert [process.exitcode for process in started] == [BAD_INPUT, BAD_INPUT], errors
     assert all("bad.jsonl is not JSON at line 1041" in error and "Traceback" not in error for error in errors), errors
     assert len(losses(tmp_path / "run")) > 5  # what could be read was trained on

@@ -295,9 +295,8 @@ def sentence(statistics: Statistics) -> str:
     )
     if statistics.unverified:
         text += f"; regret {statistics.mean_regret:.3f} nats per token"
-    accepted = [f"head {head} {share:.0%}" for head, share in enumerate(statistics.acceptance, start=2)]
-    if not any(statistics.proposed):
-        accepted.clear()
+    heads = enumerate(statistics.acceptance, start=2) if any(statistics.proposed) else ()
+    accepted = [f"head {head} {share:.0%}" for head, share in heads]
     if statistics.looked_up:
         accepted.append(f"from the text {statistics.lookup_accepted / statistics.looked_up:.0%}")
     return f"{text}; drafts accepted: {', '.join(accepted)}" if accepted else text

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from dynamo_lm.decoding.fused_layers import FusedLayer
 from dynamo_lm.decoding.kv_cache import RaggedKVCache
-from dynamo_lm.kernels.attention import MAX_QUERIES
 from dynamo_lm.kernels.decoder_layer import run_layers
 
 PARTS = {"embed_tokens", "layers", "norm", "rotary_emb"}
@@ -53,7 +52,7 @@ class FusedBody(nn.Module):
     def _step(self, input_ids: Tensor, mask: Any, positions: Tensor, cache: RaggedKVCache, named: dict) -> Tensor | None:
         """A step of a few tokens; None where the kernels do not compute it. named: the cache by its name."""
         layers: list[FusedLayer] = list(self.layers.children())
-        if input_ids.shape[1] > MAX_QUERIES or input_ids.numel() > layers[0].max_rows:
+        if not layers[0].takes(*input_ids.shape):  # before anything is computed
             return None
         hidden = self.embed_tokens(input_ids)
         turns = self.rotary_emb(hidden, position_ids=positions)

@@ -57,6 +57,10 @@ class FusedLayer(nn.Module):
         first = self.kernels[0]
         return cache.room(self.index, (hidden.shape[0] * len(self.kernels), first.kv_heads, 0, first.width), hidden)
 
+    def takes(self, slots: int, tokens: int) -> bool:
+        """Whether the kernel computes steps of such a size."""
+        return tokens <= MAX_QUERIES and 0 < slots * tokens <= self.max_rows
+
     def fits(self, hidden: Tensor, cache: Any, mask: Any, turns: Any) -> bool:
         """Whether the kernel computes a step of such a call: its states, cache, mask and rotary positions."""
         return (
@@ -68,8 +72,7 @@ class FusedLayer(nn.Module):
             and isinstance(turns, tuple)
             and turns[0].shape[-1] == self.kernels[0].width
             and turns[0].dtype == hidden.dtype == self.kernels[0].dtype
-            and hidden.shape[1] <= MAX_QUERIES
-            and 0 < hidden.shape[0] * hidden.shape[1] <= self.max_rows
+            and self.takes(*hidden.shape[:2])
             and not torch.is_grad_enabled()
         )
 
