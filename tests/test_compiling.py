@@ -18,6 +18,7 @@ from dynamo_lm.decoding.batch import Batch, decode
 from dynamo_lm.decoding.compiled import MIN_CAPACITY, CompiledStep, capacity, check_compiler, compile_steps
 from dynamo_lm.decoding.kv_cache import StaticKVCache
 from dynamo_lm.decoding.options import DecodingOptions
+from dynamo_lm.decoding.thread_choice import AdaptiveThreads
 from dynamo_lm.errors import InputError
 
 
@@ -77,6 +78,10 @@ def test_compiled_steps_write_the_same_text(neox):
     plain = decode(neox, prompt, DecodingOptions(12, 2), seeds=[0])
     fast = decode(neox, prompt, DecodingOptions(12, 2, compile=True), seeds=[0])
     assert fast[0].tokens == plain[0].tokens
+    neox.runtime.threads = AdaptiveThreads(2)
+    decode(neox, prompt, DecodingOptions(12, 2, compile=True), seeds=[0])
+    assert not neox.runtime.threads.seconds  # compiled code is for one number of threads
+    neox.runtime.threads = None
     kept = neox.runtime.compiled[2, neox.device, neox.dtype][1]
     decode(neox, random_tokens(1, 9).tolist(), DecodingOptions(5, 2, compile=True), seeds=[0])
     assert neox.runtime.compiled[2, neox.device, neox.dtype][1] is kept

@@ -89,7 +89,7 @@ class DecodingModelOptions(ModelOptions):
     """How to open a DynaMo model that answers."""
 
     adapt_threads: Annotated[
-        bool, "On a CPU: use as many of the threads as decode fastest now, which steps of decoding show."
+        bool, "On a CPU: use as many of the threads as decode fastest now, which steps show; not with --compile."
     ] = False
 
 

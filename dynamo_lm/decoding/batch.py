@@ -199,7 +199,7 @@ class Batch:
     def _decode(self, sequences: list[SequenceState], cache: RaggedKVCache) -> None:
         """A step of sequences that are past their prompts, with as many CPU threads as are fastest, if that is asked for."""
         threads = self.model.runtime.threads
-        if threads is None:
+        if threads is None or self.compile:  # compiled code is made for one number, and would be compiled anew
             return self._advance(sequences, cache, self._slots, first=False)
         began, usual, tokens = time.perf_counter(), torch.get_num_threads(), sum(len(each.input_ids) for each in sequences)
         count = threads.choose()
