@@ -7,10 +7,18 @@
 
 namespace {
 
-constexpr int64_t TOGETHER = 4;  // queries; more sums do not fit the registers
+constexpr int64_t TOGETHER = 4;  // queries, in all heads that share keys; more sums do not fit the registers
 
 template <int R>
 using Several = std::integral_constant<int, R>;
+
+constexpr int64_t AHEAD = 32;    // keys; their values are asked for as the keys are read, and are in the caches when all scores are known
+
+// Asks for entries that will be read soon.
+template <typename T>
+inline void soon(const T* at, int64_t count) {
+  for (int64_t k = 0; k < count; k += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(at + k);
+}
 
 struct Range {  // slots that are attended to: all from one on
   int64_t begin;
@@ -56,7 +64,12 @@ void attend(const float* query, const T* keys, int64_t key_step, const T* values
   for (int64_t c = 0; c < most; c += KEYS) {
     Lanes total[8] = {};
     const T* key[KEYS];
-    for (int j = 0; j < KEYS; j++) key[j] = keys + slot(std::min(c + j, most - 1)) * key_step;
+    for (int j = 0; j < KEYS; j++) {
+      const int64_t at = slot(std::min(c + j, most - 1));
+      key[j] = keys + at * key_step;
+      soon(keys + slot(std::min(c + j + AHEAD, most - 1)) * key_step, width);
+      soon(values + at * value_step, width);
+    }
     for (int64_t k = 0; k < width; k += STRIDE) {
       Lanes first[KEYS], second[KEYS];
       for (int j = 0; j < KEYS; j++) first[j] = one(key[j] + k), second[j] = two(key[j] + k);
@@ -111,10 +124,22 @@ Span span_of(const bool* visible, int64_t step, int64_t slots) {
   return {begin, std::memchr(gap, 1, visible + slots - gap) ? -1 : gap - first};
 }
 
+// Calls `f` with the size as a constant.
+template <typename F>
+void sized(int64_t size, const F& f) {
+  if (size == 4) f(Several<4>{});
+  else if (size == 3) f(Several<3>{});
+  else if (size == 2) f(Several<2>{});
+  else f(Several<1>{});
+}
+
+// Heads that share keys count as queries that see the same slots: member m of a row's shared head is its query m / sharing, in
+// head m % sharing.
 template <typename T>
 void attend_all(const View& query, const View& key, const View& value, const View& mask, float scaling, T* to) {
   const int64_t heads = query.sizes[1], count = query.sizes[2], width = query.sizes[3], slots = key.sizes[2];
-  const int64_t sharing = heads / key.sizes[1], groups = (count + TOGETHER - 1) / TOGETHER, step = slots + 8;
+  const int64_t shared_heads = key.sizes[1], sharing = heads / shared_heads, members = count * sharing;
+  const int64_t groups = (members + TOGETHER - 1) / TOGETHER, step = slots + 8;
   const T *q = query.as<T>(), *k = key.as<T>(), *v = value.as<T>();
   const auto visible = [&](int64_t b, int64_t i) {
     return mask.as<bool>() + (mask.sizes[0] > 1 ? b * mask.strides[0] : 0) + i * mask.strides[2];
@@ -122,46 +147,51 @@ void attend_all(const View& query, const View& key, const View& value, const Vie
   std::vector<Span> spans;
   for (int64_t b = 0; b < mask.sizes[0]; b++)
     for (int64_t i = 0; i < count; i++) spans.push_back(span_of(visible(b, i), mask.strides[3], slots));
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (slots * width * std::min(count, TOGETHER)));
-  shared(query.sizes[0] * groups * heads, grain, [&](int64_t first, int64_t last) {
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / (slots * width * std::min(members, TOGETHER)));
+  shared(query.sizes[0] * shared_heads * groups, grain, [&](int64_t first, int64_t last) {
     thread_local std::vector<int32_t> listed;
     float* const scores = scratch(TOGETHER * (step + 2 * width));
     float *const from = scores + TOGETHER * step, *const out = from + TOGETHER * width;
-    for (int64_t place = first; place < last; place++) {  // (row, group, head)
-      const int64_t h = place % heads, b = place / heads / groups, start = place / heads % groups * TOGETHER;
-      const int64_t size = std::min(TOGETHER, count - start);
-      const Span* const span = &spans[(mask.sizes[0] > 1 ? b * count : 0) + start];
-      const T* const keys = k + b * key.strides[0] + h / sharing * key.strides[1];
-      const T* const values = v + b * value.strides[0] + h / sharing * value.strides[1];
-      const auto run = [&](auto size, int64_t i, const auto& slot, const int64_t* counts) {
-        constexpr int R = decltype(size)::value;
-        for (int64_t r = 0; r < R; r++)
-          unpack(q + b * query.strides[0] + h * query.strides[1] + (i + r) * query.strides[2], from + r * width, width);
-        attend<R>(from, keys, key.strides[2], values, value.strides[2], slot, counts, width, scaling, scores, step, out);
-        for (int64_t r = 0; r < R; r++) pack(out + r * width, to + ((b * count + i + r) * heads + h) * width, width);
-      };
-      int64_t counts[TOGETHER];
-      bool together = true;  // whether all begin at one slot
-      for (int64_t r = 0; r < size; r++) {
-        counts[r] = span[r].count;
-        together = together && counts[r] >= 0 && span[r].begin == span[0].begin;
-      }
-      if (together && size == 4) run(Several<4>{}, start, Range{span[0].begin}, counts);
-      else if (together && size == 3) run(Several<3>{}, start, Range{span[0].begin}, counts);
-      else if (together && size == 2) run(Several<2>{}, start, Range{span[0].begin}, counts);
-      else
+    for (int64_t place = first; place < last; place++) {  // (row, shared head, group)
+      const int64_t start = place % groups * TOGETHER, g = place / groups % shared_heads, b = place / groups / shared_heads;
+      const int64_t end = std::min(start + TOGETHER, members);
+      const Span* const span = &spans[mask.sizes[0] > 1 ? b * count : 0];
+      const T* const keys = k + b * key.strides[0] + g * key.strides[1];
+      const T* const values = v + b * value.strides[0] + g * value.strides[1];
+      const auto run = [&](int64_t begin, int64_t size, const auto& slot, const int64_t* counts) {
         for (int64_t r = 0; r < size; r++) {
-          if (counts[r] >= 0) {
-            run(Several<1>{}, start + r, Range{span[r].begin}, counts + r);
-            continue;
-          }
-          const bool* const one = visible(b, start + r);
-          listed.clear();
-          for (int64_t s = 0; s < slots; s++)
-            if (one[s * mask.strides[3]]) listed.push_back(s);
-          const int64_t all = listed.size();
-          run(Several<1>{}, start + r, List{listed.data()}, &all);
+          const int64_t i = (begin + r) / sharing, h = g * sharing + (begin + r) % sharing;
+          unpack(q + b * query.strides[0] + h * query.strides[1] + i * query.strides[2], from + r * width, width);
         }
+        sized(size, [&](auto several) {
+          attend<decltype(several)::value>(from, keys, key.strides[2], values, value.strides[2], slot, counts, width, scaling,
+                                           scores, step, out);
+        });
+        for (int64_t r = 0; r < size; r++) {
+          const int64_t i = (begin + r) / sharing, h = g * sharing + (begin + r) % sharing;
+          pack(out + r * width, to + ((b * count + i) * heads + h) * width, width);
+        }
+      };
+      for (int64_t m = start, next; m < end; m = next) {  // as many together as see the same slots, or begin with the same
+        const int64_t i = m / sharing;
+        const Span& own = span[i];
+        int64_t counts[TOGETHER];
+        for (next = m; next < end; next++) {
+          const Span& other = span[next / sharing];
+          if (next / sharing != i && (own.count < 0 || other.count < 0 || other.begin != own.begin)) break;
+          counts[next - m] = other.count;
+        }
+        if (own.count >= 0) {
+          run(m, next - m, Range{own.begin}, counts);
+          continue;
+        }
+        const bool* const one = visible(b, i);
+        listed.clear();
+        for (int64_t s = 0; s < slots; s++)
+          if (one[s * mask.strides[3]]) listed.push_back(s);
+        std::fill(counts, counts + TOGETHER, static_cast<int64_t>(listed.size()));
+        run(m, next - m, List{listed.data()}, counts);
+      }
     }
   });
 }
