@@ -1,6 +1,7 @@
 """Rows that join and leave a running batch, with options of their own, against the same rows decoded alone."""
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from architectures import dynamo_of, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_eagle3 import eagle
 
 from dynamo_lm.cooccurrence.counting import count
 from dynamo_lm.decoding.batch import Batch, decode
+from dynamo_lm.decoding.draft_length import BatchDraftLength
 from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.errors import InputError
 from dynamo_lm.sampling.options import Algorithm1
@@ -27,6 +30,7 @@ def model_with_table():
 
 MODEL = model_with_table()
 WAYS = (
+    {"verify": "strict"},  # the batch decides how many drafts it carries
     {"verify": "strict", "tree": 0},
     {"verify": "strict", "tree": 5},
     {"verify": "strict", "sample": True},
@@ -77,7 +81,8 @@ def test_rows_that_come_and_go_write_what_they_write_alone(asked, seed):
             continue
         assert rows[r].tokens == alone.tokens
         assert rows[r].finished == alone.finished
-        assert rows[r].statistics.step_sizes == alone.statistics.step_sizes
+        if asked[r][4] != {"verify": "strict"}:
+            assert rows[r].statistics.step_sizes == alone.statistics.step_sizes
         for mine, theirs in zip(rows[r].scores, alone.scores, strict=True):
             assert mine.log_prob == pytest.approx(theirs.log_prob, abs=1e-4)
 
@@ -174,3 +179,32 @@ def test_keys_and_values_are_given_back_when_a_text_ends_without_waiting_for_the
         assert held and not any(each() is not None for each in held)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["llama", "eagle3"])
+def test_a_batch_that_changes_its_number_of_drafts_writes_the_same(kind, monkeypatch):
+    model = MODEL if kind == "llama" else eagle()
+    prompts = (random_tokens(3, 6, seed=2) % 60).tolist()
+    fixed = decode(model, prompts, DecodingOptions(30, 3, tree=0), seeds=[0, 1, 2])
+    wanted = itertools.cycle([2, 0, 1, 1, 0, 2])
+    monkeypatch.setattr(BatchDraftLength, "choose", lambda self, sequences: next(wanted))
+    changing = decode(model, prompts, DecodingOptions(30, 3, prompt_lookup_num_tokens=2), seeds=[0, 1, 2])
+    assert [each.tokens for each in changing] == [each.tokens for each in fixed]
+    assert sum(sum(each.statistics.proposed) for each in changing) < sum(sum(each.statistics.proposed) for each in fixed)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=3), st.lists(st.floats(0.05, 2), min_size=3, max_size=3))
+def test_the_number_of_drafts_is_that_with_the_most_tokens_a_second(chances, more):
+    """Against the plain maximum; drafts at place i are accepted for a share of the sequences, and cost more each."""
+    length, sequences, choices = BatchDraftLength(3), 48, []
+    shares = [round(sequences * share) for share in itertools.accumulate(chances, lambda before, chance: before * chance)]
+    times = list(itertools.accumulate(more, initial=1.0))
+    tokens = [1.0, *(1 + sum(shares[:drafts]) / sequences for drafts in range(1, 4))]
+    for _ in range(60):
+        choices.append(drafts := length.choose(sequences))
+        accepted = [sum(place < share for share in shares[:drafts]) for place in range(sequences)]
+        length.record(drafts, times[drafts], [drafts] * sequences, accepted)
+    rates = [a / b for a, b in zip(tokens, times, strict=True)]
+    assert set(choices[:12]) == {0, 1, 2, 3}  # each is tried
+    assert all(rates[drafts] == pytest.approx(max(rates), rel=1e-6) for drafts in choices[12:])

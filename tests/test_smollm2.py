@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from recipes.smollm2.answer import order, records
 from recipes.smollm2.prompts import ANSWER, grams
+from recipes.smollm2.questions import Sieve, conversation
 from recipes.smollm2.train import encoded
 
 ROOT = Path(__file__).parent.parent
@@ -64,3 +65,30 @@ def test_neighbours_are_alike_in_length():
 
 def test_runs_of_words_know_no_case_and_no_punctuation():
     assert grams("One two, three!", 2) == {("one", "two"), ("two", "three")} and grams("one", 2) == set()
+
+
+def test_questions_that_are_known_short_or_in_a_benchmark_are_left_out(tmp_path):
+    (tmp_path / "bench").mkdir()
+    long = "compose an engaging travel blog post about a recent trip to the islands of the north sea"
+    for name, text in {"mt_bench": long, "spec_bench": "why?", "vicuna_bench": "why?", "ifeval": "why?"}.items():
+        (tmp_path / f"bench/{name}.jsonl").write_text(json.dumps({"prompt": text}) + "\n")
+    (tmp_path / "bench/gsm8k_test.jsonl").write_text(json.dumps({"question": "How many apples are left?"}) + "\n")
+    with gzip.open(tmp_path / "bench/HumanEval.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"prompt": "def f(x):"}) + "\n")
+    sieve = Sieve(tmp_path, ["What is the best bread?"])
+    kept = [text for text in (
+        "Hello there",  # short
+        "What is  the best BREAD?",  # known
+        "How many apples are left?",  # a benchmark's
+        f"Please, {long}.",  # 13 of a benchmark's words
+        "How is bread made at home?",
+        "how is bread made at home?",  # known by now
+    ) if sieve.keeps(text)]  # fmt: skip
+    assert kept == ["How is bread made at home?"]
+
+
+def test_a_question_becomes_the_same_conversation_each_time():
+    lines = [conversation(number, "Who made the bike?") for number in range(40)]
+    assert lines == [conversation(number, "Who made the bike?") for number in range(40)]
+    assert {len(line["messages"]) for line in lines} == {2, 4} and {line["temperature"] for line in lines} == {0.0, 0.7, 1.0}
+    assert all(line["messages"][1::2] == [ANSWER] * (len(line["messages"]) // 2) for line in lines)

@@ -30,7 +30,13 @@ from dynamo_lm.backbone.base_model import captured_inputs
 from dynamo_lm.backbone.rope_limits import length_limit
 from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.decoding.candidates import Candidates
-from dynamo_lm.decoding.draft_length import draft_length_of, drafting_pays_of
+from dynamo_lm.decoding.draft_length import (
+    BatchDraftLength,
+    batch_draft_length_of,
+    draft_length_of,
+    drafting_pays_of,
+    drafts_freely,
+)
 from dynamo_lm.decoding.draft_tree import depths
 from dynamo_lm.decoding.draft_vocabulary import draft_vocabulary_of
 from dynamo_lm.decoding.drafter import Drafter
@@ -125,6 +131,7 @@ class Batch:
         self._sequences: list[SequenceState] = []
         self._slots: list[int] = []  # of the cache, by sequence; the others are empty
         self._cache: RaggedKVCache | None = None
+        self._most: int | None = None  # drafts of a sequence, where the batch decides that
 
     @property
     def running(self) -> list[SequenceState]:
@@ -210,6 +217,11 @@ class Batch:
             torch.set_num_threads(usual)
         threads.record(count, time.perf_counter() - began, tokens)
 
+    def _draft_length(self, sequences: list[SequenceState]) -> BatchDraftLength | None:
+        """What decides how many drafts the sequences carry, where that changes nothing but the time."""
+        free = len(sequences) > 1 and all(drafts_freely(self.model, sequence.options) for sequence in sequences)
+        return batch_draft_length_of(self.model, self.num_heads) if free else None
+
     def _free(self, sequences: set[SequenceState]) -> None:
         """Takes sequences out; their slots stay empty."""
         if not sequences:
@@ -262,6 +274,9 @@ class Batch:
                 sequence.began = began
         draft_length, size, expected = sequences[0].draft_length, sequences[0].size, sequences[0].expected_accepted
         drafted, pays, looked_up = sequences[0].drafted, sequences[0].drafting_pays, sequences[0].looked_up
+        goodput, most, carried = self._draft_length(sequences), self._most, [len(each.input_ids) - 1 for each in sequences]
+        if not first:  # newcomers join the others, with as many drafts
+            self._most = None if goodput is None else goodput.choose(len(sequences))
 
         # 1. Prefill or decode: one forward over the prompts, or over what every sequence emitted (or drafted) last.
         with captured_inputs(self._drafter.read_layers) as features:
@@ -284,7 +299,7 @@ class Batch:
         alone = len(sequences) == 1
         wanted = [
             0 if each.ending else each.options.num_heads if each.options.off
-            else self._drafter.begin(each, result.emitted, alone=alone)
+            else self._drafter.begin(each, result.emitted, alone=alone, most=self._most)
             for each, result in zip(sequences, verified, strict=True)
         ]  # fmt: skip
         chosen: list[tuple[Any, Any]] = [(None, None)] * len(sequences)
@@ -323,6 +338,8 @@ class Batch:
         alike = drafted == sequences[0].drafted and not (looked_up or sequences[0].looked_up)
         if len(sequences) == 1 and pays is not None and not first and alike:
             pays.record(drafted, time.perf_counter() - began, len(verified[0].emitted) - 1)
+        if goodput is not None and most is not None and self._most == most and not first:
+            goodput.record(most, time.perf_counter() - began, carried, [len(result.path) for result in verified])
 
     def _forward(self, sequences: list[SequenceState], cache: RaggedKVCache, slots: Sequence[int], first: bool) -> Tensor:
         """Final hidden states of the heads, (n, sequences, width, hidden); of prompts those at their end alone."""

@@ -95,12 +95,64 @@ class DraftingPays:
         return self.without % RETRY_STEPS >= RETRY_STEPS - TRIALS
 
 
+@dataclass
+class BatchDraftLength:
+    """How many drafts each sequence of a batch should carry, by the tokens of a step over its time ("goodput").
+
+    Batches of 8 to 15 sequences, say, count as one size. Source: SmartSpec, arXiv 2406.14066.
+    """
+
+    most: int  # drafts of a sequence
+    seconds: dict[tuple[int, int], deque[float]] = field(default_factory=dict)  # of the latest steps, by size and drafts
+    accepted: list[deque[bool]] = field(init=False)  # of the latest drafts at each place
+    since: int = 0  # steps since other numbers were tried
+
+    def __post_init__(self) -> None:
+        self.accepted = [deque(maxlen=16 * WINDOW) for _ in range(self.most)]
+
+    def choose(self, sequences: int) -> int:
+        """Drafts of each sequence in the next step."""
+        size = sequences.bit_length()
+        times = {drafts: self.seconds.get((size, drafts), deque()) for drafts in range(self.most + 1)}
+        for drafts in reversed(times):  # the most first: acceptance becomes known at every place
+            if len(times[drafts]) < TRIALS:
+                return drafts
+        tokens = np.cumsum([1.0, *(np.mean(place) if place else 0.0 for place in self.accepted)])
+        best = max(times, key=lambda drafts: tokens[drafts] / float(np.median(times[drafts])))
+        self.since += 1
+        if self.since >= RETRY_STEPS:
+            self.since = 0
+            for drafts in {best - 1, best + 1} & times.keys():
+                times[drafts].clear()
+        return best
+
+    def record(self, drafts: int, seconds: float, drafted: Sequence[int], accepted: Sequence[int]) -> None:
+        """Records a step: its drafts by choice, its time, and by sequence how many there were and how many were accepted."""
+        self.seconds.setdefault((len(drafted).bit_length(), drafts), deque(maxlen=WINDOW)).append(seconds)
+        for many, good in zip(drafted, accepted, strict=True):
+            for place in range(min(many, self.most)):
+                self.accepted[place].append(good > place)
+
+
+def batch_draft_length_of(model: MultiHeadLM, num_heads: int) -> BatchDraftLength:
+    """What the batches of a model share."""
+    key = ("batch", num_heads, torch.get_num_threads(), model.device)
+    return model.runtime.draft_lengths.setdefault(key, BatchDraftLength(num_heads - 1))
+
+
+def drafts_freely(model: MultiHeadLM, options: DecodingOptions) -> bool:
+    """Whether the number of drafts changes nothing but the time.
+
+    It changes the rounding: harmless in float32, not where close calls are ties. A number that is asked for stays.
+    """
+    chosen = options.sample or options.off or options.logits_processors or options.synthetic_acceptance is not None
+    exact = options.budget == 0 and model.dtype == torch.float32 and not options.compile
+    return exact and not chosen and options.num_heads > 1 and options.tree is None
+
+
 def drafting_pays_of(model: MultiHeadLM, options: DecodingOptions) -> DraftingPays | None:
     """What decides whether a sequential head drafts, where that cannot change the text; None: it always does."""
-    chosen = options.sample or options.off or options.logits_processors or options.synthetic_acceptance is not None
-    if chosen or options.num_heads == 1 or options.tree is not None or not is_sequential(model):
-        return None
-    if options.budget > 0 or model.dtype != torch.float32 or options.compile:  # see `draft_length_of`
+    if not is_sequential(model) or not drafts_freely(model, options):
         return None
     key = ("sequential", options.num_heads, torch.get_num_threads(), model.device)
     return model.runtime.draft_lengths.setdefault(key, DraftingPays())
@@ -114,8 +166,7 @@ def draft_length_of(model: MultiHeadLM, options: DecodingOptions) -> AdaptiveDra
         return None
     if options.tree is not None:
         return AdaptiveDraftLength((options.tree + 1,))
-    # Sizes that change from run to run change the rounding: harmless in float32, not where close calls are ties.
-    if options.budget > 0 or model.dtype != torch.float32 or options.compile:
+    if not drafts_freely(model, options):
         return None
     key = (n, torch.get_num_threads(), model.device)
     return model.runtime.draft_lengths.setdefault(key, AdaptiveDraftLength((n, 2 * n, 4 * n)))

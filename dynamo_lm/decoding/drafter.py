@@ -52,19 +52,24 @@ class Drafter:
         after = sequence.tokens[1:] + emitted if first else emitted  # each verified input token
         sequence.unread.append((features[: len(after)] if first else features[[0, *path]], after))
 
-    def begin(self, sequence: SequenceState, emitted: list[int], *, alone: bool) -> int:
+    def begin(self, sequence: SequenceState, emitted: list[int], *, alone: bool, most: int | None = None) -> int:
         """Sets the sequence's next input, with drafts from the text itself if it repeats.
 
         Args:
             emitted: the verified tokens of this step.
             alone: whether it is the only sequence: in a batch a forward is wide already.
+            most: drafts, if the batch decides that.
 
         Returns:
             How many drafts of the heads are wanted.
         """
         self._set(sequence, emitted, [])
-        sequence.looked_up = self._look_up(sequence, emitted, alone=alone)
-        room = self._room(sequence, emitted, sequence.options.num_heads - 1)
+        heads = sequence.options.num_heads - 1
+        by_heads = heads if most is None else min(heads, most)
+        # A wider forward is wider for all sequences, or is not compiled.
+        wide = sequence.options.prompt_lookup_num_tokens if alone and not self.runner.compile else by_heads
+        sequence.looked_up = self._look_up(sequence, emitted, wide)
+        room = self._room(sequence, emitted, by_heads)
         if sequence.looked_up or room <= 0:
             return 0
         if sequence.draft_length is not None and alone and sequence.draft_length.rests():
@@ -95,12 +100,9 @@ class Drafter:
         elif heads is not None:
             self._draft_from_heads(sequence, emitted, heads.of(0, wanted), pairwise, alone=alone)
 
-    def _look_up(self, sequence: SequenceState, emitted: list[int], *, alone: bool) -> bool:
+    def _look_up(self, sequence: SequenceState, emitted: list[int], most: int) -> bool:
         """Drafts from the text itself, if its latest tokens stood there before. Returns whether they did."""
-        most = sequence.options.prompt_lookup_num_tokens
-        if self.runner.compile or not alone:  # a wider forward is wider for all sequences, or is not compiled
-            most = min(most, sequence.options.num_heads - 1)
-        room = self._room(sequence, emitted, most)
+        room = self._room(sequence, emitted, min(most, sequence.options.prompt_lookup_num_tokens))
         drafts = sequence.prompt_lookup.draft(sequence.tokens + emitted, room) if room > 0 else []
         if drafts:
             self._set(sequence, emitted, drafts)

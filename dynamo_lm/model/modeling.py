@@ -340,8 +340,10 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
     def reads_plainly(self) -> bool:
         """Whether the base's output path is its output embedding and nothing else, which one state shows."""
         weight, output = self.output_weight(), self.base.get_output_embeddings()
-        state = torch.linspace(-4, 4, weight.shape[1], dtype=weight.dtype, device=offloading.device_of(output))[None, None]
-        return torch.equal(self.readout(state), output(state))
+        device = offloading.device_of(output)
+        state = torch.linspace(-4, 4, weight.shape[1], dtype=weight.dtype, device=device)[None, None]
+        with torch.autocast(device.type, enabled=False):  # which would convert the whole output embedding, twice
+            return torch.equal(self.readout(state), output(state))
 
     @property
     def cache_entries(self) -> int:

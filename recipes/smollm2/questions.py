@@ -9,7 +9,6 @@ PROMPTS has the lines that `recipes.smollm2.prompts` writes.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Iterator
