@@ -19,6 +19,7 @@ from dynamo_lm.data.draft_tokens import draft_tokens
 from dynamo_lm.data.packing import WholeBlocks
 from dynamo_lm.data.token_store import TokenStore, build_store, digest
 from dynamo_lm.files import write_text
+from dynamo_lm.model.configuration import MEDUSA
 from dynamo_lm.model.coupling import add_coupling
 from dynamo_lm.training import provenance
 from dynamo_lm.training.answer_table import add_answers
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("answers", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--head", default="parallel", help="parallel, or eagle3")
+    parser.add_argument("--head", default="parallel", choices=["parallel", "eagle3", "medusa"])
     parser.add_argument("--draft-vocabulary", type=int, default=0, help="tokens that an eagle3 head drafts; 0 for all")
     parser.add_argument("--init", default="copy")
     parser.add_argument("--coupling-rank", type=int, default=0)
@@ -85,10 +86,11 @@ def main() -> None:
         if arguments.coupling_rank and model.coupling is None:
             add_coupling(model, arguments.coupling_rank)
     else:
+        kind: dict[str, Any] = MEDUSA if arguments.head == "medusa" else {"head": arguments.head}
         model = DynaMoForCausalLM.from_base(
             arguments.base,
             arguments.heads,
-            head=arguments.head,
+            **kind,
             draft_vocab_size=arguments.draft_vocabulary,
             init=arguments.init,
             coupling_rank=arguments.coupling_rank,
