@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+SEED = 17
 HELD_OUT = 184
 PASSAGES = 2600
 TEMPLATED = 6500
@@ -149,6 +150,13 @@ def dolly(data: Path) -> Iterator[str]:
             yield text.strip()[:2600]
 
 
+def split_dolly(data: Path, rng: random.Random) -> tuple[list[str], list[str]]:
+    """Dolly's prompts in random order: those that are held out, and the others."""
+    questions = list(dolly(data))
+    rng.shuffle(questions)
+    return questions[:HELD_OUT], questions[HELD_OUT:]
+
+
 def passages(data: Path, rng: random.Random) -> Iterator[str]:
     """Passages of the fairy-tale books in a task's words, for ever."""
     books = [
@@ -210,10 +218,8 @@ def overlaps(prompts: Iterable[str], data: Path) -> list[str]:
 
 def main(data: Path, out: Path, held_out: Path) -> None:
     """Writes both files."""
-    rng = random.Random(17)
-    questions = list(dolly(data))
-    rng.shuffle(questions)
-    kept, questions = questions[:HELD_OUT], questions[HELD_OUT:]
+    rng = random.Random(SEED)
+    kept, questions = split_dolly(data, rng)
     pool = [("dolly", text) for text in questions]
     from_books, from_templates = passages(data, rng), templated(rng)
     pool += [("passage", next(from_books)) for _ in range(PASSAGES)]

@@ -1,9 +1,9 @@
-"""Writes the folder that ships: `python -m recipes.smollm2.publish RUN models/smollm2-135m-instruct`.
+"""Writes the folder that ships: `python -m recipes.smollm2.publish RUN TABLE models/smollm2-135m-instruct`.
 
-RUN is the folder of recipes.smollm2.train (RUN/model its heads, RUN/log.jsonl their log). Heads are stored in bfloat16,
-the table without n-grams that occur once, the base as the folder that `make chat` makes. The model card takes its numbers
-from the run and, where it exists, from results/smollm2/tokens_per_step.json. What the run's validations measured goes
-beside that file.
+RUN is the folder of recipes.smollm2.train (RUN/model its heads, RUN/log.jsonl their log), TABLE the file of
+recipes.smollm2.table. Heads are stored in bfloat16, the base as the folder that `make chat` makes. The model card takes
+its numbers from the run and, where it exists, from results/smollm2/tokens_per_step.json. What the run's validations
+measured goes beside that file.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from dynamo_lm import DynaMoForCausalLM
+from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.files import write_text
 from dynamo_lm.training import provenance
 from recipes.smollm2.base import HUB_ID
@@ -105,9 +106,10 @@ weights they need `allow_base_mismatch=True`, and fewer drafts are accepted.
 
 On {learned_tokens(runs)}.
 The base wrote the answers itself, greedily and at temperatures 0.7 and 1. The questions
-are Databricks Dolly's (CC-BY-SA-3.0), passages of public-domain fairy-tale books and templates of this project. No
-benchmark prompt is among them: prompts that share 13 words in a row with one were left out
-(`recipes/smollm2/prompts.py`). The base stayed frozen. The loss is {loss} from the base's own
+are Databricks Dolly's (CC-BY-SA-3.0), passages of public-domain fairy-tale books, templates of this project and
+questions of the base itself. No benchmark prompt is among them: prompts that share 13 words in a row with one were
+left out (`recipes/smollm2/prompts.py`, `questions.py`). The table counts these answers, Dolly's own, fables (MIT) and
+fairy tales (Apache-2.0; `recipes/smollm2/table.py`). The base stayed frozen. The loss is {loss} from the base's own
 distribution{rest}
 (`recipes/smollm2/train.py`). Two CPU cores trained it.
 
@@ -140,10 +142,9 @@ def expected_tokens(run: Path, number: int, file: Path) -> str:
 
 
 def main() -> None:
-    run, target = Path(sys.argv[1]), Path(sys.argv[2])
+    run, table, target = map(Path, sys.argv[1:4])
     model = DynaMoForCausalLM.from_pretrained(str(run / "model"), dtype=torch.float32)
-    if model.cooccurrence is not None:
-        model.cooccurrence = model.cooccurrence.prune({2: 2, 3: 2, 4: 2})
+    model.cooccurrence = Cooccurrence.load(table)
     model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(str(target), weights="heads")
