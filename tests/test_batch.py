@@ -195,6 +195,22 @@ def test_a_batch_that_changes_its_number_of_drafts_writes_the_same(kind, monkeyp
     assert sum(sum(each.statistics.proposed) for each in changing) < sum(sum(each.statistics.proposed) for each in fixed)
 
 
+def test_a_sampled_text_keeps_its_drafts_beside_texts_that_do_without(monkeypatch):
+    monkeypatch.setattr(BatchDraftLength, "choose", lambda self, sequences: 0)
+    prompts = random_tokens(3, 6, seed=4).tolist()
+    sampled = DecodingOptions(12, 3, sample=True)
+    alone = decode(MODEL, prompts[2:], sampled, seeds=[5])[0]
+    batch = Batch(MODEL, 3)
+    for prompt in prompts[:2]:
+        batch.join(prompt, DecodingOptions(20, 3), seed=0)
+    for _ in range(3):
+        batch.step()
+    beside = batch.join(prompts[2], sampled, seed=5)
+    while batch.running:
+        batch.step()
+    assert beside.tokens == alone.tokens and beside.statistics.step_sizes == alone.statistics.step_sizes
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=3, max_size=3), st.lists(st.floats(0.05, 2), min_size=3, max_size=3))
 def test_the_number_of_drafts_is_that_with_the_most_tokens_a_second(chances, more):

@@ -168,6 +168,7 @@ class Batch:
             input_ids=list(prompt),
             draft_length=draft_length_of(self.model, options),
             drafting_pays=drafting_pays_of(self.model, options),
+            drafts_freely=drafts_freely(self.model, options),
             present=_present(prompt, self.model.config.vocab_size) if options.off else None,
             ending="length" if options.max_new_tokens == 0 else None,
         )
@@ -219,7 +220,7 @@ class Batch:
 
     def _draft_length(self, sequences: list[SequenceState]) -> BatchDraftLength | None:
         """What decides how many drafts the sequences carry, where that changes nothing but the time."""
-        free = len(sequences) > 1 and all(drafts_freely(self.model, sequence.options) for sequence in sequences)
+        free = len(sequences) > 1 and all(sequence.drafts_freely for sequence in sequences)
         return batch_draft_length_of(self.model, self.num_heads) if free else None
 
     def _free(self, sequences: set[SequenceState]) -> None:
@@ -299,7 +300,7 @@ class Batch:
         alone = len(sequences) == 1
         wanted = [
             0 if each.ending else each.options.num_heads if each.options.off
-            else self._drafter.begin(each, result.emitted, alone=alone, most=self._most)
+            else self._drafter.begin(each, result.emitted, alone=alone, most=self._most if each.drafts_freely else None)
             for each, result in zip(sequences, verified, strict=True)
         ]  # fmt: skip
         chosen: list[tuple[Any, Any]] = [(None, None)] * len(sequences)

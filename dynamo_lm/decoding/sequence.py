@@ -39,6 +39,7 @@ class SequenceState:
     looked_up: bool = False  # whether input_ids[1:] are drafts from the text itself
     draft_cache: Any = None  # keys and values in a sequential head's layer
     drafting_pays: DraftingPays | None = None  # whether such a head drafts; None: always
+    drafts_freely: bool = False  # whether the number of drafts changes nothing but the time
     drafted: bool = True  # whether it did for the step in progress
     unread: list[tuple[Tensor, list[int]]] = field(default_factory=list)  # what `SequentialDrafter.draft` has yet to read
     present: np.ndarray | None = None  # under "off", (vocabulary,) bool: the tokens that are there already
