@@ -96,6 +96,11 @@ class Optimization:
             raise InputError(
                 "A sequential head (eagle3) learns from a base that stays as it is; freeze the base (--freeze)."
             )
+        if options.loss_vocabulary < 1 and model.config.own_output_embedding and not sequential:
+            raise InputError(
+                "Heads with an output embedding of their own learn nothing about tokens that the loss leaves out, and would "
+                "draft them; train such heads with --loss-vocabulary 1."
+            )
         if options.frozen:
             model.freeze_base()
         elif features is not None:
