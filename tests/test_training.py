@@ -567,6 +567,11 @@ def test_a_run_that_would_train_nothing_is_refused(num_heads, lr_m, tmp_path):
         train(tiny(num_heads=num_heads), random_blocks(), None, replace(FROZEN, lr_m=lr_m), tmp_path)
 
 
+def test_a_loss_vocabulary_is_refused_for_heads_that_would_draft_the_rest_unlearned(tmp_path):
+    with pytest.raises(InputError, match="--loss-vocabulary 1"):
+        train(tiny(**MEDUSA), random_blocks(), None, replace(FROZEN, loss_vocabulary=0.9), tmp_path)
+
+
 def test_a_second_interrupt_stops_at_once_and_the_handler_is_put_back():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
