@@ -110,7 +110,7 @@ def main() -> None:
         batch_size=arguments.batch_size,
         warmup=0.03,
         kl=arguments.kl,
-        loss_vocabulary=arguments.vocabulary,
+        loss_vocabulary=1.0 if model.config.own_output_embedding and not model.config.sequential else arguments.vocabulary,
         coupling_only=arguments.coupling_only,
         validate_every=arguments.validate_every,
         checkpoint_every=50,
