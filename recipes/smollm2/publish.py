@@ -109,8 +109,8 @@ The base wrote the answers itself, greedily and at temperatures 0.7 and 1. The q
 are Databricks Dolly's (CC-BY-SA-3.0), passages of public-domain fairy-tale books, templates of this project and
 questions of the base itself. No benchmark prompt is among them: prompts that share 13 words in a row with one were
 left out (`recipes/smollm2/prompts.py`, `questions.py`). The table counts all such answers, also those that the heads
-did not learn, Dolly's own answers, fables (MIT) and fairy tales (Apache-2.0; `recipes/smollm2/table.py`). The base stayed
-frozen. The loss is {loss} from the base's own
+did not learn, Dolly's own answers, fables (MIT) and fairy tales (Apache-2.0; `recipes/smollm2/table.py`).
+The base stayed frozen. The loss is {loss} from the base's own
 distribution{rest}
 (`recipes/smollm2/train.py`). Two CPU cores trained it.
 
