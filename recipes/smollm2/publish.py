@@ -29,7 +29,7 @@ RESULTS = Path("results/smollm2/tokens_per_step.json")
 
 def learned_tokens(runs: list[dict[str, Any]]) -> str:
     """What the heads read, run by run."""
-    return ", then on ".join(f"{each['answer_tokens']:,} tokens of answers, {each['epochs']:.1f} times" for each in runs)
+    return ",\nthen on ".join(f"{each['answer_tokens']:,} tokens of answers, {each['epochs']:.1f} times" for each in runs)
 
 
 def acceptance_table(label: str) -> str:
