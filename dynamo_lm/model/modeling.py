@@ -342,8 +342,10 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         weight, output = self.output_weight(), self.base.get_output_embeddings()
         device = offloading.device_of(output)
         state = torch.linspace(-4, 4, weight.shape[1], dtype=weight.dtype, device=device)[None, None]
-        with torch.autocast(device.type, enabled=False):  # which would convert the whole output embedding, twice
-            return torch.equal(self.readout(state), output(state))
+        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):  # it would convert the whole output embedding, twice
+                return torch.equal(self.readout(state), output(state))
+        return torch.equal(self.readout(state), output(state))
 
     @property
     def cache_entries(self) -> int:
