@@ -71,14 +71,19 @@ def order(prompts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [each for group in grouped for each in group]
 
 
+def answerer_of(base: str, rows: int, temperature: float = 0.7) -> BatchAnswerer:
+    """The base in bfloat16, `rows` texts at a time, one token a step."""
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model, tokenizer = DynaMoForCausalLM.from_base(loaded, 1).eval(), AutoTokenizer.from_pretrained(base)
+    return BatchAnswerer(model, tokenizer, temperature=temperature, batch_size=rows)
+
+
 class Writer:
     """Answers conversations turn by turn and appends each answer to the file as it ends."""
 
     def __init__(self, base: str, answers: Path, rows: int):
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
-        loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-        model = DynaMoForCausalLM.from_base(loaded, 1).eval()
-        self.answerer = BatchAnswerer(model, self.tokenizer, batch_size=rows)
+        self.answerer = answerer_of(base, rows)
+        self.tokenizer = self.answerer.tokenizer
         self.log = JsonlLog(answers)
         self.answers = by_turn(self.log.records)
         self.requests: dict[int, tuple[dict[str, Any], list[dict[str, str]]]] = {}  # by number of the question

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dynamo_lm import DynaMoForCausalLM
 from dynamo_lm.data.chat_template import encode_chat
 from dynamo_lm.jsonl_cache import JsonlLog
-from dynamo_lm.training.self_distill import BatchAnswerer, Question
+from dynamo_lm.training.self_distill import Question
+from recipes.smollm2.answer import answerer_of
 from recipes.smollm2.prompts import ANSWER, FOLLOW_UPS, bench_prompts, choices, grams
 
 OPENINGS = """Write|Write a|Write an essay|Explain|Describe|How do|How can|What is|What are|What would|Create a|Compose
@@ -82,14 +81,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    loaded = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.bfloat16)
-    answerer = BatchAnswerer(
-        DynaMoForCausalLM.from_base(loaded, 1).eval(),
-        tokenizer,
-        temperature=arguments.temperature,
-        batch_size=arguments.rows,
-    )
+    answerer = answerer_of(arguments.base, arguments.rows, arguments.temperature)
+    tokenizer = answerer.tokenizer
     log = JsonlLog(arguments.prompts)
     asked = {line["id"] for line in log.records}
     sieve = Sieve(arguments.data, [line["messages"][0]["content"] for line in log.records])
