@@ -131,6 +131,7 @@ class Batch:
         self._sequences: list[SequenceState] = []
         self._slots: list[int] = []  # of the cache, by sequence; the others are empty
         self._cache: RaggedKVCache | None = None
+        self._device = self.model.device
         self._most: int | None = None  # drafts of a sequence, where the batch decides that
 
     @property
@@ -221,7 +222,7 @@ class Batch:
     def _draft_length(self, sequences: list[SequenceState]) -> BatchDraftLength | None:
         """What decides how many drafts the sequences carry, where that changes nothing but the time."""
         free = len(sequences) > 1 and all(sequence.drafts_freely for sequence in sequences)
-        return batch_draft_length_of(self.model, self.num_heads) if free else None
+        return batch_draft_length_of(self.model, self.num_heads, self._device) if free else None
 
     def _free(self, sequences: set[SequenceState]) -> None:
         """Takes sequences out; their slots stay empty."""

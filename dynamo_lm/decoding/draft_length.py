@@ -134,9 +134,9 @@ class BatchDraftLength:
                 self.accepted[place].append(good > place)
 
 
-def batch_draft_length_of(model: MultiHeadLM, num_heads: int) -> BatchDraftLength:
-    """What the batches of a model share."""
-    key = ("batch", num_heads, torch.get_num_threads(), model.device)
+def batch_draft_length_of(model: MultiHeadLM, num_heads: int, device: torch.device) -> BatchDraftLength:
+    """What the batches of a model share; device: the model's, which is asked for once, because it walks over all modules."""
+    key = ("batch", num_heads, torch.get_num_threads(), device)
     return model.runtime.draft_lengths.setdefault(key, BatchDraftLength(num_heads - 1))
 
 
