@@ -139,14 +139,14 @@ def held_out(model: DynaMoForCausalLM, store: TokenStore, texts: int) -> dict[st
             for i in extra:
                 hit = (heads.ids[i] == true[i + 1]).nonzero()[0]
                 in_top_k[i] += len(hit)
-                p = base[at + 1 + i, heads.ids[i]].numpy()
                 for draft, row in sums.items():
                     coupling = pairwise if draft.coupled else None
-                    q = conditional(heads, i, true[: i + 1], model.cooccurrence, draft.alpha_c, 1.0, coupling)
-                    row["overlap"][i] += float(p.clip(max=q).sum())
+                    text = tokens[: at + 2 + i].numpy()
+                    ids, q = conditional(heads, i, text, model.cooccurrence, draft.alpha_c, 1.0, coupling)
+                    row["overlap"][i] += float(base[at + 1 + i, ids].numpy().clip(max=q).sum())
                     if len(hit):
-                        row["nats"][i] -= math.log(0.99 * q[hit[0]] + 0.01 / TOP_K)  # the mask may say never
-                        row["top_1"][i] += float(q.argmax() == hit[0])
+                        row["nats"][i] -= math.log(0.99 * q[ids == true[i + 1]].sum() + 0.01 / TOP_K)
+                        row["top_1"][i] += float(ids[q.argmax()] == true[i + 1])
     return {
         "texts": texts,
         "positions": positions,

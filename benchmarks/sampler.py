@@ -108,7 +108,8 @@ def functions() -> dict[str, tuple[float, float]]:
         options = Algorithm1(eps_b=eps_b)
         add(f"draw, eps_b {eps_b}", lambda: draw_from(next(turn), present, table, options, generator))  # noqa: B023
     how: dict[str, Any] = {"alpha_c": 0.5, "temperature": 1.0, "generator": generator, "greedy": False}
-    add("chain of drafts", lambda: draft_from(next(turn).of(1, 3), 5, table, **how))
+    text = torch.randint(300, (500,), generator=generator).numpy()
+    add("chain of drafts", lambda: draft_from(next(turn).of(1, 3), text, table, **how))
     return result
 
 

@@ -175,7 +175,7 @@ def largest(grid: Grid) -> tuple[int, ...]:
 
 def draft(
     logits: Tensor,
-    first: int,
+    text: np.ndarray,
     table: Cooccurrence | None,
     *,
     alpha_c: float,
@@ -185,29 +185,60 @@ def draft(
     greedy: bool,
     pairwise: PairwiseCorrection | None = None,
 ) -> Draft:
-    """Token by token from f_i(x) * (p^(h, x) / (p^(h) p^(x)))^alpha_c, with the longest history h that was seen."""
-    tokens, ids, proposals = [first], [], []
+    """Token by token from f_i(x) * (p~(x | text) / p^(x))^alpha_c."""
+    so_far, ids, proposals = text.tolist(), [], []
     for number, row in enumerate(logits.tolist(), start=2):
-        head = coupled(candidates(row, top_k, temperature), number, tokens[-1], pairwise, temperature)
-        history = tokens if table is None or alpha_c == 0 else tokens[max(0, len(tokens) - (table.order - 1)) :]
-        q = conditional(head, history, table, alpha_c)
-        while sum(q) == 0:
-            history = history[1:]
-            q = conditional(head, history, table, alpha_c)
-        q = [value / sum(q) for value in q]
-        tokens.append(head[choose(q, generator, greedy)][0])
+        head = coupled(candidates(row, top_k, temperature), number, so_far[-1], pairwise, temperature)
+        if table is not None and alpha_c != 0:
+            head = with_followers(head, so_far)
+            head = [(x, f * (mixed(table, so_far, x) / alone(table, x)) ** alpha_c) for x, f in head]
+        total = sum(q for _, q in head)
+        q = [value / total for _, value in head]
+        so_far.append(head[choose(q, generator, greedy)][0])
         ids.append([token for token, _ in head])
         proposals.append(q)
-    return Draft(tokens[1:], torch.tensor(ids), torch.tensor(proposals, dtype=torch.float64))
+    return Draft(so_far[len(text) :], torch.tensor(ids), torch.tensor(proposals, dtype=torch.float64))
 
 
-def conditional(head: Head, history: list[int], table: Cooccurrence | None, alpha_c: float) -> list[float]:
-    """The unnormalised q of every candidate after `history`; the plain probabilities without history or mask."""
-    if table is None or alpha_c == 0 or not history:
-        return [probability for _, probability in head]
-    q = []
-    for token, probability in head:
-        together = log_frequency(table, [*history, token])
-        apart = log_frequency(table, history) + log_frequency(table, [token])
-        q.append(probability * math.exp(alpha_c * (together - apart)) if together > -math.inf else 0.0)
-    return q
+def with_followers(head: Head, text: list[int]) -> Head:
+    """The candidates with what followed the last two tokens before in place of the last ones."""
+    new: list[int] = []
+    for token in reversed(followers(text, 2)):
+        if token not in [*new, *(known for known, _ in head)] and len(new) < len(head) // 2:
+            new.append(token)
+    least = min(probability for _, probability in head)
+    return head[: len(head) - len(new)] + [(token, least) for token in new]
+
+
+def alone(table: Cooccurrence, token: int) -> float:
+    """p^ of a token, half a count where it was never counted."""
+    known = log_frequency(table, [token]) if token < table.vocab_size else -math.inf
+    return max(math.exp(known), 0.5 / max(table.totals[0], 1))
+
+
+def mixed(table: Cooccurrence, text: list[int], token: int) -> float:
+    """p~(token | text): longer n-grams as far as they were seen, the rest shorter ones."""
+    p = alone(table, token)
+    for length in range(1, min(table.order - 1, len(text)) + 1):
+        history = text[-length:]
+        if max(history) >= table.vocab_size or (log_h := log_frequency(table, history)) == -math.inf:
+            break
+        logs = [log_frequency(table, [*history, x]) for x in range(table.vocab_size)]
+        shares = {x: math.exp(log - log_h) for x, log in enumerate(logs) if log > -math.inf}
+        if not shares:
+            break
+        seen = math.exp(log_h) * table.totals[length]
+        weight = seen / (seen + 0.3 * len(shares))
+        p = weight * shares.get(token, 0.0) + (1 - weight * min(1.0, sum(shares.values()))) * p
+    for length in range(2, 9):
+        after = followers(text, length)
+        if not after:
+            break
+        weight = len(after) / (len(after) + 0.3 * len(set(after)))
+        p = weight * after.count(token) / len(after) + (1 - weight) * p
+    return p
+
+
+def followers(text: list[int], length: int) -> list[int]:
+    """What stood after each earlier place of the last `length` tokens."""
+    return [text[at] for at in range(length, len(text)) if text[at - length : at] == text[-length:]]

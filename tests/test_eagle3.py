@@ -239,9 +239,10 @@ def test_drafts_are_what_the_reference_unrolls(pattern, monkeypatch):
     plain = SequentialDrafter.draft
     monkeypatch.setattr(DraftingPays, "choose", lambda self: next(turns))
 
-    def watched(self, row, features, following, count):
-        drafts, proposals = plain(self, row, features, following, count)
+    def watched(self, row, features, following, text, count):
+        drafts, proposals = plain(self, row, features, following, text, count)
         seen.append(((seen[-1][0] + following) if seen else row.tokens + following[-1:], drafts))
+        assert text.tolist() == seen[-1][0]
         return drafts, proposals
 
     monkeypatch.setattr(SequentialDrafter, "draft", watched)

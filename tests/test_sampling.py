@@ -298,26 +298,39 @@ def test_tables_of_fewer_tokens_than_the_model_know_nothing_of_the_rest() -> Non
 OPEN = {"alpha_c": 1.0, "temperature": 1.0, "generator": None, "greedy": True}
 
 
-def test_a_draft_is_conditioned_on_the_certain_token() -> None:
-    # p^(1) = 3/9, p^(2) = 2/9, p^(01) = 3/4, p^(02) = 1/4: weights 2.25 and 1.125
+def test_a_draft_is_weighted_by_what_was_seen_after_the_text() -> None:
+    # p^(1) = 3/9, p^(2) = 2/9; 0 was counted 4 times and has two followers. Its pairs are 4 of 4, its share of tokens 4/9.
     table = table_of([0, 1], [0, 1], [0, 1], [0, 2], [2], vocab_size=3)
-    result = draft(heads_of([0, 0.5, 0.5]), 0, table, top_k=2, **OPEN)
+    result = draft(heads_of([0, 0.5, 0.5]), np.array([0]), table, top_k=2, **OPEN)
     ids, q = result.proposals[0]
+    seen = 4 / 9 * 4
+    weight = seen / (seen + 0.6)
+    one, two = (weight * pair / (4 / 9) + (1 - weight) * alone for pair, alone in ((3 / 4, 3 / 9), (1 / 4, 2 / 9)))
     assert (result.tokens, ids.tolist()) == ([1], [1, 2])
-    assert q.tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert q[0].item() / q[1].item() == pytest.approx((one / (3 / 9)) / (two / (2 / 9)))
 
 
-def test_a_draft_forgets_its_oldest_tokens_until_something_was_seen() -> None:
+def test_what_was_never_seen_is_left_to_shorter_n_grams() -> None:
     table = table_of([0, 1], [1, 2], vocab_size=3, order=3)  # 01 and 12, no triple
-    result = draft(heads_of([0, 1, 0], [0, 0.9, 0.1], [0, 0.9, 0.1]), 0, table, top_k=2, **OPEN)
-    assert result.tokens == [1, 2, 1]  # after 01: 2, for 12 was seen and 11 was not; after 2 nothing was: head 4 alone
-    assert result.proposals[1][1].tolist() == [0, 1]
-    assert result.proposals[2][1].tolist() == pytest.approx([0.9, 0.1])
+    result = draft(heads_of([0, 0.9, 0.1]), np.array([0, 1]), table, top_k=2, **OPEN)
+    assert result.tokens == [2]  # after 1: 2, however sure the head is of 1; 01 has no followers
+    assert 0 < result.q[0, 0] < 0.5
+    assert draft(heads_of([0, 0.9, 0.1]), np.array([2]), table, top_k=2, **OPEN).tokens == [1]  # 2 has none either
+
+
+def test_a_text_weights_what_it_said_before_and_adds_it() -> None:
+    table = table_of([0, 1, 2, 3, 4, 5, 6, 7], vocab_size=9)
+    text = np.array([1, 2, 7, 8, 1, 2])
+    drafted = draft(heads_of([0.4, 0.3, 0.2, 0.1, 0, 0, 0, 0, 0]), text, table, top_k=4, **OPEN)
+    assert drafted.ids.tolist() == [[0, 1, 2, 7]]  # in place of 3
+    assert drafted.tokens == [7]
+    fresh = draft(heads_of([0.4, 0.3, 0.2, 0.1, 0, 0, 0, 0, 0]), text[:-1], table, top_k=4, **OPEN)
+    assert fresh.ids.tolist() == [[0, 1, 2, 3]]
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases(), st.booleans(), st.integers(0, 2), st.booleans())
-def test_a_draft_is_the_references(case, greedy: bool, shorter: int, coupled: bool) -> None:
+@given(cases(), st.booleans(), st.integers(0, 2), st.booleans(), st.integers(0, 12))
+def test_a_draft_is_the_references(case, greedy: bool, shorter: int, coupled: bool, repeated: int) -> None:
     logits, context, table, options, seed = case
     pairwise = some_coupling(seed) if coupled else None
     settings_ = {"alpha_c": options.alpha_c, "top_k": options.top_k, "temperature": options.temperature}
@@ -326,14 +339,15 @@ def test_a_draft_is_the_references(case, greedy: bool, shorter: int, coupled: bo
         table = Cooccurrence(
             table.vocab_size, table.keys[:order], table.counts[:order], table.totals[:order], table.min_counts[:order]
         )
-    mine = draft(logits, context[0], table, generator=seeded(seed), greedy=greedy, pairwise=pairwise, **settings_)
-    theirs = reference.draft(
-        logits, context[0], table, generator=seeded(seed), greedy=greedy, pairwise=pairwise, **settings_
-    )
+    text = np.random.default_rng(seed).choice(logits.shape[1], repeated)  # what it said before among it
+    text = np.concatenate([text[: repeated // 2], text, context[:1]])
+    how = {"greedy": greedy, "pairwise": pairwise, **settings_}
+    mine = draft(logits, text, table, generator=seeded(seed), **how)
+    theirs = reference.draft(logits, text, table, generator=seeded(seed), **how)
     assert mine.tokens == theirs.tokens
     for (ids, q), (their_ids, their_q) in zip(mine.proposals, theirs.proposals, strict=True):
         assert torch.equal(ids, their_ids)
-        torch.testing.assert_close(q, their_q, rtol=1e-9, atol=0)
+        torch.testing.assert_close(q, their_q, rtol=1e-6, atol=0)
         assert q.sum().item() == pytest.approx(1)
 
 
@@ -345,7 +359,7 @@ needs_kernel = pytest.mark.skipif(not loader.available(), reason="needs a C++ co
 
 @st.composite
 def chains(draw):
-    """Candidates of 0 to 4 slots, some without probability, some unknown to a table of any order, and a certain token."""
+    """Candidates of 0 to 4 slots, some without probability, some unknown to a table of any order, and a text."""
     slots, k = draw(st.integers(0, 4)), draw(st.integers(1, 9))
     vocab_size, order = draw(st.integers(1, 12)), draw(st.integers(1, 4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
@@ -360,14 +374,15 @@ def chains(draw):
     if table is not None and draw(st.booleans()):
         table = table.prune(2)
     heads = HeadCandidates(ids, probs / probs.sum(-1, keepdims=True))
-    return heads, int(rng.integers(16)), table, draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])), draw(st.integers(0, 99))
+    text = rng.integers(draw(st.sampled_from([2, 16])), size=draw(st.integers(1, 20)))
+    return heads, text, table, draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])), draw(st.integers(0, 99))
 
 
-def assert_same_chain(heads: HeadCandidates, first: int, table, alpha_c: float, seed: int, greedy: bool) -> None:
+def assert_same_chain(heads: HeadCandidates, text: np.ndarray, table, alpha_c: float, seed: int, greedy: bool) -> None:
     generator, twin = seeded(seed), seeded(seed)
-    mine = drafting._compiled_chain(loader.sampler(), heads, first, table, alpha_c, generator, greedy)
+    mine = drafting._compiled_chain(loader.sampler(), heads, text, table, alpha_c, generator, greedy)
     with patch.object(loader, "_sampler", None):
-        theirs = draft_from(heads, first, table, alpha_c=alpha_c, temperature=1.0, generator=twin, greedy=greedy)
+        theirs = draft_from(heads, text, table, alpha_c=alpha_c, temperature=1.0, generator=twin, greedy=greedy)
     assert mine.tokens == theirs.tokens
     assert torch.equal(mine.ids, theirs.ids)
     torch.testing.assert_close(mine.q, theirs.q, rtol=1e-9, atol=0)
@@ -382,21 +397,9 @@ def test_the_kernels_chain_of_drafts_is_numpys(case, greedy: bool) -> None:
 
 
 @needs_kernel
-@pytest.mark.parametrize("seen", range(4))
-def test_the_kernels_forget_as_many_tokens_as_numpy(seen: int) -> None:
-    # behind three nines: `seen` of them were seen followed by 2 alone, fewer by 1 and 2
-    table = table_of([9], [9] * seen + [2], [0] + [9] * (seen - 1) + [1], vocab_size=10, order=4)
-    heads = HeadCandidates(np.array([[9, 0], [9, 0], [1, 2]]), np.array([[1, 0], [1, 0], [0.5, 0.5]]))
-    chain = drafting._compiled_chain(loader.sampler(), heads, 9, table, 1.0, None, True)
-    assert chain.tokens[:2] == [9, 9]
-    assert chain.q[2].tolist() == ([0, 1] if seen else [0.5, 0.5])
-    assert_same_chain(heads, 9, table, 1.0, 0, True)
-
-
-@needs_kernel
 def test_the_kernels_take_candidates_as_they_lie() -> None:
     heads = HeadCandidates(np.arange(12).reshape(2, 6)[:, ::2], np.full((2, 6), 1 / 3)[:, ::2])
-    assert_same_chain(heads, 0, THREE_TO_ONE, 1.0, 0, False)
+    assert_same_chain(heads, np.array([0]), THREE_TO_ONE, 1.0, 0, False)
 
 
 @needs_kernel
@@ -405,7 +408,7 @@ def test_a_copied_table_leads_the_kernels_to_its_own_arrays() -> None:
     table.lookup.pointers(2)
     twin = deepcopy(table)
     del table
-    assert_same_chain(HeadCandidates(np.array([[0, 1]]), np.array([[0.5, 0.5]])), 0, twin, 1.0, 0, True)
+    assert_same_chain(HeadCandidates(np.array([[0, 1]]), np.array([[0.5, 0.5]])), np.array([0]), twin, 1.0, 0, True)
 
 
 LOGITS = st.one_of(st.sampled_from([0.0, -0.0, 1.5, 2.0, -math.inf, -70.0]), st.floats(-90, 90, width=32))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from architectures import dynamo_of
+from architectures import VOCABULARY, dynamo_of
 from transformers import GenerationConfig
 
 from dynamo_lm.backbone.token_limits import UNLIMITED, context_limit, end_tokens, stated_context, token_ids
@@ -32,7 +32,8 @@ def test_without_a_word_off_is_the_papers_algorithm_and_strict_shapes_its_drafts
     assert off.algorithm == algorithm_of(model) == Algorithm1()
     assert off.sample and off.logits_processors == ()
     strict = resolve(model, max_new_tokens=5)
-    assert strict.algorithm == Algorithm1(alpha_c=VERIFIED_ALPHA_C[0], top_k=50, temperature=1.0)
+    assert strict.algorithm == Algorithm1(alpha_c=VERIFIED_ALPHA_C[0], top_k=VOCABULARY, temperature=1.0)
+    assert resolve(model, max_new_tokens=5, sample=False).algorithm.top_k == 50
     assert strict.sample and strict.temperature == 1.0 and strict.logits_processors == ()
 
 

@@ -42,18 +42,20 @@ def heads_and_table(seed: int, n: int, k: int):
 def test_a_tree_holds_the_likeliest_paths(seed, n, k, most, alpha_c):
     heads, table = heads_and_table(seed, n, k)
     how = {"alpha_c": alpha_c, "temperature": 1.0, "pairwise": None}
-    tree = grow(heads, 3, table, most=most, **how)
-    paths = [[3]]
+    text = np.array([5, 3, 1, 7, 5, 3])
+    tree = grow(heads, text, table, most=most, **how)
+    paths = [[]]
     for token, parent in zip(tree.tokens, tree.parents, strict=True):
         paths.append([*paths[parent], token])
     everything = {}  # every path's probability, the slow way
     for length in range(1, n):
         for ranks in itertools.product(range(k), repeat=length):
-            history, probability = [3], 1.0
+            path, probability = [], 1.0
             for depth, rank in enumerate(ranks):
-                probability *= float(conditional(heads, depth, history, table, **how)[rank])
-                history.append(int(heads.ids[depth, rank]))
-            everything[tuple(history)] = probability
+                ids, q = conditional(heads, depth, np.append(text, np.array(path, np.int64)), table, **how)
+                probability *= float(q[rank])
+                path.append(int(ids[rank]))
+            everything[tuple(path)] = probability
     possible = sorted((p for p in everything.values() if p > 0), reverse=True)
     assert tree.probabilities == pytest.approx(possible[:most])
     assert [everything[tuple(path)] for path in paths[1:]] == pytest.approx(tree.probabilities)

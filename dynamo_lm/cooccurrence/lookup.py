@@ -15,20 +15,25 @@ import numpy as np
 
 from dynamo_lm.kernels import loader
 
+NEW = 0.3  # of a continuation: how much each different one lowers the belief in all of them (LOG.md)
 SCAN_LIMIT = 16  # children scanned per binary search saved (measured); beyond it, searching is faster
 
 
 class Lookup:
     """A table's trie as arrays; made once per table by `Cooccurrence.lookup`."""
 
-    def __init__(self, vocab_size: int, keys: Sequence[np.ndarray], logs: Sequence[np.ndarray]) -> None:
-        """keys: per level, (rows,) int64, ascending; logs: per level, log frequencies (rows,) float32."""
-        self.vocab_size = vocab_size
+    def __init__(
+        self, vocab_size: int, keys: Sequence[np.ndarray], logs: Sequence[np.ndarray], totals: Sequence[int]
+    ) -> None:
+        """keys: per level, (rows,) int64, ascending; logs: per level, log frequencies (rows,) float32; totals: n-grams
+        counted, per level."""
+        self.vocab_size, self.totals = vocab_size, totals
         self.keys = [np.ascontiguousarray(level) for level in keys]
         self.logs = [np.ascontiguousarray(level) for level in logs]
         self.unigrams = np.append(self.logs[0].astype(np.float64), -np.inf)  # one more for tokens the table does not know
         self._offsets: dict[int, np.ndarray] = {}
         self._tokens: dict[int, np.ndarray] = {}
+        self._shares: dict[int, np.ndarray] = {}
         self._pointers: dict[int, tuple[Any, list[np.ndarray]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,15 +65,37 @@ class Lookup:
             self._tokens[order] = (self.keys[order - 1] % self.vocab_size).astype(np.int32)
         return self._tokens[order]
 
+    @property
+    def rarest(self) -> float:
+        """The frequency that stands for tokens that were never counted: half a token's."""
+        return 0.5 / max(self.totals[0], 1)
+
+    def shares(self, order: int) -> np.ndarray:
+        """How far what followed each row of level order - 1 is to be believed, (rows, 2) float32.
+
+        Of a row that was counted n times and has d children: n / (n + NEW d), the weight of its children, and what they
+        leave to shorter n-grams. A row without children leaves everything.
+        """
+        if order not in self._shares:
+            with np.errstate(divide="ignore"):
+                parents, children = (np.exp(self.logs[level].astype(np.float64)) for level in (order - 2, order - 1))
+            distinct = np.diff(self.offsets(order))
+            kept = np.bincount(self.keys[order - 1] // self.vocab_size, children, parents.size)
+            n, some = parents * self.totals[order - 1], distinct > 0
+            weight = np.divide(n, n + NEW * distinct, out=np.zeros(n.size), where=some)
+            kept = np.minimum(np.divide(kept, parents, out=np.zeros(n.size), where=some), 1)
+            self._shares[order] = np.stack([weight, 1 - weight * kept], -1).astype(np.float32)
+        return self._shares[order]
+
     def pointers(self, longest: int) -> Any:
         """Where the arrays of n-grams of 1 .. `longest` tokens lie, for the kernels: sampler.cpp's `Level`s."""
         if longest not in self._pointers:
-            levels, arrays = [0, self.vocab_size, 0, loader.address(self.logs[0])], self.logs
+            levels, arrays = [0, self.vocab_size, 0, loader.address(self.logs[0]), 0], self.logs
             for order in range(2, longest + 1):
-                offsets, tokens = self.offsets(order), self.tokens(order)
+                offsets, tokens, shares = self.offsets(order), self.tokens(order), self.shares(order)
                 levels += [loader.address(offsets), offsets.size - 1, loader.address(tokens)]
-                levels.append(loader.address(self.logs[order - 1]))
-                arrays = [*arrays, offsets, tokens]
+                levels += [loader.address(self.logs[order - 1]), loader.address(shares)]
+                arrays = [*arrays, offsets, tokens, shares]
             # The arrays are kept beside it, and the first entry stays: another thread may have made its own meanwhile.
             self._pointers.setdefault(longest, ((ctypes.c_int64 * len(levels))(*levels), arrays))
         return self._pointers[longest][0]

@@ -46,8 +46,8 @@ class Cooccurrence:
     @cached_property
     def lookup(self) -> Lookup:
         """The table as arrays on the CPU, for the sampler; made when it is first read."""
-        levels = [[level.cpu().numpy() for level in stored] for stored in (self.keys, self.log_frequencies)]
-        return Lookup(self.vocab_size, *levels)
+        keys, logs = ([level.cpu().numpy() for level in stored] for stored in (self.keys, self.log_frequencies))
+        return Lookup(self.vocab_size, keys, logs, self.totals)
 
     @property
     def order(self) -> int:

@@ -35,7 +35,7 @@ class Tree:
 
 def grow(
     heads: HeadCandidates,
-    first: int,
+    text: np.ndarray,
     table: Cooccurrence | None,
     *,
     alpha_c: float,
@@ -43,7 +43,7 @@ def grow(
     pairwise: PairwiseCorrection | None,
     most: int,
 ) -> Tree:
-    """The `most` likeliest paths after the verified token `first`, by the distribution that drafts are drawn from.
+    """The `most` likeliest paths after the verified tokens `text` (t,), by the distribution that drafts are drawn from.
 
     Args:
         heads: candidates of heads 2..n; paths have at most as many tokens.
@@ -51,15 +51,16 @@ def grow(
     """
     tree = Tree([], [], [])
     waiting: list[tuple[float, int, int, int]] = []  # (-probability of the path, tie-break, parent, token)
-    paths: list[list[int]] = [[first]]
+    paths: list[list[int]] = [[]]
 
     def look_after(index: int, probability: float) -> None:
-        depth = len(paths[index]) - 1
+        depth = len(paths[index])
         if depth < len(heads.ids):
-            q = conditional(heads, depth, paths[index], table, alpha_c, temperature, pairwise)
+            so_far = np.append(text, np.array(paths[index], np.int64))
+            ids, q = conditional(heads, depth, so_far, table, alpha_c, temperature, pairwise)
             for rank in np.argsort(-q, kind="stable")[:BRANCHES].tolist():
                 if q[rank] > 0:
-                    heapq.heappush(waiting, (-probability * q[rank], len(waiting), index, int(heads.ids[depth, rank])))
+                    heapq.heappush(waiting, (-probability * q[rank], len(waiting), index, int(ids[rank])))
 
     look_after(0, 1.0)
     while waiting and len(tree.tokens) < most:

@@ -119,20 +119,18 @@ class Drafter:
         alone: bool,
     ) -> None:
         """Drafts of parallel heads: a tree whose size is measured where the sequence is alone, else a chain."""
-        options, verified_token = sequence.options, emitted[-1]
+        options, text = sequence.options, sequence.text.of(sequence.tokens + emitted)
         alpha_c, temperature, table = options.algorithm.alpha_c, options.temperature, self.model.cooccurrence
         how = {"alpha_c": alpha_c, "temperature": temperature}
         if sequence.draft_length is not None and (alone or options.tree is not None):
-            tree = grow(heads, verified_token, table, **how, pairwise=pairwise, most=sequence.draft_length.sizes[-1] - 1)
+            tree = grow(heads, text, table, **how, pairwise=pairwise, most=sequence.draft_length.sizes[-1] - 1)
             sequence.size = sequence.draft_length.choose(tree.probabilities)
             tree = tree.first(sequence.size - 1)
-            sequence.input_ids, sequence.parents = [verified_token, *tree.tokens], tree.parents
+            sequence.input_ids, sequence.parents = [emitted[-1], *tree.tokens], tree.parents
             sequence.expected_accepted = sum(tree.probabilities)
             return
         greedy = not options.sample
-        drafted = draft_from(
-            heads, verified_token, table, **how, generator=sequence.generator, greedy=greedy, pairwise=pairwise
-        )
+        drafted = draft_from(heads, text, table, **how, generator=sequence.generator, greedy=greedy, pairwise=pairwise)
         self._set(sequence, emitted, drafted.tokens)
         sequence.proposals = [] if greedy else drafted.proposals  # greedy verification does not read them
 
@@ -145,7 +143,8 @@ class Drafter:
             return
         features, after = torch.cat([part for part, _ in sequence.unread]), [t for _, part in sequence.unread for t in part]
         sequence.unread.clear()
-        drafts, proposals = head.draft(sequence, features, after, room)
+        text = sequence.text.of(sequence.tokens + emitted)
+        drafts, proposals = head.draft(sequence, features, after, text, room)
         self._set(sequence, emitted, drafts)
         sequence.proposals = proposals if sequence.options.sample else []
 

@@ -16,6 +16,7 @@ from dynamo_lm.decoding.draft_length import AdaptiveDraftLength, DraftingPays
 from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.decoding.prompt_lookup import PromptLookup
 from dynamo_lm.decoding.statistics import Statistics, TokenLogProb
+from dynamo_lm.decoding.token_array import TokenArray
 from dynamo_lm.decoding.verification import Proposal
 
 
@@ -35,6 +36,7 @@ class SequenceState:
     size: int = 0  # tokens of the step, if it carries a draft tree
     expected_accepted: float = 0.0  # how many of that tree's drafts should be accepted
     proposals: list[Proposal] = field(default_factory=list)  # the distributions input_ids[1:] were drafted from
+    text: TokenArray = field(default_factory=TokenArray)  # `tokens` as an array
     prompt_lookup: PromptLookup = field(default_factory=PromptLookup)
     looked_up: bool = False  # whether input_ids[1:] are drafts from the text itself
     draft_cache: Any = None  # keys and values in a sequential head's layer

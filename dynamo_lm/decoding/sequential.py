@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,40 +40,42 @@ class SequentialDrafter:
         self.least_confidence = LEAST_OF_ROUNDED if is_quantized(model.base) else LEAST_CONFIDENCE
 
     def draft(
-        self, sequence: SequenceState, features: Tensor, following: Sequence[int], count: int
+        self, sequence: SequenceState, features: Tensor, following: Sequence[int], text: np.ndarray, count: int
     ) -> tuple[list[int], list]:
         """Draft up to `count` tokens after the verified ones, if they are not drawn as long as the head is confident.
 
         Args:
             features: of the positions that were verified in this step, (new, 3 hidden).
             following: the token after each of them; the last one is what the drafts follow.
+            text: all verified tokens, (t,), the last one included.
 
         Returns:
             Tokens, and the distribution that each was drawn from.
         """
         if sequence.draft_cache is None:
             sequence.draft_cache = DraftCache()
-        cache, history = sequence.draft_cache, [following[-1]]
+        cache, drafts = sequence.draft_cache, list[int]()
         state = self.head.advance(self.head.first(features[None]), self._embedded(following), cache)[:, -1:]
         verified = cache.length
         proposals: list[Proposal] = []
         confidence = 1.0  # in all drafts so far; where tokens are drawn it says little of how often they are accepted
         all_are_drafted = sequence.options.sample or sequence.options.synthetic_acceptance is not None
         while True:
-            ids, q = self._proposal(sequence, state, history)
+            ids, q = self._proposal(sequence, state, text)
             if confidence * q.max() < self.least_confidence and not all_are_drafted:
                 break
             proposals.append((torch.from_numpy(ids), torch.from_numpy(q)))
             chosen = _choose(q, sequence.generator, not sequence.options.sample)
-            history.append(int(ids[chosen]))
+            drafts.append(int(ids[chosen]))
+            text = np.append(text, drafts[-1])
             confidence *= q[chosen]
             if len(proposals) == count:
                 break
-            state = self.head.advance(state, self._embedded(history[-1:]), cache)
+            state = self.head.advance(state, self._embedded(drafts[-1:]), cache)
         cache.length = verified
-        return history[1:], proposals
+        return drafts, proposals
 
-    def _proposal(self, sequence: SequenceState, state: Tensor, history: list[int]) -> tuple[Any, Any]:
+    def _proposal(self, sequence: SequenceState, state: Tensor, text: np.ndarray) -> tuple[Any, Any]:
         """Candidates of the next token and their probabilities, (k,) each; state: (1, 1, hidden)."""
         algorithm, temperature = sequence.options.algorithm, sequence.options.temperature
         weighted = self.model.cooccurrence is not None and algorithm.alpha_c != 0
@@ -86,8 +89,7 @@ class SequentialDrafter:
         top = HeadCandidates.top(logits[0].float().cpu(), min(algorithm.top_k, logits.shape[-1]), temperature)
         if ids is not None:
             top = HeadCandidates(ids.cpu().numpy()[top.ids], top.probs)
-        q = conditional(top, 0, history, self.model.cooccurrence, algorithm.alpha_c, temperature, None)
-        return top.ids[0], q
+        return conditional(top, 0, text, self.model.cooccurrence, algorithm.alpha_c, temperature, None)
 
     def _embedded(self, tokens: Sequence[int]) -> Tensor:
         """(1, tokens, hidden)."""

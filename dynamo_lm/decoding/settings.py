@@ -19,12 +19,10 @@ from dynamo_lm.decoding.preconditions import is_sequential
 from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.sampling.options import Algorithm1
 
-# Power of the mask in drafts that are verified, without and with a learned coupling: where most drafts are accepted, as
-# measured (LOG.md). The paper's 1 is for drafts that are not verified.
-VERIFIED_ALPHA_C = (0.5, 0.25)
-# Of drafts that a sequential head draws at random: it knows the drafts before, and the base accepts more of what comes from
-# nearly the whole of its distribution.
-DRAWN_ALPHA_C, DRAWN_TOP_K = 0.0, 1000
+# Power of the mask in drafts that are verified, of parallel heads and of a sequential one, which knows the drafts before:
+# where most drafts are accepted, as measured (LOG.md). The paper's 1 is for drafts that are not verified.
+VERIFIED_ALPHA_C = (0.6, 0.3)
+DRAWN_TOP_K = 200  # candidates where drafts are drawn: the base accepts more of what comes from more of a distribution
 MIN_TEMPERATURE = 0.01  # below, decoding is greedy
 
 
@@ -53,9 +51,8 @@ def algorithm_of(model: MultiHeadLM, *sources: Any, verify: str | float = "off",
         alpha_c, temperature = paper.alpha_c, get("temperature", paper.temperature)
         top_k = get("top_k") or paper.top_k  # transformers' 0 is "all", which no grid can hold
     else:
-        drawn, temperature = sample and is_sequential(model), 1.0
-        alpha_c = DRAWN_ALPHA_C if drawn else VERIFIED_ALPHA_C[model.coupling is not None]
-        top_k = min(DRAWN_TOP_K if drawn else paper.top_k, model.config.vocab_size)
+        alpha_c, temperature = VERIFIED_ALPHA_C[is_sequential(model)], 1.0
+        top_k = min(DRAWN_TOP_K if sample else paper.top_k, model.config.vocab_size)
     return Algorithm1(
         eps_b=get("eps_b", paper.eps_b),
         alpha_c=get("alpha_c", alpha_c),

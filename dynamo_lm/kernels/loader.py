@@ -31,12 +31,13 @@ OPS = {  # by op, the arguments in C of dynamo_lm_NAME, which compiled steps cal
 }
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 SAMPLER = {  # functions of arrays on the host: their names in C, result and arguments
-    "dynamo_lm_chain": (None, (_P, _N, _P, _P, _N, _N, _N, _F, _P, _P, _P)),
+    "dynamo_lm_chain": (None, (_P, _N, _F, _P, _P, _N, _N, _P, _N, _F, _P, _P, _P)),
     "dynamo_lm_draw": (_F, (_P, _P, _N, _N, _P, _P, _F, _F, _N, _F, _F, _P)),
     "dynamo_lm_foreground": (None, (_P, _P, _N, _N, _N, _P)),
     "dynamo_lm_highest": (_N, (_P, _N, _N, _N, _P, _P)),
     "dynamo_lm_pick": (_N, (_P, _N, _P, _P, _N, _F, _N, _P)),
     "dynamo_lm_refuses": (_N, (_P, _N, _P, _P, _N, _N, _F)),
+    "dynamo_lm_weigh": (None, (_P, _N, _F, _P, _N, _F, _P, _P, _N, _P)),
     "dynamo_lm_children": (_N, (_P, _N, _P, _N, _P, _N, _P, _N, _P, _P, _P)),
 }
 _sampler: Any = None

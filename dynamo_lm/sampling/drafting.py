@@ -12,6 +12,7 @@ from dynamo_lm.kernels import loader
 from dynamo_lm.sampling.algorithm1 import _choose, _normalised
 from dynamo_lm.sampling.options import check_weighting
 from dynamo_lm.sampling.top_k import HeadCandidates, PairwiseCorrection
+from dynamo_lm.sampling.weights import weigh
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Draft:
 
 def draft(
     logits: Tensor,
-    first: int,
+    text: np.ndarray,
     table: Cooccurrence | None,
     *,
     alpha_c: float,
@@ -40,25 +41,24 @@ def draft(
     greedy: bool,
     pairwise: PairwiseCorrection | None = None,
 ) -> Draft:
-    """Draft the n - 1 tokens after the verified token `first`, with the distribution each was drawn from.
+    """Draft the n - 1 tokens after the verified tokens `text` (t,), with the distribution each was drawn from.
 
-    logits (n - 1, V) are those of heads 2 .. n. Place i is drawn from the masked joint's conditional, normalised over
-    head i's k candidates x, given the history h = first, x_2, .. x_{i-1}:
+    logits (n - 1, V) are those of heads 2 .. n. Place i is drawn from head i's k candidates x, weighted by what n-grams of
+    the table and of the text say after the text and the drafts before:
 
-        q(x) ∝ f_i(x) * (p^(h, x) / (p^(h) p^(x)))^alpha_c
+        q(x) ∝ f_i(x) * (p~(x | text, x_2 .. x_(i-1)) / p^(x))^alpha_c
 
-    If none of the candidates was seen after h, h loses its oldest token, down to none: the plain f_i. The table's order
-    bounds h from the start. With `pairwise` (a learned coupling) f_i(x) is f_i(x | the token before it). Greedy: the
-    largest q. Raises InputError for values out of range and non-finite logits.
+    `weights.weigh` defines p~, and the candidates that the text itself adds. With `pairwise` (a learned coupling) f_i(x) is
+    f_i(x | the token before it). Greedy: the largest q. Raises InputError for values out of range and non-finite logits.
     """
     check_weighting(alpha_c, top_k, temperature)
     heads, how = HeadCandidates.top(logits, top_k, temperature), {"alpha_c": alpha_c, "temperature": temperature}
-    return draft_from(heads, first, table, **how, generator=generator, greedy=greedy, pairwise=pairwise)
+    return draft_from(heads, text, table, **how, generator=generator, greedy=greedy, pairwise=pairwise)
 
 
 def draft_from(
     heads: HeadCandidates,
-    first: int,
+    text: np.ndarray,
     table: Cooccurrence | None,
     *,
     alpha_c: float,
@@ -70,37 +70,41 @@ def draft_from(
     """`draft` from candidates of heads 2 .. n that were already found."""
     fast = loader.sampler()
     if fast is not None and pairwise is None and (generator is None or generator.device.type == "cpu"):
-        return _compiled_chain(fast, heads, first, table, alpha_c, generator, greedy)
-    history, proposals = [first], np.empty(heads.ids.shape)
-    for i, ids in enumerate(heads.ids):
-        proposals[i] = conditional(heads, i, history, table, alpha_c, temperature, pairwise)
-        history.append(int(ids[_choose(proposals[i], generator, greedy)]))
-    return Draft(history[1:], torch.from_numpy(heads.ids), torch.from_numpy(proposals))
+        return _compiled_chain(fast, heads, text, table, alpha_c, generator, greedy)
+    tokens, candidates, proposals = [], np.empty(heads.ids.shape, np.int64), np.empty(heads.ids.shape)
+    for i in range(len(heads.ids)):
+        candidates[i], proposals[i] = conditional(heads, i, text, table, alpha_c, temperature, pairwise)
+        tokens.append(int(candidates[i, _choose(proposals[i], generator, greedy)]))
+        text = np.append(text, tokens[-1])
+    return Draft(tokens, torch.from_numpy(candidates), torch.from_numpy(proposals))
 
 
 def _compiled_chain(
     fast: Any,
     heads: HeadCandidates,
-    first: int,
+    text: np.ndarray,
     table: Cooccurrence | None,
     alpha_c: float,
     generator: torch.Generator | None,
     greedy: bool,
 ) -> Draft:
     """`draft_from` by the kernels."""
-    ids = torch.from_numpy(np.ascontiguousarray(heads.ids, np.int64))
+    ids = torch.from_numpy(np.array(heads.ids, np.int64))  # which the kernel writes over
     probs = torch.from_numpy(np.ascontiguousarray(heads.probs, np.float64))
+    text = np.ascontiguousarray(text, np.int64)
     slots, k = ids.shape
     tokens, q = torch.empty(slots, dtype=torch.int64), torch.empty(slots, k, dtype=torch.float64)
     uniforms = None if greedy else torch.rand(slots, dtype=torch.float64, generator=generator)  # as one by one, on a CPU
     fast.dynamo_lm_chain(
         None if table is None or alpha_c == 0 else table.lookup.pointers(table.order),
         0 if table is None else table.order,
+        0.0 if table is None else table.lookup.rarest,
         ids.data_ptr(),
         probs.data_ptr(),
         slots,
         k,
-        first,
+        loader.address(text),
+        text.size,
         alpha_c,
         None if uniforms is None else uniforms.data_ptr(),
         tokens.data_ptr(),
@@ -112,25 +116,20 @@ def _compiled_chain(
 def conditional(
     heads: HeadCandidates,
     i: int,
-    history: list[int],
+    text: np.ndarray,
     table: Cooccurrence | None,
     alpha_c: float,
     temperature: float,
     pairwise: PairwiseCorrection | None,
-) -> np.ndarray:
-    """q of place i (head i + 2) after `history`, which ends with the token before it; (k,), as `draft` defines it."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates of place i (head i + 2) and their q after `text`, which ends with the token before it; (k,) each.
+
+    As `draft` defines them.
+    """
     ids, q, scores = heads.ids[i], heads.probs[i], heads.log_probs[i]
     if pairwise is not None:
-        scores = scores + pairwise(i + 2, np.array(history[-1:]), ids)[0] / temperature
+        scores = scores + pairwise(i + 2, text[-1:], ids)[0] / temperature
         q = _normalised(scores)
     if table is None or alpha_c == 0:
-        return q
-    lookup = table.lookup
-    for length in range(min(lookup.order - 1, len(history)), 0, -1):
-        row = lookup.row(history[-length:])
-        if row >= 0:
-            weight = lookup.log_after(row, ids, length + 1) - np.maximum(lookup.unigram(ids), -1e30)
-            weighted = scores + alpha_c * weight
-            if weighted.max() > -np.inf:
-                return _normalised(weighted)
-    return q
+        return ids, q
+    return weigh(table.lookup, text, ids, scores, alpha_c)

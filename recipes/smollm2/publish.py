@@ -1,9 +1,9 @@
-"""Writes the folder that ships: `python -m recipes.smollm2.publish RUN TABLE models/smollm2-135m-instruct`.
+"""Writes the folder that ships: `python -m recipes.smollm2.publish RUN TABLE models/smollm2-135m-instruct [BASE]`.
 
-RUN is the folder of recipes.smollm2.train (RUN/model its heads, RUN/log.jsonl their log), TABLE the file of
-recipes.smollm2.table. Heads are stored in bfloat16, the base as the folder that `make chat` makes. The model card takes
-its numbers from the run and, where it exists, from results/smollm2/tokens_per_step.json. What the run's validations
-measured goes beside that file.
+RUN is the folder of recipes.smollm2.train (RUN/model its heads, RUN/log.jsonl their log), or one that ships already, which
+gets the table and a new card. TABLE is the file of recipes.smollm2.table. Heads are stored in bfloat16, the base as the
+folder that `make chat` makes. The model card takes its numbers from the run and, where it exists, from
+results/smollm2/tokens_per_step.json. What the run's validations measured goes beside that file.
 """
 
 from __future__ import annotations
@@ -144,24 +144,29 @@ def expected_tokens(run: Path, number: int, file: Path) -> str:
 
 def main() -> None:
     run, table, target = map(Path, sys.argv[1:4])
-    model = DynaMoForCausalLM.from_pretrained(str(run / "model"), dtype=torch.float32)
+    trained = (run / "model").exists()
+    source = run / "model" if trained else run
+    where = {"base": sys.argv[4]} if len(sys.argv) > 4 else {}
+    model = DynaMoForCausalLM.from_pretrained(str(source), dtype=torch.float32, **where)
     model.cooccurrence = Cooccurrence.load(table)
     model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(str(target), weights="heads")
-    AutoTokenizer.from_pretrained(run / "model").save_pretrained(target)
+    AutoTokenizer.from_pretrained(source).save_pretrained(target)
     file = target / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config |= {"base_name_or_path": BASE, "base_hub_id": HUB_ID, "base_path": None}
     config["base_config"]["_name_or_path"] = HUB_ID
     write_text(file, json.dumps(config, indent=2) + "\n")
-    facts = json.loads((run / "facts.json").read_text(encoding="utf-8"))
+    record = run / "facts.json" if trained else run / provenance.FILE
+    facts = {key: value for key, value in json.loads(record.read_text(encoding="utf-8")).items() if key != "data"}
     write_text(target / "README.md", card(model, facts["runs"], target))
     sources = ["answers of the base itself (recipes.smollm2.answer)"]
     data = {"sources": sources, "training_tokens": sum(each["answer_tokens"] for each in facts["runs"])}
     provenance.write(target, {"data": data, **facts})
-    file = RESULTS.with_name(f"{target.name}.jsonl")
-    write_text(file, expected_tokens(run, len(facts["runs"]), file))
+    if trained:
+        file = RESULTS.with_name(f"{target.name}.jsonl")
+        write_text(file, expected_tokens(run, len(facts["runs"]), file))
     size = sum(path.stat().st_size for path in target.iterdir())
     print(f"{target}: {size / 1e6:.1f} MB")
 

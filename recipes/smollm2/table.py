@@ -1,8 +1,9 @@
 """Counts the table of SmolLM2's heads: `python -m recipes.smollm2.table BASE DATA PROMPTS ANSWERS TABLE`.
 
 The base's own answers count twice, because they are what is decoded; Dolly's answers and stories (fables, fairy tales) add
-words that a million tokens of the base's own do not have. The held-out Dolly prompts' answers are left out. N-grams of
-one answer alone, or of two places in the text of others, are dropped.
+words that a million tokens of the base's own do not have. The held-out Dolly prompts' answers are left out. Pairs and
+triples of one place in the text of others are dropped, and so are quadruples of one answer or of two such places: drafts
+believe n-grams as far as they were seen, so rare ones are of use, but quadruples are most of the file.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from recipes.smollm2.prompts import SEED, json_lines, split_dolly
 from recipes.smollm2.train import store_of
 
 ORDER, WEIGHT, LONGEST = 4, 2, 1024
+LEAST = {2: WEIGHT, 3: WEIGHT, 4: WEIGHT + 1}  # counts of n-grams that are kept, by order
 
 
 def texts(data: Path) -> Iterator[str]:
@@ -49,7 +51,7 @@ def main() -> None:
     ids = (np.array(tokenizer(text.strip())["input_ids"]) for text in texts(data))
     others = count(ids, description="Dolly's answers, fables and fairy tales", **how)
     merged = Cooccurrence.merge(*[mine] * WEIGHT, others)
-    merged.prune({order: WEIGHT + 1 for order in range(2, ORDER + 1)}).save(table)
+    merged.prune(LEAST).save(table)
     print(f"{mine.total(1):,} tokens of answers, {others.total(1):,} of others, {table.stat().st_size / 1e6:.1f} MB")
 
 

@@ -21,6 +21,7 @@ from dynamo_lm.data.token_store import TokenStore, build_store, digest
 from dynamo_lm.files import write_text
 from dynamo_lm.model.configuration import MEDUSA
 from dynamo_lm.model.coupling import add_coupling
+from dynamo_lm.private_interfaces import multiplies_bfloat16
 from dynamo_lm.training import provenance
 from dynamo_lm.training.answer_table import add_answers
 from dynamo_lm.training.feature_cache import FeatureCache
@@ -102,6 +103,7 @@ def main() -> None:
         ids = draft_tokens(counts, arguments.draft_vocabulary, tokenizer)
         model.sequential_head.set_draft_vocabulary(ids, model.output_weight())
     steps = arguments.steps or round(arguments.epochs * blocks.num_blocks() / arguments.batch_size)
+    bf16 = multiplies_bfloat16()
     options = TrainingOptions(
         steps=steps,
         lr_b=0.0,
@@ -112,6 +114,7 @@ def main() -> None:
         kl=arguments.kl,
         loss_vocabulary=1.0 if model.config.own_output_embedding and not model.config.sequential else arguments.vocabulary,
         coupling_only=arguments.coupling_only,
+        bf16=bf16,
         validate_every=arguments.validate_every,
         checkpoint_every=50,
     )
@@ -120,7 +123,7 @@ def main() -> None:
     facts = {"runs": [*(before or {"runs": []})["runs"], run], "steps": (before or {"steps": 0})["steps"] + steps}
     write_text(arguments.out / "facts.json", json.dumps(facts) + "\n")
     limit = int(arguments.cache_gb * 1e9)
-    features = FeatureCache(arguments.out / "features", model, blocks, limit_bytes=limit, bf16=True) if limit else None
+    features = FeatureCache(arguments.out / "features", model, blocks, limit_bytes=limit, bf16=bf16) if limit else None
     print(f"{blocks.total:,} tokens in {blocks.num_blocks()} blocks, {steps} steps, {len(held_out)} held out", flush=True)
 
     def report(progress: Progress) -> None:

@@ -3,8 +3,7 @@
 In: one head's log-probabilities at many positions and the true tokens between each position and its target. Out: the
 target's log-probability.
 
-J of method.md section 3 cannot be normalised over V^m, so this is the chain that `sampling.draft` draws from, over the full
-vocabulary at temperature 1:
+J of method.md section 3 cannot be normalised over V^m, so this is a chain over the full vocabulary at temperature 1:
 
     q(x_i | h) ∝ f_i(x_i) * (p^(h, x_i) / (p^(h) p^(x_i)))^alpha_c,    h = the true x_1 .. x_{i-1}
 

@@ -14,25 +14,81 @@ int64_t child(const Level& level, int64_t row, int64_t token) {
   return found < end && *found == token ? found - level.tokens : -1;
 }
 
-// q of k candidates after the `length` tokens before `end`; false if the table has none of them there.
-bool weighted(
-    const Level* levels, const int64_t* end, int64_t length, const int64_t* ids, const double* probs, int64_t k, double alpha_c,
-    double* q) {
-  int64_t row = *(end - length);
-  for (int64_t i = 1; i < length && row >= 0; i++) row = child(levels[i], row, end[i - length]);
-  if (row < 0) return false;
-  const Level& level = levels[length];
-  double most = -INFINITY, total = 0;
-  for (int64_t i = 0; i < k; i++) {
-    const int64_t found = child(level, row, ids[i]);
-    q[i] = -INFINITY;
-    if (found >= 0) q[i] = std::log(probs[i]) + alpha_c * (level.logs[found] - std::max<double>(levels->logs[ids[i]], -1e30));
-    most = std::max(most, q[i]);
+constexpr double NEW = 0.3;                     // of a continuation, as `cooccurrence.lookup.NEW`
+constexpr int64_t SHORTEST = 2, LONGEST = 8;  // tokens of the text that are looked for in it, as in `sampling.weights`
+
+// What the text's own n-grams say of k candidates after its `length` tokens, mixed into their probabilities p.
+void mix_in_text(const int64_t* text, int64_t length, const int64_t* ids, int64_t k, double* p) {
+  const int64_t* const end = text + length;
+  std::vector<int64_t> places, followers;  // where the latest tokens stood before: the places after them
+  for (int64_t place = SHORTEST; place < length; place++)
+    if (std::equal(end - SHORTEST, end, text + place - SHORTEST)) places.push_back(place);
+  for (int64_t n = SHORTEST; n <= LONGEST; n++) {
+    const auto other = [&](int64_t place) { return place < n || text[place - n] != end[-n]; };
+    places.erase(std::remove_if(places.begin(), places.end(), other), places.end());
+    if (places.empty()) return;
+    followers.clear();
+    for (int64_t place : places) followers.push_back(text[place]);
+    std::sort(followers.begin(), followers.end());
+    double distinct = 1;
+    for (size_t i = 1; i < followers.size(); i++) distinct += followers[i] != followers[i - 1];
+    const double seen = followers.size(), weight = seen / (seen + NEW * distinct);
+    for (int64_t i = 0; i < k; i++) {
+      const auto [first, last] = std::equal_range(followers.begin(), followers.end(), ids[i]);
+      p[i] = weight * ((last - first) / seen) + (1 - weight) * p[i];
+    }
   }
-  if (!(most > -INFINITY)) return false;
-  for (int64_t i = 0; i < k; i++) total += q[i] = q[i] == -INFINITY ? 0.0 : std::exp(q[i] - most);
+}
+
+// How much likelier n-grams make each of k candidates after the `length` tokens of a text than it is alone, in nats.
+void log_weights(
+    const Level* levels, int64_t order, double rarest, const int64_t* text, int64_t length, const int64_t* ids, int64_t k,
+    double* weights) {
+  std::vector<double> alone(k);
+  for (int64_t i = 0; i < k; i++) {
+    alone[i] = ids[i] < levels->parents ? std::max(std::exp(static_cast<double>(levels->logs[ids[i]])), rarest) : rarest;
+    weights[i] = alone[i];
+  }
+  for (int64_t n = 1; n < order && n <= length; n++) {
+    int64_t row = text[length - n];
+    for (int64_t i = 1; i < n && row >= 0; i++) row = child(levels[i], row, text[length - n + i]);
+    const Level& level = levels[n];
+    if (row < 0 || row >= level.parents || level.shares[2 * row] == 0) break;
+    const double weight = level.shares[2 * row], rest = level.shares[2 * row + 1], parent = levels[n - 1].logs[row];
+    for (int64_t i = 0; i < k; i++) {
+      const int64_t found = child(level, row, ids[i]);
+      weights[i] = (found < 0 ? 0.0 : weight * std::exp(level.logs[found] - parent)) + rest * weights[i];
+    }
+  }
+  mix_in_text(text, length, ids, k, weights);
+  for (int64_t i = 0; i < k; i++) weights[i] = std::log(weights[i] / alone[i]);
+}
+
+// Tokens that stood after the latest tokens of a text before take the places of the last of k candidates, at most half of them,
+// the latest first, with the least of all scores.
+void take_followers(const int64_t* text, int64_t length, int64_t* ids, double* scores, int64_t k) {
+  std::vector<int64_t> followers;
+  for (int64_t place = length - 1; place >= SHORTEST && static_cast<int64_t>(followers.size()) < k / 2; place--) {
+    if (!std::equal(text + length - SHORTEST, text + length, text + place - SHORTEST)) continue;
+    if (std::find(ids, ids + k, text[place]) != ids + k) continue;
+    if (std::find(followers.begin(), followers.end(), text[place]) == followers.end()) followers.push_back(text[place]);
+  }
+  const int64_t first = k - static_cast<int64_t>(followers.size());
+  const double least = *std::min_element(scores, scores + k);
+  std::copy(followers.begin(), followers.end(), ids + first);
+  std::fill(scores + first, scores + k, least);
+}
+
+// q of k candidates after the `length` tokens of a text, from their scores; some of them become others, as `take_followers` says.
+void weigh(
+    const Level* levels, int64_t order, double rarest, const int64_t* text, int64_t length, double alpha_c, int64_t* ids,
+    double* scores, int64_t k, double* q) {
+  take_followers(text, length, ids, scores, k);
+  log_weights(levels, order, rarest, text, length, ids, k, q);
+  double most = -INFINITY, total = 0;
+  for (int64_t i = 0; i < k; i++) most = std::max(most, q[i] = scores[i] + alpha_c * q[i]);
+  for (int64_t i = 0; i < k; i++) total += q[i] = std::exp(q[i] - most);
   for (int64_t i = 0; i < k; i++) q[i] /= total;
-  return true;
 }
 
 // The slot of the largest, of equal ones the first.
@@ -94,20 +150,32 @@ struct Line {
 
 }  // namespace
 
-// A token for each slot after `first`, given those before it, from its candidates: (slots, k). levels: of the table's n-grams of
-// up to `order` tokens; none: the candidates' own probabilities. uniforms: (slots,), or null for the largest -> tokens: (slots,),
-// and q: (slots, k), what they are from.
+// A token for each slot after the `length` tokens of a text, given those before it, from its candidates: (slots, k), of which the
+// text's own may replace some. levels: of the table's n-grams of up to `order` tokens; none: the candidates' own probabilities.
+// rarest: the frequency of tokens that were never counted. uniforms: (slots,), or null for the largest -> tokens: (slots,), and q:
+// (slots, k), what they are from.
 extern "C" __attribute__((visibility("default"))) void dynamo_lm_chain(
-    const Level* levels, int64_t order, const int64_t* ids, const double* probs, int64_t slots, int64_t k, int64_t first,
-    double alpha_c, const double* uniforms, int64_t* tokens, double* q) {
-  std::vector<int64_t> history{first};
+    const Level* levels, int64_t order, double rarest, int64_t* ids, const double* probs, int64_t slots, int64_t k,
+    const int64_t* text, int64_t length, double alpha_c, const double* uniforms, int64_t* tokens, double* q) {
+  std::vector<int64_t> history(text, text + length);
+  std::vector<double> scores(k);
   for (int64_t slot = 0; slot < slots; slot++, ids += k, probs += k, q += k) {
-    int64_t length = levels ? std::min<int64_t>(order - 1, history.size()) : 0;
-    while (length > 0 && !weighted(levels, history.data() + history.size(), length, ids, probs, k, alpha_c, q)) length--;
-    if (length == 0) std::copy(probs, probs + k, q);
+    if (levels) {
+      for (int64_t i = 0; i < k; i++) scores[i] = std::log(probs[i]);
+      weigh(levels, order, rarest, history.data(), history.size(), alpha_c, ids, scores.data(), k, q);
+    } else {
+      std::copy(probs, probs + k, q);
+    }
     tokens[slot] = ids[uniforms ? drawn_from(q, k, uniforms[slot]) : largest(q, k)];
     history.push_back(tokens[slot]);
   }
+}
+
+// `weigh`; ids and scores: (k,) -> other ids, perhaps, and q: (k,).
+extern "C" __attribute__((visibility("default"))) void dynamo_lm_weigh(
+    const Level* levels, int64_t order, double rarest, const int64_t* text, int64_t length, double alpha_c, int64_t* ids,
+    double* scores, int64_t k, double* q) {
+  weigh(levels, order, rarest, text, length, alpha_c, ids, scores, k, q);
 }
 
 // Whether the rejection rule refuses `token`, which was drawn from probabilities q of ids: (k,), where the base has a line of

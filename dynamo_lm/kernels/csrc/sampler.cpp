@@ -141,8 +141,9 @@ struct Level {  // the n-grams of one length, as `Lookup.pointers` packs them
   int64_t parents;
   const int32_t* tokens;  // (rows,) the last token of each
   const float* logs;      // (rows,) log frequency of each
+  const float* shares;    // (parents, 2) the weight of each one's children, and what they leave to shorter n-grams
 };
-static_assert(sizeof(Level) == 4 * sizeof(int64_t));
+static_assert(sizeof(Level) == 5 * sizeof(int64_t));
 
 // The largest of some logits.
 inline float peak(const float* logits, int64_t size) {
