@@ -40,24 +40,40 @@ void mix_in_text(const int64_t* text, int64_t length, const int64_t* ids, int64_
   }
 }
 
+// The first of ascending tokens that is not below `token`: near the front where it is near, as for one token after another.
+const int32_t* not_below(const int32_t* begin, const int32_t* end, int64_t token) {
+  int64_t step = 1;
+  while (step < end - begin && begin[step] < token) {
+    begin += step;
+    step *= 2;
+  }
+  return std::lower_bound(begin, std::min(begin + step, end), token);
+}
+
 // How much likelier n-grams make each of k candidates after the `length` tokens of a text than it is alone, in nats.
 void log_weights(
     const Level* levels, int64_t order, double rarest, const int64_t* text, int64_t length, const int64_t* ids, int64_t k,
     double* weights) {
   std::vector<double> alone(k);
+  std::vector<int64_t> ascending(k);  // places of the candidates, so that a row's children are read from front to back
   for (int64_t i = 0; i < k; i++) {
     alone[i] = ids[i] < levels->parents ? std::max(std::exp(static_cast<double>(levels->logs[ids[i]])), rarest) : rarest;
     weights[i] = alone[i];
+    ascending[i] = i;
   }
+  std::sort(ascending.begin(), ascending.end(), [&](int64_t i, int64_t j) { return ids[i] < ids[j]; });
   for (int64_t n = 1; n < order && n <= length; n++) {
     int64_t row = text[length - n];
     for (int64_t i = 1; i < n && row >= 0; i++) row = child(levels[i], row, text[length - n + i]);
     const Level& level = levels[n];
     if (row < 0 || row >= level.parents || level.shares[2 * row] == 0) break;
     const double weight = level.shares[2 * row], rest = level.shares[2 * row + 1], parent = levels[n - 1].logs[row];
-    for (int64_t i = 0; i < k; i++) {
-      const int64_t found = child(level, row, ids[i]);
-      weights[i] = (found < 0 ? 0.0 : weight * std::exp(level.logs[found] - parent)) + rest * weights[i];
+    for (int64_t i = 0; i < k; i++) weights[i] *= rest;
+    const int32_t *next = level.tokens + level.offsets[row], *const end = level.tokens + level.offsets[row + 1];
+    for (int64_t i : ascending) {
+      next = not_below(next, end, ids[i]);
+      if (next == end) break;
+      if (*next == ids[i]) weights[i] += weight * std::exp(level.logs[next - level.tokens] - parent);
     }
   }
   mix_in_text(text, length, ids, k, weights);
