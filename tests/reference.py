@@ -201,13 +201,18 @@ def draft(
 
 
 def with_followers(head: Head, text: list[int]) -> Head:
-    """The candidates with what followed the last two tokens before in place of the last ones."""
-    new: list[int] = []
-    for token in reversed(followers(text, 2)):
-        if token not in [*new, *(known for known, _ in head)] and len(new) < len(head) // 2:
-            new.append(token)
-    least = min(probability for _, probability in head)
-    return head[: len(head) - len(new)] + [(token, least) for token in new]
+    """The candidates with what followed the last two tokens before in place of the least likely others."""
+    following = list(dict.fromkeys(reversed(followers(text, 2))))
+    new = [token for token in following if token not in [known for known, _ in head]]
+    least = min(probability for _, probability in head if probability > 0)
+    head = list(head)
+    for token in new[: len(head) // 2]:
+        others = [place for place, (known, _) in enumerate(head) if known not in following]
+        if not others:
+            break
+        place = min(others, key=lambda place: (head[place][1], -place))
+        head[place] = (token, least)
+    return head
 
 
 def alone(table: Cooccurrence, token: int) -> float:
@@ -240,5 +245,6 @@ def mixed(table: Cooccurrence, text: list[int], token: int) -> float:
 
 
 def followers(text: list[int], length: int) -> list[int]:
-    """What stood after each earlier place of the last `length` tokens."""
-    return [text[at] for at in range(length, len(text)) if text[at - length : at] == text[-length:]]
+    """What stood after the earlier places of the last `length` tokens, among the latest 256 of the last two."""
+    places = [at for at in range(2, len(text)) if text[at - 2 : at] == text[-2:]][-256:]
+    return [text[at] for at in places if at >= length and text[at - length : at] == text[-length:]]

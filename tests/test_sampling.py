@@ -324,6 +324,8 @@ def test_a_text_weights_what_it_said_before_and_adds_it() -> None:
     drafted = draft(heads_of([0.4, 0.3, 0.2, 0.1, 0, 0, 0, 0, 0]), text, table, top_k=4, **OPEN)
     assert drafted.ids.tolist() == [[0, 1, 2, 7]]  # in place of 3
     assert drafted.tokens == [7]
+    both = draft(heads_of([0.4, 0.3, 0.2, 0, 0, 0, 0, 0, 0.1]), np.append(text, [8, 1, 2]), table, top_k=4, **OPEN)
+    assert both.ids.tolist() == [[0, 1, 7, 8]]  # 8 stood there, too, and stays
     fresh = draft(heads_of([0.4, 0.3, 0.2, 0.1, 0, 0, 0, 0, 0]), text[:-1], table, top_k=4, **OPEN)
     assert fresh.ids.tolist() == [[0, 1, 2, 3]]
 
@@ -374,7 +376,7 @@ def chains(draw):
     if table is not None and draw(st.booleans()):
         table = table.prune(2)
     heads = HeadCandidates(ids, probs / probs.sum(-1, keepdims=True))
-    text = rng.integers(draw(st.sampled_from([2, 16])), size=draw(st.integers(1, 20)))
+    text = rng.integers(draw(st.sampled_from([1, 2, 16])), size=draw(st.integers(1, 20) | st.sampled_from([300, 900])))
     return heads, text, table, draw(st.sampled_from([0.0, 0.5, 1.0, 3.0])), draw(st.integers(0, 99))
 
 

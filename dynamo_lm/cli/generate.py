@@ -45,7 +45,8 @@ class SpeedOptions:
         "Default: the model's own, else 0.5.",
     ] = None
     alpha_c: Annotated[
-        float | None, "Weight of the counted tables: 1 trusts them fully (default with off), 0 does without."
+        float | None,
+        "Weight of the counted tables, and in drafts of the text's own n-grams; 0 does without. Default with off: 1.",
     ] = None
     num_heads: Annotated[
         int | None,

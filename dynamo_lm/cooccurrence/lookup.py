@@ -16,6 +16,7 @@ import numpy as np
 from dynamo_lm.kernels import loader
 
 NEW = 0.3  # of a continuation: how much each different one lowers the belief in all of them (LOG.md)
+LEAST_REST = 1e-9  # what followers leave to others, however often they were counted
 SCAN_LIMIT = 16  # children scanned per binary search saved (measured); beyond it, searching is faster
 
 
@@ -84,7 +85,8 @@ class Lookup:
             n, some = parents * self.totals[order - 1], distinct > 0
             weight = np.divide(n, n + NEW * distinct, out=np.zeros(n.size), where=some)
             kept = np.minimum(np.divide(kept, parents, out=np.zeros(n.size), where=some), 1)
-            self._shares[order] = np.stack([weight, 1 - weight * kept], -1).astype(np.float32)
+            rest = np.maximum(1 - weight * kept, LEAST_REST)
+            self._shares[order] = np.stack([weight, rest], -1).astype(np.float32)
         return self._shares[order]
 
     def pointers(self, longest: int) -> Any:

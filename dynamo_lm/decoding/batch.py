@@ -4,9 +4,9 @@ In: a model, prompts as token ids, and how to choose tokens. Out: tokens and sta
 every mode:
 
 * `verify="off"`: Algorithm 1 draws m tokens from the joint of the heads, and they are emitted unverified.
-* `verify="strict"`: the base's own next token, verified, and a draft of the following ones from the masked joint. The next
-  forward, which takes them in, also yields the base's distribution after each: drafts that pass the exact rejection rule
-  are accepted, and the others are dropped by not counting them in the cache.
+* `verify="strict"`: the base's own next token, verified, and a draft of the following ones from the heads and n-grams.
+  The next forward, which takes them in, also yields the base's distribution after each: drafts that pass the exact
+  rejection rule are accepted, and the others are dropped by not counting them in the cache.
 * `verify=B`: the same, but a rejected draft is accepted while the log-likelihood lost so far (at temperature 1) is at most
   B nats per token.
   Under greedy decoding drafts may be a small tree (`dynamo_lm.decoding.draft_tree`) in place of a chain, where that pays.

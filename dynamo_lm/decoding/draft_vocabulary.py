@@ -1,4 +1,4 @@
-"""The tokens that drafts are taken from, where the vocabulary is large: the commonest ones of the counted text.
+"""The tokens that the heads draft, where the vocabulary is large: the commonest ones of the counted text.
 
 A draft outside the list costs a missed token and no error, since verification decides what is emitted. Reading heads 2..
 over a vocabulary of 50,000 or 250,000 tokens costs a step as much as many layers, and nearly all of those tokens make up a

@@ -32,7 +32,7 @@ class Drafter:
     """
 
     def __init__(self, runner: ModelRunner, num_heads: int, listed: DraftVocabulary | None):
-        """listed: the tokens that drafts are taken from where a table weights them; None: all."""
+        """listed: the tokens that the heads draft where a table weights them; None: all."""
         self.runner, self.model = runner, runner.model
         sequential = is_sequential(self.model) and num_heads > 1
         self.head = SequentialDrafter(self.model, listed) if sequential else None

@@ -32,7 +32,7 @@ class SequentialDrafter:
     """The drafting side of a model whose extra heads are steps of one head."""
 
     def __init__(self, model: MultiHeadLM, listed: DraftVocabulary | None):
-        """listed: the tokens that drafts are taken from where a table weights them; None: all."""
+        """listed: the tokens that the head drafts where a table weights them; None: all."""
         self.model, self.listed = model, listed
         self.head: Any = model.sequential_head
         self.ids: Tensor | None = self.head.draft_ids

@@ -19,8 +19,8 @@ from dynamo_lm.decoding.preconditions import is_sequential
 from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.sampling.options import Algorithm1
 
-# Power of the mask in drafts that are verified, of parallel heads and of a sequential one, which knows the drafts before:
-# where most drafts are accepted, as measured (LOG.md). The paper's 1 is for drafts that are not verified.
+# Power of the n-grams' weight in drafts that are verified, of parallel heads and of a sequential one, which knows the drafts
+# before: where most drafts are accepted, as measured (LOG.md). The paper's 1 is for drafts that are not verified.
 VERIFIED_ALPHA_C = (0.6, 0.3)
 DRAWN_TOP_K = 200  # candidates where drafts are drawn: the base accepts more of what comes from more of a distribution
 MIN_TEMPERATURE = 0.01  # below, decoding is greedy

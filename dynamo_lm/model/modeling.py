@@ -305,7 +305,7 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
                 temperature is sampled at, 0 being "strict".
             num_heads: heads to use, the ceiling on tokens per step; all by default, 1 is the base model.
             eps_b, alpha_c, otsu, blur: Algorithm 1's switches; see `sampling.options.Algorithm1`. alpha_c shapes drafts
-                that are verified, too: 0.5 by default, 0.25 with a learned coupling, 0 where a sequential head draws them.
+                that are verified, too: 0.6 by default, 0.3 with a sequential head, 0 for the heads alone.
                 Under "off" top_k, temperature and repetition_penalty default to the paper's 50, 0.7 and 1.1;
                 do_sample=False takes the likeliest tuple instead of drawing one.
             tree: greedy and verified: how many drafts a step verifies as a tree, 0 for a chain. By default what is fastest,

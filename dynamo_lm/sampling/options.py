@@ -75,7 +75,7 @@ def static_threshold(eps_b: float, m: int) -> float:
 def check_weighting(alpha_c: float, top_k: int, temperature: float) -> None:
     """Refuses values out of range with an InputError."""
     if not 0 <= alpha_c < math.inf:
-        raise InputError(f"alpha_c must be 0 (no mask) or more, not {alpha_c}.")
+        raise InputError(f"alpha_c must be 0 (no n-grams) or more, not {alpha_c}.")
     if top_k < 1:
         raise InputError(f"top_k must be at least 1 candidate, not {top_k}.")
     if not 0 < temperature < math.inf:

@@ -2,7 +2,7 @@
 
 A table says what follows few tokens in all texts and lacks most n-grams; a text repeats names, phrases and whole lines that
 no table has. So longer n-grams are believed as far as they were seen, and the rest is left to shorter ones, down to the
-token alone. In: a table, a text and candidates. Out: candidates and their probabilities. None of these is 0.
+token alone. In: a table, a text and candidates. Out: candidates and their probabilities.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dynamo_lm.cooccurrence.lookup import NEW, Lookup
 from dynamo_lm.kernels import loader
 
 SHORTEST, LONGEST = 2, 8  # tokens of the text that are looked for in it
+PLACES = 256  # where they stood before, the latest ones: a text of one token alone has thousands
 
 
 def weigh(
@@ -28,14 +29,15 @@ def weigh(
 
     h was counted n times and has d different followers in the table, with the share s of what followed it. Then the same
     for the last SHORTEST to LONGEST tokens while they stand in the text before, where n, d and the followers are those in
-    the text and s is 1. This is interpolation as Witten and Bell's (1991), with NEW 0.3 in place of 1.
+    the text and s is 1. This is interpolation as Witten and Bell's (1991), with NEW 0.3 in place of 1. Of a text only the
+    latest PLACES count where its last SHORTEST tokens stood.
 
-    Tokens that stood after the last SHORTEST tokens before are candidates, too: they take the places of the last ones, at
-    most of half of them, with the least of all scores.
+    What followed there is a candidate, too: such tokens take the places of others with the least scores, of half of the
+    candidates at most, the latest ones first. Their score is the least that is finite.
 
     Args:
         text: (t,) int64, drafts included.
-        ids: (k,) int64, distinct, by falling score or nearly so.
+        ids: (k,) int64, distinct.
         scores: (k,) float64.
 
     Returns:
@@ -44,24 +46,34 @@ def weigh(
     fast = loader.sampler()
     if fast is not None:
         return _compiled(fast, lookup, text, ids, scores, alpha_c)
-    new = _followers(text, ids, ids.size // 2)
-    if new.size:
-        kept = ids.size - new.size
-        ids, scores = np.append(ids[:kept], new), np.append(scores[:kept], np.full(new.size, scores.min()))
+    places = _places(text)
+    ids, scores = _with_followers(text[places], ids, scores)
     alone = np.maximum(np.exp(lookup.unigram(ids)), lookup.rarest)
-    weights = np.log(_in_text(text, ids, _in_table(lookup, text, ids, alone)) / alone)
+    weights = np.log(_in_text(text, places, ids, _in_table(lookup, text, ids, alone)) / alone)
     q = scores + alpha_c * weights
     q = np.exp(q - q.max())
     return ids, q / q.sum()
 
 
-def _followers(text: np.ndarray, ids: np.ndarray, most: int) -> np.ndarray:
-    """What followed the last SHORTEST tokens before and is not in `ids`, the latest first."""
-    places = np.arange(SHORTEST, text.size)  # after each earlier n-gram
+def _places(text: np.ndarray) -> np.ndarray:
+    """After each of the latest places where the last SHORTEST tokens stood before, the latest first."""
+    places = np.arange(SHORTEST, text.size)
     for back in range(1, min(SHORTEST, text.size) + 1):
         places = places[text[places - back] == text[-back]]
-    new = dict.fromkeys(token for token in text[places[::-1]].tolist() if token not in ids)
-    return np.array(list(new)[:most], np.int64)
+    return places[::-1][:PLACES]
+
+
+def _with_followers(followers: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates and their scores with `followers` among them."""
+    there = set(ids.tolist())
+    new = [token for token in dict.fromkeys(followers.tolist()) if token not in there]
+    if not new:
+        return ids, scores
+    by_score = np.lexsort((-np.arange(ids.size), scores))  # of equal ones the last first
+    free = by_score[~np.isin(ids[by_score], followers)][: min(len(new), ids.size // 2)]
+    ids, scores, least = ids.copy(), scores.copy(), scores[np.isfinite(scores)].min()
+    ids[free], scores[free] = new[: free.size], least
+    return ids, scores
 
 
 def _in_table(lookup: Lookup, text: np.ndarray, ids: np.ndarray, p: np.ndarray) -> np.ndarray:
@@ -78,18 +90,19 @@ def _in_table(lookup: Lookup, text: np.ndarray, ids: np.ndarray, p: np.ndarray) 
     return p
 
 
-def _in_text(text: np.ndarray, ids: np.ndarray, p: np.ndarray) -> np.ndarray:
+def _in_text(text: np.ndarray, places: np.ndarray, ids: np.ndarray, p: np.ndarray) -> np.ndarray:
     """p~ after the text's own n-grams, (k,)."""
-    places = np.arange(SHORTEST, text.size)  # after each earlier n-gram
-    for back in range(1, min(LONGEST, text.size) + 1):
-        places = places[places >= back]
-        places = places[text[places - back] == text[-back]]
+    for length in range(SHORTEST, LONGEST + 1):
+        if length > SHORTEST:
+            places = places[places >= length]
+            places = places[text[places - length] == text[-length]] if places.size else places
         if not places.size:
             break
-        if back >= SHORTEST:
-            followers = text[places]
-            weight = places.size / (places.size + NEW * np.unique(followers).size)
-            p = weight * (followers[:, None] == ids).mean(0) + (1 - weight) * p
+        tokens, counts = np.unique(text[places], return_counts=True)
+        at = np.minimum(tokens.searchsorted(ids), tokens.size - 1)
+        share = np.where(tokens[at] == ids, counts[at], 0) / places.size
+        weight = places.size / (places.size + NEW * tokens.size)
+        p = weight * share + (1 - weight) * p
     return p
 
 

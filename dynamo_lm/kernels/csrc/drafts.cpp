@@ -1,5 +1,4 @@
-// Drafts, one row's at a time: drawing a chain of them from the masked conditionals, and the exact rejection rule that verifies
-// them.
+// Drafts, one row's at a time: drawing a chain of them from weighted candidates, and the exact rejection rule that verifies them.
 //
 // As in sampler.cpp pointers come from arrays, and the caller checks their types and sizes. The same is computed without C++ by
 // `sampling.draft_from` and `verification._Dense`.
@@ -16,15 +15,22 @@ int64_t child(const Level& level, int64_t row, int64_t token) {
 
 constexpr double NEW = 0.3;                     // of a continuation, as `cooccurrence.lookup.NEW`
 constexpr int64_t SHORTEST = 2, LONGEST = 8;  // tokens of the text that are looked for in it, as in `sampling.weights`
+constexpr size_t PLACES = 256;                  // where they stood before, as there
+
+// After each of the latest places where the last tokens of a text stood before, the latest first.
+std::vector<int64_t> places_before(const int64_t* text, int64_t length) {
+  std::vector<int64_t> places;
+  for (int64_t place = length - 1; place >= SHORTEST && places.size() < PLACES; place--)
+    if (std::equal(text + length - SHORTEST, text + length, text + place - SHORTEST)) places.push_back(place);
+  return places;
+}
 
 // What the text's own n-grams say of k candidates after its `length` tokens, mixed into their probabilities p.
-void mix_in_text(const int64_t* text, int64_t length, const int64_t* ids, int64_t k, double* p) {
-  const int64_t* const end = text + length;
-  std::vector<int64_t> places, followers;  // where the latest tokens stood before: the places after them
-  for (int64_t place = SHORTEST; place < length; place++)
-    if (std::equal(end - SHORTEST, end, text + place - SHORTEST)) places.push_back(place);
+void mix_in_text(
+    const int64_t* text, int64_t length, std::vector<int64_t> places, const int64_t* ids, int64_t k, double* p) {
+  std::vector<int64_t> followers;
   for (int64_t n = SHORTEST; n <= LONGEST; n++) {
-    const auto other = [&](int64_t place) { return place < n || text[place - n] != end[-n]; };
+    const auto other = [&](int64_t place) { return place < n || text[place - n] != text[length - n]; };
     places.erase(std::remove_if(places.begin(), places.end(), other), places.end());
     if (places.empty()) return;
     followers.clear();
@@ -52,8 +58,8 @@ const int32_t* not_below(const int32_t* begin, const int32_t* end, int64_t token
 
 // How much likelier n-grams make each of k candidates after the `length` tokens of a text than it is alone, in nats.
 void log_weights(
-    const Level* levels, int64_t order, double rarest, const int64_t* text, int64_t length, const int64_t* ids, int64_t k,
-    double* weights) {
+    const Level* levels, int64_t order, double rarest, const int64_t* text, int64_t length, const std::vector<int64_t>& places,
+    const int64_t* ids, int64_t k, double* weights) {
   std::vector<double> alone(k);
   std::vector<int64_t> ascending(k);  // places of the candidates, so that a row's children are read from front to back
   for (int64_t i = 0; i < k; i++) {
@@ -76,31 +82,38 @@ void log_weights(
       if (*next == ids[i]) weights[i] += weight * std::exp(level.logs[next - level.tokens] - parent);
     }
   }
-  mix_in_text(text, length, ids, k, weights);
+  mix_in_text(text, length, places, ids, k, weights);
   for (int64_t i = 0; i < k; i++) weights[i] = std::log(weights[i] / alone[i]);
 }
 
-// Tokens that stood after the latest tokens of a text before take the places of the last of k candidates, at most half of them,
-// the latest first, with the least of all scores.
-void take_followers(const int64_t* text, int64_t length, int64_t* ids, double* scores, int64_t k) {
-  std::vector<int64_t> followers;
-  for (int64_t place = length - 1; place >= SHORTEST && static_cast<int64_t>(followers.size()) < k / 2; place--) {
-    if (!std::equal(text + length - SHORTEST, text + length, text + place - SHORTEST)) continue;
-    if (std::find(ids, ids + k, text[place]) != ids + k) continue;
+// What followed the latest tokens of a text before becomes a candidate, too, as `sampling.weights.weigh` says.
+void take_followers(const int64_t* text, const std::vector<int64_t>& places, int64_t* ids, double* scores, int64_t k) {
+  std::vector<int64_t> followers, added, slots;
+  for (int64_t place : places)
     if (std::find(followers.begin(), followers.end(), text[place]) == followers.end()) followers.push_back(text[place]);
+  for (int64_t token : followers)
+    if (std::find(ids, ids + k, token) == ids + k) added.push_back(token);
+  if (added.empty()) return;
+  double least = INFINITY;
+  for (int64_t i = k - 1; i >= 0; i--) {
+    if (scores[i] > -INFINITY) least = std::min(least, scores[i]);
+    if (std::find(followers.begin(), followers.end(), ids[i]) == followers.end()) slots.push_back(i);
   }
-  const int64_t first = k - static_cast<int64_t>(followers.size());
-  const double least = *std::min_element(scores, scores + k);
-  std::copy(followers.begin(), followers.end(), ids + first);
-  std::fill(scores + first, scores + k, least);
+  std::stable_sort(slots.begin(), slots.end(), [&](int64_t i, int64_t j) { return scores[i] < scores[j]; });
+  const size_t count = std::min({slots.size(), added.size(), static_cast<size_t>(k / 2)});
+  for (size_t i = 0; i < count; i++) {
+    ids[slots[i]] = added[i];
+    scores[slots[i]] = least;
+  }
 }
 
 // q of k candidates after the `length` tokens of a text, from their scores; some of them become others, as `take_followers` says.
 void weigh(
     const Level* levels, int64_t order, double rarest, const int64_t* text, int64_t length, double alpha_c, int64_t* ids,
     double* scores, int64_t k, double* q) {
-  take_followers(text, length, ids, scores, k);
-  log_weights(levels, order, rarest, text, length, ids, k, q);
+  const std::vector<int64_t> places = places_before(text, length);
+  take_followers(text, places, ids, scores, k);
+  log_weights(levels, order, rarest, text, length, places, ids, k, q);
   double most = -INFINITY, total = 0;
   for (int64_t i = 0; i < k; i++) most = std::max(most, q[i] = scores[i] + alpha_c * q[i]);
   for (int64_t i = 0; i < k; i++) total += q[i] = std::exp(q[i] - most);
