@@ -3,8 +3,9 @@
     dynamo-lm export models/smollm2-135m-instruct-eagle3 --base BASE --to gguf --with-base q8_0 --out served
     python -m benchmarks.elsewhere served/draft.gguf BASE ../shared/data results/smollm2 --gguf served/base.gguf
 
-Greedy, chat prompts of MT-bench, 128 new tokens, one prompt at a time; llama.cpp's own clock. With and without the head take
-turns on every prompt; the ratio is the median over prompts and repetitions, with its quartiles. Needs the extra `bench`.
+Greedy, chat prompts of MT-bench, 128 new tokens, one prompt at a time; llama.cpp's own clock. llama.cpp alone, with its
+n-gram drafts (7 tokens after 3 that match), with the head and with both take turns on every prompt; ratios are to the first,
+medians over prompts and repetitions with their quartiles. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -22,42 +23,48 @@ from dynamo_lm.export.llama_cpp import LlamaCpp, facts
 from dynamo_lm.files import write_text
 from recipes.smollm2.prompts import json_lines
 
-NEW_TOKENS, DRAFT_TOKENS = 128, 3
+NEW_TOKENS, DRAFT_TOKENS, LOOKUP = 128, 3, (3, 7)
 
 
-def race(gguf: Path, draft: Path, prompts: list[list[int]], *, threads: int, repetitions: int) -> dict[str, Any]:
-    """Seconds of both by prompt and repetition, in turn."""
+def race(gguf: Path, draft: Path, prompts: list[list[int]], *, threads: int, repetitions: int) -> list[dict[str, Any]]:
+    """A row for each way of drafting: seconds by prompt and repetition, in turn."""
     longest = max(map(len, prompts)) + NEW_TOKENS + 64
     common: dict[str, Any] = {"context": longest, "threads": threads, "cache_type": "F16"}
-    plain = LlamaCpp(str(gguf), **common)
-    drafted = LlamaCpp(str(gguf), **common, draft=str(draft), draft_tokens=DRAFT_TOKENS)
-    ratios, rates, steps, tokens, same = [], [], 0, 0, 0
+    head = {"draft": str(draft), "draft_tokens": DRAFT_TOKENS}
+    ways = {"alone": {}, "n-grams": {"lookup": LOOKUP}, "head": head, "n-grams and head": head | {"lookup": LOOKUP}}
+    engines = {name: LlamaCpp(str(gguf), **common, **how) for name, how in ways.items()}
+    ratios: dict[str, list[float]] = {name: [] for name in ways}
+    steps, same = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)
+    rates, tokens = [], 0
     try:
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
             for _ in range(repetitions):
-                (alone, slow), (with_head, fast) = (each.generate(prompt, NEW_TOKENS, []) for each in (plain, drafted))
-                ratios.append(slow / fast)
+                done = {name: engine.generate(prompt, NEW_TOKENS, []) for name, engine in engines.items()}
+                alone, slow = done["alone"]
                 rates.append(len(alone) / slow)
-            same += alone == with_head
-            print(
-                f"{gguf.name}: {len(rates)} of {len(prompts) * repetitions} pairs, ratio {np.median(ratios):.2f}", flush=True
-            )
-            tokens, steps = tokens + len(with_head), steps + len(with_head) - drafted.accepted
+                for name, (_, seconds) in done.items():
+                    ratios[name].append(slow / seconds)
+            tokens += len(alone)
+            for name, (text, _) in done.items():
+                steps[name] += len(text) - engines[name].accepted
+                same[name] += text == alone
+            print(f"{gguf.name}: {number + 1} of {len(prompts)} prompts", flush=True)
     finally:
-        plain.close()
-        drafted.close()
-    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)).round(3).tolist()
-    return {
-        "file": gguf.name,
-        "threads": threads,
-        "prompts": len(prompts),
-        "repetitions": repetitions,
-        "ratio": middle,
-        "quartiles": [low, high],
-        "tokens_per_second_alone": round(float(np.median(rates)), 1),
-        "tokens_per_step": round(tokens / steps, 3),
-        "same_text": same,
-    }
+        for engine in engines.values():
+            engine.close()
+    about = {"file": gguf.name, "threads": threads, "prompts": len(prompts), "repetitions": repetitions}
+    about["tokens_per_second_alone"] = round(float(np.median(rates)), 1)
+    return [
+        {
+            **about,
+            "drafts": name,
+            "ratio": round(float(np.median(ratios[name])), 3),
+            "quartiles": np.quantile(ratios[name], (0.25, 0.75)).round(3).tolist(),
+            "tokens_per_step": round(tokens / steps[name], 3),
+            "same_text": same[name],
+        }
+        for name in ways
+    ]
 
 
 def main() -> None:
@@ -77,20 +84,20 @@ def main() -> None:
     chosen = questions[::step][: arguments.prompts]
     prompts = [encode_chat(tokenizer, [{"role": "user", "content": question}]) for question in chosen]
     rows = [
-        race(gguf, arguments.draft, prompts, threads=threads, repetitions=arguments.repetitions)
+        row
         for gguf in arguments.gguf
         for threads in arguments.threads
+        for row in race(gguf, arguments.draft, prompts, threads=threads, repetitions=arguments.repetitions)
     ]
     lines = [
-        "| base | threads | llama.cpp alone | with the head | tokens per step | same text |",
+        "| base | threads | drafts | ratio to llama.cpp alone | tokens per step | same text |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         low, high = row["quartiles"]
         lines.append(
-            f"| {row['file']} | {row['threads']} | {row['tokens_per_second_alone']} tokens/s | "
-            f"{row['ratio']:.2f} ({low:.2f}-{high:.2f}) | {row['tokens_per_step']:.2f} of {DRAFT_TOKENS + 1} | "
-            f"{row['same_text']}/{row['prompts']} |"
+            f"| {row['file']} | {row['threads']} | {row['drafts']} | {row['ratio']:.2f} ({low:.2f}-{high:.2f}) | "
+            f"{row['tokens_per_step']:.2f} | {row['same_text']}/{row['prompts']} |"
         )
     arguments.out.mkdir(parents=True, exist_ok=True)
     record = {"llama_cpp": facts(), "new_tokens": NEW_TOKENS, "rows": rows}

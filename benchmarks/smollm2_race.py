@@ -2,8 +2,8 @@
 
 BASE is the folder that `recipes.smollm2.base` writes, GGUF the file of 4 bits that it is made from (`--keep`). Chat prompts
 of MT-bench, one at a time, greedy: transformers, DynaMo's own loop with weights of 32, 16, 8 and 4 bits, and llama.cpp on
-files of 16, 8 and 4 bits, plain, with its n-gram drafts and with our EAGLE-3 head. Methods take turns on every prompt. Needs
-the package xllamacpp (extra `bench`). OUT/race.json and race.md hold a race for each number of threads.
+files of 16, 8 and 4 bits, plain, with its n-gram drafts, with our EAGLE-3 head and with both. Methods take turns on every
+prompt. Needs the package xllamacpp (extra `bench`). OUT/race.json and race.md hold a race for each number of threads.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "int4": {"weights": "int4", "dtype": torch.float32},
 }
 DRAFTS = 3
-LOOKUP, LOOKED_UP = "prompt_lookup_num_tokens", 7
+LOOKUP, LOOKED_UP, MATCH = "prompt_lookup_num_tokens", 7, 3  # llama.cpp's n-grams have the same sizes, not its 12 and 48
 EIGHT, FOUR = "llama.cpp: Q8_0", "llama.cpp: Q4_1"  # what every row is compared with
 
 
@@ -88,10 +88,13 @@ def methods_of(files: dict[str, Path], draft: Path, *, compiled: bool) -> list[M
         drafted = about | {"draft": str(draft), "draft_tokens": DRAFTS}
         plain = f"llama.cpp: {name}"
         rows.append(Method(plain, "llama.cpp", about, one_token=True, lossless=False))
-        rows.append(Method(f"{plain}, n-grams", "llama.cpp", about | {"lookup": True}, lossless=False, identical_to=plain))
+        how: dict[str, Any] = {"lossless": False, "identical_to": plain}
+        lookup = {"lookup": (MATCH, LOOKED_UP)}
+        rows.append(Method(f"{plain}, n-grams", "llama.cpp", about | lookup, ceiling=LOOKED_UP + 1, **how))
         if name != "F16":
-            how: dict[str, Any] = {"lossless": False, "identical_to": plain, "ceiling": DRAFTS + 1}
-            rows.append(Method(f"{plain}, EAGLE-3 head", "llama.cpp", drafted, **how))
+            rows.append(Method(f"{plain}, EAGLE-3 head", "llama.cpp", drafted, ceiling=DRAFTS + 1, **how))
+            both = f"{plain}, EAGLE-3 head and n-grams"
+            rows.append(Method(both, "llama.cpp", drafted | lookup, ceiling=LOOKED_UP + 1, **how))
     return rows
 
 

@@ -41,9 +41,11 @@ class LlamaCpp:
         cache_type: str,
         draft: str | None = None,
         draft_tokens: int = 0,
-        lookup: bool = False,
+        lookup: tuple[int, int] | None = None,
     ):
-        """draft: the head's file; draft_tokens: tokens drafted a step; lookup: draft by n-grams of the text instead."""
+        """draft: the head's file; draft_tokens: tokens drafted a step; lookup: n-grams of the text draft before the head, or
+        alone: how many tokens have to match, and how many are drafted.
+        """
         if importlib.util.find_spec("xllamacpp") is None:
             raise ModuleNotFoundError("No module named 'xllamacpp'", name="xllamacpp")
         self._texts: dict[tuple, list[int]] = {}
@@ -117,6 +119,18 @@ def _ask(process: subprocess.Popen[str], request: dict[str, Any]) -> dict[str, A
     return answer
 
 
+def _set_drafts(kinds: Any, drafting: Any, request: dict[str, Any]) -> None:
+    """llama.cpp drafts in the first of these ways that has a draft."""
+    types = []
+    if request["lookup"]:
+        types.append(kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE)
+        drafting.ngram_simple.size_n, drafting.ngram_simple.size_m = request["lookup"]
+    if request["draft"]:
+        types.append(kinds.COMMON_SPECULATIVE_TYPE_DRAFT_EAGLE3)
+        drafting.draft.mparams.path, drafting.draft.n_max = request["draft"], request["draft_tokens"]
+    drafting.types = types
+
+
 def _serve() -> None:
     """The other process: JSON lines from stdin to stdout, which llama.cpp's own messages do not reach."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -137,13 +151,8 @@ def _serve() -> None:
                 cache_type = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{request['cache_type']}")
                 parameters.cache_type_k = parameters.cache_type_v = cache_type
                 parameters.verbosity = -1
-                if request["draft"]:
-                    kinds, drafting = xllamacpp.common_speculative_type, parameters.speculative
-                    drafting.types = [kinds.COMMON_SPECULATIVE_TYPE_DRAFT_EAGLE3]
-                    drafting.draft.mparams.path, drafting.draft.n_max = request["draft"], request["draft_tokens"]
-                if request["lookup"]:
-                    kinds = xllamacpp.common_speculative_type
-                    parameters.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
+                if request["draft"] or request["lookup"]:
+                    _set_drafts(xllamacpp.common_speculative_type, parameters.speculative, request)
                 server, answer = xllamacpp.Server(parameters), {}
             else:
                 greedy = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "cache_prompt": False}
