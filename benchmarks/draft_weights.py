@@ -85,7 +85,7 @@ def variants(model: DynaMoForCausalLM) -> dict[str, Weigh]:
         with (
             patch.object(loader, "_sampler", None),
             patch.object(weights, "LONGEST", weights.LONGEST if repeats else 0),
-            patch.object(weights, "_followers", lambda text, ids, most: ids[:0]),
+            patch.object(weights, "_with_followers", lambda followers, ids, scores: (ids, scores)),
         ):
             return weights.weigh(table, text, ids, scores, alpha_c)
 

@@ -26,7 +26,9 @@ from transformers import (
 from dynamo_lm import DynaMoForCausalLM, InputError
 from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
 from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.decoding import drafter
 from dynamo_lm.decoding.kv_cache import GROWTH, RaggedKVCache
+from dynamo_lm.sampling.drafting import draft_from
 
 LENGTHS = [5, 9, 3, 12, 7]
 PLAIN = {"pad_token_id": 0, "eos_token_id": EOS, "return_dict_in_generate": True}
@@ -670,3 +672,19 @@ def test_layers_that_are_no_attention_over_the_past_are_refused():
     config.layer_types = ["linear_attention", "full_attention", "full_attention"]
     with pytest.raises(InputError, match='"linear_attention" are not supported'):
         AttentionMaskBuilder.of(config, torch.float32).mask(torch.arange(2)[None], torch.arange(2)[None])
+
+
+def test_drafts_follow_the_whole_text_unless_a_budget_may_keep_them(monkeypatch):
+    lengths: list[int] = []
+
+    def watched(heads, text, *rest, **how):
+        lengths.append(text.size)
+        return draft_from(heads, text, *rest, **how)
+
+    monkeypatch.setattr(drafter, "draft_from", watched)
+    how = {"do_sample": False, "tree": 0, "max_new_tokens": 20, "eos_token_id": None}
+    dynamo_of("llama", 3).generate(torch.tensor([[4, 8, 15, 16, 23, 42]]), **how)
+    assert lengths[0] == 7 and max(lengths) > 20
+    lengths.clear()
+    dynamo_of("llama", 3).generate(torch.tensor([[4, 8, 15, 16, 23, 42]]), verify=0.2, **how)
+    assert set(lengths) == {3}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from dynamo_lm.decoding.sequential import SequentialDrafter
 from dynamo_lm.decoding.verification import certain
 from dynamo_lm.sampling.drafting import draft_from
 from dynamo_lm.sampling.top_k import HeadCandidates, PairwiseCorrection
+
+LONGEST_HISTORY = 3  # tokens before the last one of a table's longest n-grams
 
 
 class Drafter:
@@ -119,7 +122,7 @@ class Drafter:
         alone: bool,
     ) -> None:
         """Drafts of parallel heads: a tree whose size is measured where the sequence is alone, else a chain."""
-        options, text = sequence.options, sequence.text.of(sequence.tokens + emitted)
+        options, text = sequence.options, _text(sequence, emitted)
         alpha_c, temperature, table = options.algorithm.alpha_c, options.temperature, self.model.cooccurrence
         how = {"alpha_c": alpha_c, "temperature": temperature}
         if sequence.draft_length is not None and (alone or options.tree is not None):
@@ -143,8 +146,7 @@ class Drafter:
             return
         features, after = torch.cat([part for part, _ in sequence.unread]), [t for _, part in sequence.unread for t in part]
         sequence.unread.clear()
-        text = sequence.text.of(sequence.tokens + emitted)
-        drafts, proposals = head.draft(sequence, features, after, text, room)
+        drafts, proposals = head.draft(sequence, features, after, _text(sequence, emitted), room)
         self._set(sequence, emitted, drafts)
         sequence.proposals = proposals if sequence.options.sample else []
 
@@ -157,3 +159,12 @@ class Drafter:
         """How many drafts, at most `most`, are of use after the tokens that this step emits."""
         left = min(self.runner.context - len(sequence.tokens), sequence.left) - len(emitted)
         return min(most, left - 1)
+
+
+def _text(sequence: SequenceState, emitted: list[int]) -> np.ndarray:
+    """The verified tokens that weight drafts, (t,): all, or under a budget those that tables look at.
+
+    A budget keeps drafts that the base would not write, and drafts that copy the text would make it repeat itself (LOG.md).
+    """
+    text = sequence.text.of(sequence.tokens + emitted)
+    return text if sequence.options.budget == 0 else text[-LONGEST_HISTORY:]
