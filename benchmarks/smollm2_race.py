@@ -30,6 +30,7 @@ from dynamo_lm.data.chat_template import encode_chat
 from dynamo_lm.export import llama_cpp
 from dynamo_lm.export.export import BASE_GGUF, DRAFT_GGUF, export
 from dynamo_lm.files import write_text
+from dynamo_lm.private_interfaces import multiplies_bfloat16
 from recipes.smollm2.prompts import json_lines
 
 ROOT = Path(__file__).parents[1]
@@ -59,11 +60,13 @@ def methods_of(files: dict[str, Path], draft: Path, *, compiled: bool) -> list[M
     """Every row of the table."""
     one = {"verify": "strict", "num_heads": 1}
     strict = {"verify": "strict", "num_heads": DRAFTS + 1}
+    fast = "bfloat16" if multiplies_bfloat16() else "float32"  # what transformers is faster in
+    theirs = {"model": f"{fast}, parallel"}
+    looked_up = {"prompt_lookup_num_tokens": 10}
     rows = [
-        Method("transformers: one token, bfloat16", "transformers", one_token=True, model="bfloat16, parallel"),
-        Method("transformers: prompt lookup, bfloat16", "transformers", {"prompt_lookup_num_tokens": 10}, ceiling=11,
-               model="bfloat16, parallel"),
-    ]  # fmt: skip
+        Method(f"transformers: one token, {fast}", "transformers", one_token=True, **theirs),
+        Method(f"transformers: prompt lookup, {fast}", "transformers", looked_up, ceiling=11, **theirs),
+    ]
     for name in PRECISIONS:
         own = f"DynaMo: one token, {name}"
         rows.append(dynamo(own, one, model=f"{name}, eagle3", lossless=name == "float32"))
@@ -78,9 +81,7 @@ def methods_of(files: dict[str, Path], draft: Path, *, compiled: bool) -> list[M
     for budget in (0.2, "off"):
         rows.append(dynamo(f"DynaMo: {budget}, n={DRAFTS}, int4", {**off, "verify": budget}, model="int4, parallel"))
     if compiled:
-        rows.append(
-            Method("transformers: one token, bfloat16, compiled", "compiled", one_token=True, model="bfloat16, parallel")
-        )
+        rows.append(Method(f"transformers: one token, {fast}, compiled", "compiled", one_token=True, **theirs))
         for name in ("bfloat16", "int4"):
             rows.append(dynamo(f"DynaMo: one token, {name}, compiled", one | COMPILED, model=f"{name}, parallel"))
     for name, file in files.items():
