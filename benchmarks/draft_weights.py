@@ -12,13 +12,12 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 
-from benchmarks.smollm2 import REDRAWS, answered, cell, opened
+from benchmarks.smollm2 import answered, cell, opened, per_step
 from dynamo_lm.cooccurrence.lookup import Lookup
 from dynamo_lm.decoding.settings import algorithm_of
 from dynamo_lm.files import write_text
@@ -102,15 +101,6 @@ def variants(model: DynaMoForCausalLM) -> dict[str, Weigh]:
     }
 
 
-def row(counts: list[tuple[int, int]]) -> dict[str, Any]:
-    """Tokens per step with their interval by prompt."""
-    tokens, steps = np.array(counts, float).T
-    draws = np.random.default_rng(0).integers(0, len(tokens), (REDRAWS, len(tokens)))
-    ratios = tokens[draws].sum(1) / steps[draws].sum(1)
-    interval = [round(float(q), 3) for q in np.quantile(ratios, (0.025, 0.975))]
-    return {"tokens_per_step": round(float(tokens.sum() / steps.sum()), 3), "interval_95": interval}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
@@ -126,7 +116,10 @@ def main() -> None:
     settings = {"num_heads": 1, "temperature": 0.0}
     answers = sorted(answered(model, tokenizer, prompts, settings, NEW_TOKENS), key=lambda sequence: sequence.number)
     drafted = [(np.array(each.tokens), each.prompt_length, *candidates(model, each.tokens)) for each in answers]
-    rows = {name: row([walk(*text, weigh) for text in drafted]) for name, weigh in variants(model).items()}
+    rows = {
+        name: per_step(*np.array([walk(*text, weigh) for text in drafted], float).T)
+        for name, weigh in variants(model).items()
+    }
     path = arguments.out / "draft_weights.json"
     everything = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     everything[Path(arguments.model).name] = {"prompts": len(prompts), "new_tokens": NEW_TOKENS, "rows": rows}

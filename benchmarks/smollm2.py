@@ -94,6 +94,14 @@ def answered(
         yield from (sequence for sequence in batch.step() if sequence.finished)
 
 
+def per_step(tokens: np.ndarray, steps: np.ndarray) -> dict[str, Any]:
+    """All tokens over all steps, (prompts,) each, with a bootstrap interval over prompts."""
+    draws = np.random.default_rng(0).integers(0, len(tokens), (REDRAWS, len(tokens)))
+    ratios = tokens[draws].sum(1) / steps[draws].sum(1)
+    interval = [round(float(q), 3) for q in np.quantile(ratios, (0.025, 0.975))]
+    return {"tokens_per_step": round(float(tokens.sum() / steps.sum()), 3), "interval_95": interval}
+
+
 def run(
     model: DynaMoForCausalLM, tokenizer: Any, prompts: list[str], *, num_heads: int, temperature: float, lookup: int
 ) -> dict[str, Any]:
@@ -104,15 +112,12 @@ def run(
     statistics = [sequence.statistics for sequence in answers]
     tokens = np.array([each.new_tokens for each in statistics], dtype=float)
     steps = np.array([each.forwards for each in statistics], dtype=float)
-    draws = np.random.default_rng(0).integers(0, len(tokens), (REDRAWS, len(tokens)))
-    ratios = tokens[draws].sum(1) / steps[draws].sum(1)
     proposed = np.sum([each.proposed for each in statistics], axis=0)
     accepted = np.sum([each.accepted for each in statistics], axis=0)
     return {
         "prompts": len(prompts),
         "tokens": int(tokens.sum()),
-        "tokens_per_step": round(float(tokens.sum() / steps.sum()), 3),
-        "interval_95": [round(float(q), 3) for q in np.quantile(ratios, (0.025, 0.975))],
+        **per_step(tokens, steps),
         "acceptance": [round(float(a / max(p, 1)), 3) for a, p in zip(accepted, proposed, strict=True)],
         "looked_up": sum(each.looked_up for each in statistics),
         "lookup_accepted": sum(each.lookup_accepted for each in statistics),
