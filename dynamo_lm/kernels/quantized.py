@@ -22,7 +22,7 @@ from dynamo_lm.kernels import loader
 from dynamo_lm.kernels.ops import BESIDE, GROUP
 
 FORMATS = {"int8": 8, "int4": 4}
-MOST = 127 * 255 + 127  # the largest entry of x in the kernel: two digits to the base 255, signed bytes
+MOST = 2**15 - 1  # the largest entry of x in the kernel
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a group's range, that the 16 numbers of 4 bits are tried to span
 
 

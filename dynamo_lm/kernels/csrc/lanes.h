@@ -16,7 +16,7 @@
 #include <stdexcept>
 #include <type_traits>
 #include <vector>
-#ifdef __FMA__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 

@@ -1,94 +1,90 @@
 // x @ weight^T with a weight of 8 or 4 bits, for any number of rows of float32 or bfloat16, on any CPU that has a C++ compiler.
 //
 // GROUP entries of a row of the weight share a scale, with 4 bits also an offset, and so do as many of a row of x, which are
-// rounded first, to whole numbers of two digits to the base 255, each a signed byte. What is summed within a group is whole
-// numbers, hence exact; groups are added up in their order. A row of x is therefore multiplied the same, bit for bit, whatever
-// is beside it. 16 rows of the weight lie side by side, one in each lane, and the weight is read once, from its beginning to
-// its end: memory decides, also with four rows of x.
+// rounded first, to whole numbers of 16 bits. What is summed within a group is whole numbers, hence exact; groups are added up
+// in their order. A row of x is therefore multiplied the same, bit for bit, whatever is beside it. 16 rows of the weight lie
+// side by side, one in each lane, and the weight is read once, from its beginning to its end: memory decides, also with four
+// rows of x.
 
 namespace {
 
 constexpr int64_t GROUP = 32;     // entries that share a scale
 constexpr int64_t BESIDE = 16;    // rows of the weight that lie side by side
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint8_t Bytes __attribute__((vector_size(64)));
-typedef uint16_t Scales __attribute__((vector_size(32), aligned(2), may_alias));
-typedef Bytes LooseBytes __attribute__((aligned(1), may_alias));
-typedef int8_t Packed __attribute__((vector_size(8), aligned(1), may_alias));
+#if defined(__AVX512BW__)
+constexpr int64_t WIDTH = 64;     // bytes of the processor's vectors: compilers are slow with wider ones
+#elif defined(__AVX2__)
+constexpr int64_t WIDTH = 32;
+#else
+constexpr int64_t WIDTH = 16;
+#endif
+constexpr int64_t LANES = WIDTH / 4, PARTS = BESIDE / LANES;  // vectors for one entry of 16 rows
 
-constexpr int32_t BASE = 255;              // of the two digits of an entry of x, which are -127 to 127
-constexpr int32_t MOST = 127 * BASE + 127;  // the largest entry
+typedef float Floats __attribute__((vector_size(WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(WIDTH)));
+typedef uint32_t LongWords __attribute__((vector_size(WIDTH)));
+typedef int16_t Shorts __attribute__((vector_size(WIDTH)));
+typedef uint16_t Words __attribute__((vector_size(WIDTH)));
+typedef uint16_t Scales __attribute__((vector_size(WIDTH / 2), aligned(2), may_alias));
+typedef Words LooseWords __attribute__((aligned(1), may_alias));
+typedef Floats LooseFloats __attribute__((aligned(4), may_alias));
+typedef int16_t Packed __attribute__((vector_size(16), aligned(2), may_alias));
 
-// Rows of x as whole numbers: high digits, low digits, and by group the scale and the sum of the entries.
+constexpr int32_t MOST = 32767;  // the largest entry of x
+
+// Rows of x as whole numbers. Of four entries the first and the third come first, as `dot` takes them; by group there are the
+// scale and the sum of the entries.
 struct Rounded {
-  const int8_t *high, *low;
+  const int16_t* entries;
   const float* scales;
   const int32_t* sums;
 };
 
-// What is added to a byte of the weight for `dot`, and therefore to be subtracted: units for products of bytes take one factor
-// without a sign, as entries of 4 bits are.
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr int32_t ZERO8 = 128;
-#else
-constexpr int32_t ZERO8 = 0;
-#endif
+// Two entries of x, in every lane.
+inline Shorts pair(const int16_t* x) {
+  int32_t two;
+  std::memcpy(&two, x, sizeof two);
+  return (Shorts)(Ints{} + two);
+}
 
-// In each lane: sum + the product of four bytes of the weight and four entries of x.
-inline __attribute__((always_inline)) Ints dot(Ints sum, Bytes weight, const int8_t* x) {
-  int32_t four;
-  std::memcpy(&four, x, sizeof four);
-#if defined(__AVX512VNNI__)
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weight, _mm512_set1_epi32(four));
+// In each lane: sum + the products of two entries of the weight and two of x.
+inline Ints dot(Ints sum, Shorts weight, Shorts x) {
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)weight, (__m512i)x);
+#elif defined(__AVX512BW__)
+  return sum + (Ints)_mm512_madd_epi16((__m512i)weight, (__m512i)x);
+#elif defined(__AVXVNNI__)
+  return (Ints)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)weight, (__m256i)x);
 #elif defined(__AVX2__)
-  struct Halves256 {
-    __m256i half[2];
-  };
-  auto sums = __builtin_bit_cast(Halves256, sum);
-  const auto weights = __builtin_bit_cast(Halves256, weight);
-  const __m256i same = _mm256_set1_epi32(four);
-  for (int h = 0; h < 2; h++) {
-#if defined(__AVXVNNI__)
-    sums.half[h] = _mm256_dpbusd_avx_epi32(sums.half[h], weights.half[h], same);
+  return sum + (Ints)_mm256_madd_epi16((__m256i)weight, (__m256i)x);
+#elif defined(__SSE2__)
+  return sum + (Ints)_mm_madd_epi16((__m128i)weight, (__m128i)x);
 #else
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights.half[h]), _mm256_sign_epi8(same, weights.half[h]));
-    sums.half[h] = _mm256_add_epi32(sums.half[h], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-#endif
-  }
-  return __builtin_bit_cast(Ints, sums);
-#else
-  for (int lane = 0; lane < BESIDE; lane++)
-    for (int b = 0; b < 4; b++) sum[lane] += static_cast<int8_t>(weight[4 * lane + b]) * x[b];
-  return sum;
+  return sum + ((Ints)weight >> 16) * ((Ints)x >> 16) + ((Ints)weight << 16 >> 16) * ((Ints)x << 16 >> 16);
 #endif
 }
 
-inline __attribute__((always_inline)) Floats fused(Floats a, Floats b, Floats sum) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
-#else
-  struct Halves256 {
-    Lanes half[2];
-  };
-  const auto x = __builtin_bit_cast(Halves256, a), y = __builtin_bit_cast(Halves256, b);
-  auto z = __builtin_bit_cast(Halves256, sum);
-  for (int h = 0; h < 2; h++) z.half[h] = fused(x.half[h], y.half[h], z.half[h]);
-  return __builtin_bit_cast(Floats, z);
+#if defined(__AVX512BW__)
+inline Floats fused(Floats a, Floats b, Floats sum) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum); }
+#elif !defined(__AVX2__)
+inline Floats fused(Floats a, Floats b, Floats sum) { return a * b + sum; }
 #endif
-}
 
 // float16, which is finite, as float32.
 inline Floats halves(const uint16_t* at) {
-  const Words bits = __builtin_convertvector(*reinterpret_cast<const Scales*>(at), Words);
+#if defined(__AVX512BW__)
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+#else
+  const LongWords bits = __builtin_convertvector(*reinterpret_cast<const Scales*>(at), LongWords);
   return (Floats)((bits & 0x8000u) << 16 | (bits & 0x7fffu) << 13) * 0x1p112f;
+#endif
 }
 
-// What is fetched while a line of the weight is read. AMD's processors wait for many lines at a time: there it lies NEAR bytes
-// ahead, a third to a half faster than from STREAMS, which others need (LOG.md).
-#if defined(__znver1__) || defined(__znver2__) || defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
+// What is fetched while a line of the weight is read. AMD's processors since Zen 3 wait for many lines at a time: there it lies
+// NEAR bytes ahead, a third to a half faster than from STREAMS, which others need (LOG.md).
+#if defined(__znver3__) || defined(__znver4__) || defined(__znver5__)
 constexpr int64_t NEAR = 1 << 14;
 #else
 constexpr int64_t NEAR = 0;
@@ -98,41 +94,51 @@ constexpr int64_t NEAR = 0;
 // STREAMS that are `apart`, as in `tile`; `done` lines of them were fetched before.
 template <int R, int BITS>
 inline __attribute__((always_inline)) void beside(
-    const uint8_t* weight, const uint16_t* scale, const Rounded& x, int64_t groups, Floats* y, const uint8_t* ahead, int64_t apart,
-    uint64_t done) {
-  constexpr int64_t SIZE = 64, STEPS = BITS;  // bytes that are read at a time, and how often in a group
-  Floats total[R] = {};
+    const uint8_t* weight, const uint16_t* scale, const Rounded& x, int64_t groups, float (*y)[BESIDE], const uint8_t* ahead,
+    int64_t apart, uint64_t done) {
+  constexpr int64_t LINE = 64, STEPS = BITS;     // bytes of 16 rows that lie together, and how many lines a group has
+  constexpr int32_t ZERO = BITS == 8 ? 128 : 0;  // what stands for 0 where no entry has a sign, which is faster to widen
+  constexpr uint16_t ZEROS = ZERO << 8 | ZERO;
+  Floats total[R][PARTS] = {};
   for (int64_t g = 0; g < groups; g++) {
-    const int8_t *const high = x.high + g * GROUP, *const low = x.low + g * GROUP;
-    Ints sum[R] = {}, fine[R];  // of high digits and of low ones
-    for (int r = 0; r < R; r++) fine[r] = Ints{} - (BITS == 8 ? ZERO8 * x.sums[r * groups + g] : 0);
-    const auto add = [&](Bytes part, int64_t at) __attribute__((always_inline)) {
-      for (int r = 0; r < R; r++) {
-        sum[r] = dot(sum[r], part, high + r * groups * GROUP + at);
-        fine[r] = dot(fine[r], part, low + r * groups * GROUP + at);
-      }
-    };
-    for (int64_t j = 0; j < STEPS; j++, weight += SIZE, done++) {
-      __builtin_prefetch(NEAR ? weight + NEAR : ahead + done % STREAMS * apart + done / STREAMS * SIZE);
-      const Bytes w = *reinterpret_cast<const LooseBytes*>(weight);
+    const int16_t* const entries = x.entries + g * GROUP;
+    Ints sum[R][PARTS];
+    for (int r = 0; r < R; r++)
+      for (int p = 0; p < PARTS; p++) sum[r][p] = Ints{} - ZERO * x.sums[r * groups + g];
+#pragma GCC unroll 1
+    for (int64_t j = 0; j < STEPS; j++, weight += LINE, done++) {
+      __builtin_prefetch(NEAR ? weight + NEAR : ahead + done % STREAMS * apart + done / STREAMS * LINE);
+      Words w[PARTS];  // in each lane four bytes, and in each half of it the first or third and the second or fourth of them
+      for (int p = 0; p < PARTS; p++) w[p] = *reinterpret_cast<const LooseWords*>(weight + p * WIDTH) ^ ZEROS;
+      const auto add = [&](const auto& part, int64_t at) __attribute__((always_inline)) {
+        for (int r = 0; r < R; r++) {
+          const Shorts two = pair(entries + r * groups * GROUP + at);
+          for (int p = 0; p < PARTS; p++) sum[r][p] = dot(sum[r][p], part(w[p]), two);
+        }
+      };
       if constexpr (BITS == 8) {
-        add(w ^ static_cast<uint8_t>(ZERO8), 4 * j);
+        add([](Words bytes) { return (Shorts)(bytes & 255); }, 4 * j);
+        add([](Words bytes) { return (Shorts)(bytes >> 8); }, 4 * j + 2);
       } else {
-        add(w & 15, 8 * j);
-        add((Bytes)((Words)w >> 4 & 0x0f0f0f0fu), 8 * j + 4);
+        add([](Words bytes) { return (Shorts)(bytes & 15); }, 8 * j);
+        add([](Words bytes) { return (Shorts)(bytes >> 8 & 15); }, 8 * j + 2);
+        add([](Words bytes) { return (Shorts)(bytes >> 4 & 15); }, 8 * j + 4);
+        add([](Words bytes) { return (Shorts)(bytes >> 12); }, 8 * j + 6);
       }
     }
     const uint16_t* const of_group = scale + g * (BITS == 8 ? 1 : 2) * BESIDE;
-    const Floats scales = halves(of_group);
-    for (int r = 0; r < R; r++)
-      total[r] = fused(__builtin_convertvector(sum[r] * BASE + fine[r], Floats) * x.scales[r * groups + g], scales, total[r]);
-    if constexpr (BITS == 4) {
-      const Floats offsets = halves(of_group + BESIDE);
-      for (int r = 0; r < R; r++)
-        total[r] = fused(Floats{} + x.scales[r * groups + g] * x.sums[r * groups + g], offsets, total[r]);
+    for (int p = 0; p < PARTS; p++) {
+      const Floats scales = halves(of_group + p * LANES);
+      const Floats offsets = BITS == 4 ? halves(of_group + BESIDE + p * LANES) : scales;
+      for (int r = 0; r < R; r++) {
+        const int64_t at = r * groups + g;
+        total[r][p] = fused(__builtin_convertvector(sum[r][p], Floats) * x.scales[at], scales, total[r][p]);
+        if (BITS == 4) total[r][p] = fused(Floats{} + x.scales[at] * x.sums[at], offsets, total[r][p]);
+      }
     }
   }
-  for (int r = 0; r < R; r++) y[r] = total[r];
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < PARTS; p++) *reinterpret_cast<LooseFloats*>(y[r] + p * LANES) = total[r][p];
 }
 
 // Blocks [begin, end) of 16 columns of y = x @ weight^T + bias; y: (rows, out).
@@ -149,8 +155,8 @@ void blocks_of(const uint8_t* weight, const uint16_t* scale, const Rounded& x, c
     if (bias) std::copy(bias + column, bias + column + count, more);
     int64_t count_of_rows;
     for (int64_t r = 0; r < rows; r += count_of_rows) {
-      Floats sums[4];
-      const Rounded from = {x.high + r * groups * GROUP, x.low + r * groups * GROUP, x.scales + r * groups, x.sums + r * groups};
+      float sums[4][BESIDE];
+      const Rounded from = {x.entries + r * groups * GROUP, x.scales + r * groups, x.sums + r * groups};
       count_of_rows = std::min<int64_t>(4, rows - r);
       if (count_of_rows == 4) beside<4, BITS>(w, s, from, groups, sums, ahead, bytes, done);
       if (count_of_rows == 3) beside<3, BITS>(w, s, from, groups, sums, ahead, bytes, done);
@@ -158,9 +164,8 @@ void blocks_of(const uint8_t* weight, const uint16_t* scale, const Rounded& x, c
       if (count_of_rows == 1) beside<1, BITS>(w, s, from, groups, sums, ahead, bytes, done);
       for (int64_t i = 0; i < count_of_rows; i++) {
         T part[BESIDE];
-        const auto* const half = reinterpret_cast<const float*>(sums + i);
-        put(load(half) + wide(more), part);
-        put(load(half + 8) + wide(more + 8), part + 8);
+        put(load(sums[i]) + wide(more), part);
+        put(load(sums[i] + 8) + wide(more + 8), part + 8);
         std::copy(part, part + count, y + (r + i) * out + column);
       }
     }
@@ -169,7 +174,7 @@ void blocks_of(const uint8_t* weight, const uint16_t* scale, const Rounded& x, c
 
 // One group of x in whole numbers: the largest magnitude becomes MOST, ties go to even. What is not finite makes the scale nan.
 template <typename T>
-inline void round_group(const T* x, int8_t* high, int8_t* low, float* scale, int32_t* sum) {
+inline void round_group(const T* x, int16_t* entries, float* scale, int32_t* sum) {
   constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to whole numbers
   Lanes parts[GROUP / 8], largest = {}, nothing = {};
   for (int i = 0; i < GROUP / 8; i++) {
@@ -186,10 +191,7 @@ inline void round_group(const T* x, int8_t* high, int8_t* low, float* scale, int
     const Lanes scaled = held(parts[i] * factor);  // a fused addition would round once, and elsewhere
     const Whole whole = (Whole)(scaled + MAGIC) - (Whole)(Lanes{} + MAGIC);
     total += whole;
-    const Lanes quotient = held(__builtin_convertvector(whole, Lanes) * (1.0f / BASE));
-    const Whole first = (Whole)(quotient + MAGIC) - (Whole)(Lanes{} + MAGIC);
-    *reinterpret_cast<Packed*>(high + 8 * i) = __builtin_convertvector(first, Packed);
-    *reinterpret_cast<Packed*>(low + 8 * i) = __builtin_convertvector(whole - first * BASE, Packed);
+    *reinterpret_cast<Packed*>(entries + 8 * i) = __builtin_convertvector(SHUFFLED(whole, whole, 0, 2, 1, 3, 4, 6, 5, 7), Packed);
   }
   *scale = most / MOST + poison;
   *sum = 0;
@@ -200,12 +202,11 @@ inline void round_group(const T* x, int8_t* high, int8_t* low, float* scale, int
 template <typename T>
 Rounded rounded_groups(const T* x, int64_t count) {
   float* const room = scratch(count * (GROUP / 2 + 2));
-  auto* const high = reinterpret_cast<int8_t*>(room);
-  int8_t* const low = high + count * GROUP;
+  auto* const entries = reinterpret_cast<int16_t*>(room);
   float* const scales = room + count * (GROUP / 2);
   auto* const sums = reinterpret_cast<int32_t*>(scales + count);
-  for (int64_t i = 0; i < count; i++) round_group(x + i * GROUP, high + i * GROUP, low + i * GROUP, scales + i, sums + i);
-  return {high, low, scales, sums};
+  for (int64_t i = 0; i < count; i++) round_group(x + i * GROUP, entries + i * GROUP, scales + i, sums + i);
+  return {entries, scales, sums};
 }
 
 template <int BITS, typename T>
