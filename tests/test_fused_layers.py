@@ -147,7 +147,7 @@ def test_all_layers_and_heads_of_these_forms_are_fused(kind):
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(list(KINDS)), st.sampled_from(WEIGHTS), st.sets(st.integers(0, 4)), st.integers(1, 3), st.data())
 def test_layers_in_one_call_are_the_layers_one_by_one(kind, weights, watched, num_heads, data):
-    """Bit for bit, for sequences of any lengths, and whichever layers somebody watches: these are called themselves."""
+    """Bit for bit, for sequences of any lengths, whichever inputs are captured, and with hooks that change some."""
     slots, wide = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
     kept = data.draw(st.lists(st.lists(st.integers(0, wide), min_size=slots, max_size=slots), min_size=1, max_size=4))
     twin = model_of(kind, *weights, num_hidden_layers=5).optimize_for_inference(num_heads)
@@ -155,6 +155,8 @@ def test_layers_in_one_call_are_the_layers_one_by_one(kind, weights, watched, nu
     plain = copy.copy(twin.body)
     plain.__class__ = type(twin.body).__mro__[2]
     watching = [decoder_layers(twin.base)[i] for i in sorted(watched)]
+    for i in data.draw(st.sets(st.integers(0, 4), max_size=2)):
+        decoder_layers(twin.base)[i].register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
     tokens, runs = random_tokens(slots, wide * len(kept)), []
     for body in (twin.body, plain):
         cache, given = RaggedKVCache(twin.cache_entries, slots), []

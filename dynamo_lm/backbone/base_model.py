@@ -57,25 +57,38 @@ def copy_attributes(target: nn.Module, layer: nn.Module) -> None:
             setattr(target, name, value)
 
 
+class InputCapture:
+    """A forward pre-hook that keeps the inputs of decoder layers.
+
+    Attributes:
+        captured: what each forward gave, (batch, length, hidden * layers).
+    """
+
+    def __init__(self, layers: int):
+        self.layers, self.captured, self._parts = layers, list[Tensor](), list[Tensor]()
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.keep(layer_input(args, kwargs))
+
+    def keep(self, state: Tensor) -> None:
+        """Keeps the input of the next layer, (batch, length, hidden)."""
+        self._parts.append(state)
+        if len(self._parts) == self.layers:
+            self.captured.append(torch.cat(self._parts, -1))
+            self._parts.clear()
+
+
 @contextmanager
 def captured_inputs(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Yields a list that receives the inputs of these decoder layers, side by side, at each forward of their base.
 
     layers: in their order; each forward appends (batch, length, hidden * len(layers)).
     """
-    captured: list[Tensor] = []
-    parts: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        parts.append(layer_input(args, kwargs))
-        if len(parts) == len(layers):
-            captured.append(torch.cat(parts, -1))
-            parts.clear()
-
+    capture = InputCapture(len(layers))
     with ExitStack() as hooks:
         for layer in layers:
-            hooks.enter_context(layer.register_forward_pre_hook(keep, with_kwargs=True))
-        yield captured
+            hooks.enter_context(layer.register_forward_pre_hook(capture, with_kwargs=True))
+        yield capture.captured
 
 
 def checkpoint_activations(base: PreTrainedModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean, median
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class AdaptiveDraftLength:
         trust = self.accepted / self.expected if self.expected else 1.0
 
         def rate(size: int) -> float:
-            return (1 + trust * sum(probabilities[: size - 1])) / float(np.median(self.seconds[size]))
+            return (1 + trust * sum(probabilities[: size - 1])) / median(self.seconds[size])
 
         best = max(self.candidates, key=rate)
         self.idle = self.idle + 1 if best == 1 else 0
@@ -87,8 +88,8 @@ class DraftingPays:
             return True
         if len(self.seconds[False]) < TRIALS:
             return False
-        cost = float(np.median(self.seconds[True])) / float(np.median(self.seconds[False]))
-        if 1 + float(np.mean(self.accepted)) >= cost:
+        cost = median(self.seconds[True]) / median(self.seconds[False])
+        if 1 + fmean(self.accepted) >= cost:
             self.without = 0
             return True
         self.without += 1
@@ -118,7 +119,7 @@ class BatchDraftLength:
             if len(times[drafts]) < TRIALS:
                 return drafts
         tokens = np.cumsum([1.0, *(np.mean(place) if place else 0.0 for place in self.accepted)])
-        best = max(times, key=lambda drafts: tokens[drafts] / float(np.median(times[drafts])))
+        best = max(times, key=lambda drafts: tokens[drafts] / median(times[drafts]))
         self.since += 1
         if self.since >= RETRY_STEPS:
             self.since = 0

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from dynamo_lm.backbone.base_model import InputCapture
 from dynamo_lm.decoding.fused_layers import FusedLayer
 from dynamo_lm.decoding.kv_cache import RaggedKVCache
 from dynamo_lm.kernels.decoder_layer import run_layers
@@ -59,7 +59,9 @@ class FusedBody(nn.Module):
         if not layers[0].fits(hidden, cache, mask, turns):
             return None
         how = {"attention_mask": mask, "position_embeddings": turns, "position_ids": positions, **named}
-        for together, run in _runs(layers):
+        for captures, together, run in _runs(layers):
+            for capture in captures:
+                capture.keep(hidden)
             if together:
                 entries = [layer.room(hidden, cache) for layer in run]
                 kernels = [layer.kernels[0] for layer in run]
@@ -70,13 +72,28 @@ class FusedBody(nn.Module):
         return self.norm(hidden)
 
 
-def _runs(layers: Sequence[FusedLayer]) -> Iterator[tuple[bool, list[FusedLayer]]]:
-    """Neighbours that run in one call, and others: those with several kernels, and those that hooks watch."""
+class _Run(NamedTuple):
+    """Neighbouring layers."""
 
-    def alone(layer: FusedLayer) -> bool:
-        return len(layer.kernels) == 1 and not layer._forward_pre_hooks and not layer._forward_hooks
+    captures: list[InputCapture]  # of the first one's input
+    together: bool  # whether they run in one call
+    layers: list[FusedLayer]
 
-    return ((together, list(run)) for together, run in groupby(layers, alone))
+
+def _runs(layers: Sequence[FusedLayer]) -> Iterator[_Run]:
+    """Neighbours that run in one call, and others: those with several kernels, and those that foreign hooks watch."""
+    run = _Run([], True, [])
+    for layer in layers:
+        hooks = list(layer._forward_pre_hooks.values())
+        captures = [hook for hook in hooks if isinstance(hook, InputCapture)]
+        together = len(layer.kernels) == 1 and not layer._forward_hooks and len(captures) == len(hooks)
+        captures = captures if together else []  # elsewhere the layer's call runs them
+        if captures or together != run.together:
+            if run.layers:
+                yield run
+            run = _Run(captures, together, [])
+        run.layers.append(layer)
+    yield run
 
 
 def fuse_body(body: Any, own: nn.Module, cache_argument: str) -> Any:
