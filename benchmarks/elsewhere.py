@@ -4,8 +4,8 @@
     python -m benchmarks.elsewhere served/draft.gguf BASE ../shared/data results/smollm2 --gguf served/base.gguf
 
 Greedy, chat prompts of MT-bench, 128 new tokens, one prompt at a time; llama.cpp's own clock. llama.cpp alone, with its
-n-gram drafts (7 tokens after 3 that match), with the head and with both take turns on every prompt; ratios are to the first,
-medians over prompts and repetitions with their quartiles. Needs the extra `bench`.
+n-gram drafts (7 tokens after 3 that match), with one or three drafts of the head and with both take turns on every prompt;
+ratios are to the first, medians over prompts and repetitions with their quartiles. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from dynamo_lm.export.llama_cpp import LlamaCpp, facts
 from dynamo_lm.files import write_text
 from recipes.smollm2.prompts import json_lines
 
-NEW_TOKENS, DRAFT_TOKENS, LOOKUP = 128, 3, (3, 7)
+NEW_TOKENS, DRAFT_TOKENS, LOOKUP = 128, (1, 3), (3, 7)
 
 
 def race(gguf: Path, draft: Path, prompts: list[list[int]], *, threads: int, repetitions: int) -> list[dict[str, Any]]:
     """A row for each way of drafting: seconds by prompt and repetition, in turn."""
     longest = max(map(len, prompts)) + NEW_TOKENS + 64
     common: dict[str, Any] = {"context": longest, "threads": threads, "cache_type": "F16"}
-    head = {"draft": str(draft), "draft_tokens": DRAFT_TOKENS}
-    ways = {"alone": {}, "n-grams": {"lookup": LOOKUP}, "head": head, "n-grams and head": head | {"lookup": LOOKUP}}
+    ways: dict[str, dict[str, Any]] = {"alone": {}, "n-grams": {"lookup": LOOKUP}}
+    for count in DRAFT_TOKENS:
+        head = {"draft": str(draft), "draft_tokens": count}
+        ways |= {f"head, at most {count}": head, f"n-grams and head, at most {count}": head | {"lookup": LOOKUP}}
     engines = {name: LlamaCpp(str(gguf), **common, **how) for name, how in ways.items()}
     ratios: dict[str, list[float]] = {name: [] for name in ways}
     steps, same = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)

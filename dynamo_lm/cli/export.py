@@ -35,7 +35,7 @@ class ExportOptions:
     ] = None
     draft_precision: Annotated[
         str | None,
-        typer.Option(metavar="PRECISION", help="With --to gguf: of the head's matrices, as above. Default: --dtype."),
+        typer.Option(metavar="PRECISION", help="With --to gguf: of the head's matrices, as above. Default: q8_0."),
     ] = None
     check: Annotated[
         bool,

@@ -14,7 +14,7 @@ from dynamo_lm.errors import InputError
 from dynamo_lm.export import gguf_base, gguf_head, mtp
 from dynamo_lm.export.card import BASE_GGUF, DRAFT_GGUF, card, serve_commands
 from dynamo_lm.export.forms import check, eagle3_config, speculators_config, tensors
-from dynamo_lm.export.gguf_tensors import PRECISIONS
+from dynamo_lm.export.gguf_tensors import DRAFT_PRECISION, PRECISIONS
 from dynamo_lm.export.gguf_tokens import add_tokens, copy_tokens
 from dynamo_lm.export.parallel import parallel_config, parallel_tensors
 from dynamo_lm.files import atomic_folder
@@ -40,7 +40,7 @@ def export(
         form: one of `forms.READERS`.
         base_gguf: the base's file, for "gguf": the tokens are copied from it.
         with_base: for "gguf": writes the base, too, in this precision, one of `gguf_tensors.PRECISIONS`.
-        draft_precision: for "gguf": of the head's matrices, one of the same; None for the model's dtype.
+        draft_precision: for "gguf": of the head's matrices, one of the same; None for q8_0.
         base: the base's folder or hub id as the user named it, for the commands; None: the recorded one.
 
     Returns:
@@ -57,7 +57,7 @@ def export(
     with atomic_folder(out) as temporary:
         if form == "gguf":
             tokens = _tokens(model, tokenizer, base_gguf)
-            gguf_head.write(model, temporary / DRAFT_GGUF, tokens, draft_precision)
+            gguf_head.write(model, temporary / DRAFT_GGUF, tokens, draft_precision or DRAFT_PRECISION)
             if with_base:
                 gguf_base.write(model.base, temporary / BASE_GGUF, precision=with_base, tokens=tokens)
         elif form == "mtp":

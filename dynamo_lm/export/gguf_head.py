@@ -8,7 +8,7 @@ from typing import Any
 
 from dynamo_lm.backbone.feature_layers import feature_layers
 from dynamo_lm.export.forms import absolute_ids, layer_config, tensors
-from dynamo_lm.export.gguf_tensors import BY_DTYPE, add_file_type, add_tensor, finish, interleaved
+from dynamo_lm.export.gguf_tensors import add_file_type, add_tensor, finish, interleaved
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 NAMES = {
@@ -29,8 +29,8 @@ NAMES = {
 }
 
 
-def write(model: DynaMoForCausalLM, path: Path, tokens: Callable[[Any], None], precision: str | None = None) -> None:
-    """Writes the head: matrices in `precision`, or in its own dtype (float32, bfloat16, float16), vectors in float32.
+def write(model: DynaMoForCausalLM, path: Path, tokens: Callable[[Any], None], precision: str) -> None:
+    """Writes the head: matrices in `precision`, vectors in float32.
 
     Args:
         tokens: adds the base's tokens to a writer; llama.cpp compares them with those of the base's file.
@@ -40,7 +40,7 @@ def write(model: DynaMoForCausalLM, path: Path, tokens: Callable[[Any], None], p
     """
     import gguf
 
-    config, precision = layer_config(model), precision or BY_DTYPE[model.dtype]
+    config = layer_config(model)
     writer = gguf.GGUFWriter(path, "eagle3")
     writer.add_name(f"eagle3 head for {model.config.base_name or 'a base'}")
     writer.add_context_length(config["max_position_embeddings"])

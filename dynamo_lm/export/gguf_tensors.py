@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 PRECISIONS = ("f32", "bf16", "f16", "q8_0")
+DRAFT_PRECISION = "q8_0"  # drafts of heads in 8 bits are accepted as often as in 32 (LOG.md)
 BY_DTYPE = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
