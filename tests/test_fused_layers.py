@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,7 @@ from dynamo_lm.backbone.base_model import captured_inputs, decoder_layers
 from dynamo_lm.backbone.eagle3_layer import DraftCache, Eagle3Layer
 from dynamo_lm.backbone.stacked_heads import StackedHeads
 from dynamo_lm.decoding import fused_body, fused_layers
+from dynamo_lm.decoding.draft_length import IDLE_STEPS, REST_STEPS, WARM_UP_STEPS, WINDOW, AdaptiveDraftLength
 from dynamo_lm.decoding.fused_body import FusedBody
 from dynamo_lm.decoding.fused_layers import FusedDraftLayer, FusedLayer, kernel_of
 from dynamo_lm.decoding.kv_cache import RaggedKVCache, StaticKVCache
@@ -172,6 +174,41 @@ def test_layers_in_one_call_are_the_layers_one_by_one(kind, weights, watched, nu
     assert torch.equal(runs[0][0], runs[1][0])
     for some, every in zip(*(states for _, states in runs), strict=bool(watched)):
         assert torch.equal(some, torch.cat([every.split(64, -1)[i] for i in sorted(watched)], -1))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(list(KINDS)), st.sampled_from(WEIGHTS), st.integers(1, 5), st.data())
+def test_heads_make_up_for_steps_that_left_them_out(kind, weights, wide, data):
+    """Bit for bit: the base's states of every step, and those of the heads where they are computed."""
+    steps = data.draw(st.lists(st.tuples(st.booleans(), st.integers(0, wide)), min_size=1, max_size=6))
+    twin = model_of(kind, *weights).optimize_for_inference(3)
+    tokens = random_tokens(1, wide * (1 + len(steps)))
+    caches = [RaggedKVCache(twin.cache_entries, 1) for _ in range(2)]
+    for part, (left_out, kept) in zip(tokens.split(wide, 1), [(False, wide), *steps], strict=True):
+        given = []
+        for cache in caches:
+            cache.without_heads = left_out and cache is caches[0]
+            assert not cache.without_heads or decoder_layers(twin.base)[-1].skips_heads(1, wide)
+            positions = cache.reserve(wide)
+            how = {"attention_mask": torch.arange(cache.end) <= positions[:, None, :, None], "position_ids": positions}
+            with torch.inference_mode():
+                given.append(twin.hidden(part, num_heads=1 if cache.without_heads else 3, cache=cache, **how))
+            cache.commit(torch.tensor([kept]))
+        assert len(given[0]) == (1 if left_out else 3) and torch.equal(given[0], given[1][: len(given[0])])
+
+
+def test_text_stays_while_heads_are_left_out_and_when_they_return(monkeypatch):
+    model = model_of("llama", torch.float32, None)
+    hopeless = AdaptiveDraftLength((3, 6, 12), steps=WARM_UP_STEPS, idle=IDLE_STEPS)
+    for size in hopeless.candidates:
+        hopeless.seconds[size] = deque([1.0 * size**3] * WINDOW, maxlen=WINDOW)
+    model.runtime.draft_lengths[3, torch.get_num_threads(), model.device] = hopeless
+    returns, read = [], FusedLayer._read_unread
+    monkeypatch.setattr(FusedLayer, "_read_unread", lambda *args: returns.append(len(args[1].unread)) or read(*args))
+    how = {"max_new_tokens": 2 * REST_STEPS + IDLE_STEPS, "verify": "strict", "eos_token_id": -1}
+    text = model.generate(torch.arange(5)[None], **how)
+    assert returns == [REST_STEPS - 1, REST_STEPS]  # the prompt takes one step of the first rest
+    assert torch.equal(text, model.generate(torch.arange(5)[None], num_heads=1, **how))
 
 
 class Louder(LlamaModel):

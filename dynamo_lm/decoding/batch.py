@@ -282,7 +282,8 @@ class Batch:
 
         # 1. Prefill or decode: one forward over the prompts, or over what every sequence emitted (or drafted) last.
         with captured_inputs(self._drafter.read_layers) as features:
-            hidden = self._forward(sequences, cache, slots, first)
+            rests = len(sequences) == 1 and draft_length is not None and draft_length.resting
+            hidden = self._forward(sequences, cache, slots, first, heads=not rests)
         candidates = Candidates(self.model, sequences, hidden, self._draft_vocabulary, self._embedding)
         scores = LogProbs(candidates.logits)
 
@@ -343,10 +344,15 @@ class Batch:
         if goodput is not None and most is not None and self._most == most and not first:
             goodput.record(most, time.perf_counter() - began, carried, [len(result.path) for result in verified])
 
-    def _forward(self, sequences: list[SequenceState], cache: RaggedKVCache, slots: Sequence[int], first: bool) -> Tensor:
-        """Final hidden states of the heads, (n, sequences, width, hidden); of prompts those at their end alone."""
+    def _forward(
+        self, sequences: list[SequenceState], cache: RaggedKVCache, slots: Sequence[int], first: bool, *, heads: bool
+    ) -> Tensor:
+        """Final hidden states of the heads, (n, sequences, width, hidden); of prompts those at their end alone.
+
+        heads: whether anything is read from heads 2..
+        """
         if not first:
-            return self.runner.decode(sequences, cache, slots)
+            return self.runner.decode(sequences, cache, slots, heads=heads)
         ends, whole = self.runner.prefill(sequences, cache)
         if whole is not None:
             self._score_prompts(sequences, whole)

@@ -73,8 +73,10 @@ class Candidates:
         self.places = width if at is None else 1
         self.states = states[1:] if at is None else states[1:].index_select(1, at)
         self.lines: Tensor | None = None  # logits of heads 2.. there, (n - 1, places, vocabulary), if read with the base's
-        if any(group.draft_vocabulary is None for group in self.groups) and _pays_together(
-            model, states, one_place=at is not None
+        if (
+            len(states) > 1
+            and any(group.draft_vocabulary is None for group in self.groups)
+            and _pays_together(model, states, one_place=at is not None)
         ):
             lines = model.readout(torch.cat([states[0], self.states.flatten(0, 1)])[None])[0]
             self.lines = lines[count * width :].view(*self.states.shape[:2], -1)

@@ -34,9 +34,14 @@ class AdaptiveDraftLength:
     accepted: int = 0  # accepted drafts
     idle: int = 0  # latest choices that were no draft at all, and steps in which nothing was chosen
 
+    @property
+    def resting(self) -> bool:
+        """Whether the step in progress does without drafts unseen, because those of the last ones were not worth it."""
+        return IDLE_STEPS <= self.idle < IDLE_STEPS + REST_STEPS
+
     def rests(self) -> bool:
-        """Whether the next step does without drafts unseen, because the last ones were not worth it."""
-        rests = IDLE_STEPS <= self.idle < IDLE_STEPS + REST_STEPS
+        """`resting`, and counts the step."""
+        rests = self.resting
         self.idle = self.idle + 1 if rests else min(self.idle, IDLE_STEPS - 1)
         return rests
 

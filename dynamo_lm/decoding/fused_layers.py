@@ -3,6 +3,7 @@
 In: the decoder layers of a model's optimized copy. Out: the same list, in which layers that the kernel computes stand behind
 a `FusedLayer`. No architecture is named: the parts of a layer are found by their roles, and one step on random states must
 give what the layer's own code gives. Whatever a call asks for that the kernel does not do goes through the layer's own code.
+Steps that read no head leave the heads' layers out; the next one that does reads all their tokens at once.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamo_lm.backbone.base_model import copy_attributes
 from dynamo_lm.backbone.eagle3_layer import DraftCache, Eagle3Layer
 from dynamo_lm.backbone.stacked_heads import has_hooks, settings
-from dynamo_lm.decoding.kv_cache import RaggedKVCache
+from dynamo_lm.decoding.kv_cache import RaggedKVCache, StepWithoutHeads
 from dynamo_lm.kernels.attention import MAX_QUERIES, uses_kernel
 from dynamo_lm.kernels.decoder_layer import LayerKernel, LayerParts, run_layers
 
@@ -36,6 +38,7 @@ class FusedLayer(nn.Module):
         super().__init__()
         self.layer, self.kernels, self.index = layer, list(kernels), index
         self.max_rows = min(kernel.max_rows for kernel in kernels)  # of each product; every layer has its own
+        self.fitted = False  # whether the kernels computed a step before
         copy_attributes(self, layer)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -44,13 +47,43 @@ class FusedLayer(nn.Module):
         turns: Any = kwargs.get("position_embeddings")
         if args or not self.fits(hidden_states, cache, mask, turns):
             return self.layer(hidden_states, *args, **kwargs)
-        slots = hidden_states.shape[0]
+        slots, self.fitted = hidden_states.shape[0], True
         keys, values = self.room(hidden_states, cache)
-        results = []
-        for i, kernel in enumerate(self.kernels):
+        kernels, results = self.kernels, []
+        if cache.without_heads and self.skips_heads(*hidden_states.shape[:2]):
+            cache.unread.append(StepWithoutHeads(int(cache.lengths[0]), hidden_states, turns, mask))
+            kernels = kernels[:1]
+        elif cache.unread and len(kernels) > 1:
+            self._read_unread(cache, keys, values)
+        for i, kernel in enumerate(kernels):
             part = slice(i * slots, (i + 1) * slots)
             results.append(run_layers([kernel], hidden_states, turns, mask, cache.lengths, [(keys[part], values[part])]))
         return results[0] if len(results) == 1 else torch.cat(results)
+
+    def skips_heads(self, slots: int, tokens: int) -> bool:
+        """Whether a step of such a size can do without the kernels of heads, which a later step makes up for."""
+        return self.fitted and slots == 1 and len(self.kernels) > 1 and self.takes(slots, tokens)
+
+    def _read_unread(self, cache: RaggedKVCache, keys: Tensor, values: Tensor) -> None:
+        """Writes the keys and values of heads for the verified tokens of steps that did without them, many at a time."""
+        ends = [*(step.start for step in cache.unread[1:]), int(cache.lengths[0])]
+        counts = [end - step.start for step, end in zip(cache.unread, ends, strict=True)]
+        hidden = torch.cat([step.hidden[:, :n] for step, n in zip(cache.unread, counts, strict=True)], 1)
+        cosine, sine = (
+            torch.cat([step.turns[i][:, :n] for step, n in zip(cache.unread, counts, strict=True)], 1) for i in (0, 1)
+        )
+        masks = [
+            F.pad(step.mask[:, :, :n], (0, cache.end - step.mask.shape[3]))
+            for step, n in zip(cache.unread, counts, strict=True)
+        ]
+        mask, start, most = torch.cat(masks, 2), cache.unread[0].start, min(MAX_QUERIES, self.max_rows)
+        for at in range(0, hidden.shape[1], most):
+            some = slice(at, at + most)
+            for i, kernel in enumerate(self.kernels[1:], 1):
+                entry = keys[i : i + 1], values[i : i + 1]
+                turns, starts = (cosine[:, some], sine[:, some]), torch.tensor([start + at])
+                run_layers([kernel], hidden[:, some], turns, mask[:, :, some], starts, [entry])
+        cache.unread.clear()
 
     def room(self, hidden: Tensor, cache: RaggedKVCache) -> tuple[Tensor, Tensor]:
         """Keys and values of the layer with room for the write in progress; hidden: (slots, tokens, hidden)."""

@@ -11,7 +11,7 @@ Sliding layers keep the whole context (their window is in the mask), so memory g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,11 +26,22 @@ from dynamo_lm.private_interfaces import mark_static_address
 GROWTH = 256  # positions; capacity at least doubles, so that n tokens cost O(log n) copies
 
 
+class StepWithoutHeads(NamedTuple):
+    """What heads' layers would have read in a step of one slot."""
+
+    start: int  # position of the first token
+    hidden: Tensor  # (1, tokens, hidden)
+    turns: tuple[Tensor, Tensor]  # cosines and sines, (1, tokens, width)
+    mask: Tensor  # (1, 1, tokens, end) bool
+
+
 class RaggedKVCache(Cache):
     """A key-value cache whose slots have their own lengths.
 
     Attributes:
         lengths: tokens held by each slot, (slots,) int64 on the CPU.
+        without_heads: whether the forward in progress leaves the heads' layers out, see `FusedLayer`.
+        unread: steps whose keys and values of heads are missing. Forgotten when slots change: only drafts depend on it.
     """
 
     def __init__(self, num_layers: int, num_slots: int):
@@ -38,6 +49,7 @@ class RaggedKVCache(Cache):
         self.lengths = torch.zeros(num_slots, dtype=torch.long)
         self.end = 0  # positions in use after the write in progress
         self.start: int | None = 0  # where it begins, if at the same position in all slots
+        self.without_heads, self.unread = False, list[StepWithoutHeads]()
         self.places: dict[int, tuple[Tensor, Tensor]] = {}  # else where, by copies in a layer, see `write_indices`
 
     @property
@@ -113,6 +125,7 @@ class RaggedKVCache(Cache):
 
     def select(self, slots: Tensor) -> None:
         """Drops all slots but these, and positions that none of them needs. slots: (kept,) int64."""
+        self.unread.clear()
         lengths = self.lengths[slots]
         for layer in self._filled():
             layer.select(slots, int(lengths.max()) + GROWTH)
@@ -120,6 +133,7 @@ class RaggedKVCache(Cache):
 
     def copy_from(self, other: RaggedKVCache, sources: Tensor, slots: Tensor) -> None:
         """Copies `sources`, slots of another cache of the same model, into `slots` of this one, (copied,) int64 each."""
+        self.unread.clear()
         lengths = other.lengths[sources]
         for mine, theirs in zip(self._filled(), other._filled(), strict=True):
             mine.copy_from(theirs, sources, slots, int(lengths.max()))
@@ -127,6 +141,7 @@ class RaggedKVCache(Cache):
 
     def extend(self, other: RaggedKVCache) -> None:
         """Appends the slots of another cache of the same model. Positions that no slot needs are given back."""
+        self.unread.clear()
         lengths = torch.cat([self.lengths, other.lengths])
         for mine, theirs in zip(self._filled(), other._filled(), strict=True):
             mine.extend(theirs, int(lengths.max()) + GROWTH)

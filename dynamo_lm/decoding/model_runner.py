@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from dynamo_lm.backbone.attention_mask import AttentionMaskBuilder
+from dynamo_lm.backbone.base_model import decoder_layers
 from dynamo_lm.backbone.stacked_heads import has_hooks
 from dynamo_lm.backbone.token_limits import context_limit
 from dynamo_lm.decoding.compiled import CompiledStep, capacity, compile_steps
+from dynamo_lm.decoding.fused_layers import FusedLayer
 from dynamo_lm.decoding.kv_cache import RaggedKVCache, StaticKVCache
 from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.decoding.sequence import SequenceState
@@ -47,6 +49,7 @@ class ModelRunner:
         self.context = context_limit(model.config)
         self.caches: WeakSet[RaggedKVCache] = WeakSet()
         self.device = self.model.device  # here and below: what to ask the model anew in every step would be slow
+        self._last_layer = decoder_layers(self.model.base)[-1]
         self._mask_form = AttentionMaskBuilder.of(self.model.base.config, self.model.dtype)
 
     def new_cache(self, sequences: Sequence[SequenceState]) -> RaggedKVCache:
@@ -107,12 +110,19 @@ class ModelRunner:
         ends = sent(torch.tensor([sequence.prompt_length - 1 for sequence in sequences]), hidden.device)
         return hidden[:, torch.arange(len(sequences), device=hidden.device), ends][:, :, None], hidden[0]
 
-    def decode(self, sequences: Sequence[SequenceState], cache: RaggedKVCache, slots: Sequence[int]) -> Tensor:
+    def decode(
+        self, sequences: Sequence[SequenceState], cache: RaggedKVCache, slots: Sequence[int], *, heads: bool = True
+    ) -> Tensor:
         """One forward over what every sequence emitted (or drafted) last; slots: theirs in the cache.
+
+        heads: whether anything is read from heads 2..; a layer that can then leaves them out.
 
         Returns:
             Final hidden states of the heads, (n, sequences, width, hidden); shorter sequences are padded at their end.
         """
+        width = max(len(sequence.input_ids) for sequence in sequences)
+        last = self._last_layer
+        cache.without_heads = not heads and isinstance(last, FusedLayer) and last.skips_heads(cache.num_slots, width)
         input_ids = [sequence.input_ids for sequence in sequences]
         trees = [sequence.parents for sequence in sequences] if any(sequence.branches for sequence in sequences) else None
         return self._run(self.forward, input_ids, cache, slots, self._fixed(sequences), trees)
@@ -143,7 +153,7 @@ class ModelRunner:
             mask = self._mask_form.mask(positions, keys, visible=visible, device=self.device)
         hidden = forward(
             sent(tokens, self.device),
-            num_heads=self.num_heads,
+            num_heads=1 if cache.without_heads else self.num_heads,
             attention_mask=mask,
             position_ids=sent(positions.clamp(max=self.context - 1), self.device),
             cache=cache,
