@@ -125,7 +125,9 @@ class ModelRunner:
         cache.without_heads = not heads and isinstance(last, FusedLayer) and last.skips_heads(cache.num_slots, width)
         input_ids = [sequence.input_ids for sequence in sequences]
         trees = [sequence.parents for sequence in sequences] if any(sequence.branches for sequence in sequences) else None
-        return self._run(self.forward, input_ids, cache, slots, self._fixed(sequences), trees)
+        hidden = self._run(self.forward, input_ids, cache, slots, self._fixed(sequences), trees)
+        cache.without_heads = False
+        return hidden
 
     def _run(
         self,
