@@ -18,7 +18,7 @@ from dynamo_lm.backbone.base_model import captured_inputs, decoder_layers
 from dynamo_lm.backbone.eagle3_layer import DraftCache, Eagle3Layer
 from dynamo_lm.backbone.stacked_heads import StackedHeads
 from dynamo_lm.decoding import fused_body, fused_layers
-from dynamo_lm.decoding.draft_length import IDLE_STEPS, REST_STEPS, WARM_UP_STEPS, WINDOW, AdaptiveDraftLength
+from dynamo_lm.decoding.draft_length import JUDGED_STEPS, SHORTEST_REST, AdaptiveDraftLength
 from dynamo_lm.decoding.fused_body import FusedBody
 from dynamo_lm.decoding.fused_layers import FusedDraftLayer, FusedLayer, kernel_of
 from dynamo_lm.decoding.kv_cache import RaggedKVCache, StaticKVCache
@@ -199,15 +199,14 @@ def test_heads_make_up_for_steps_that_left_them_out(kind, weights, wide, data):
 
 def test_text_stays_while_heads_are_left_out_and_when_they_return(monkeypatch):
     model = model_of("llama", torch.float32, None)
-    hopeless = AdaptiveDraftLength((3, 6, 12), steps=WARM_UP_STEPS, idle=IDLE_STEPS)
-    for size in hopeless.candidates:
-        hopeless.seconds[size] = deque([1.0 * size**3] * WINDOW, maxlen=WINDOW)
-    model.runtime.draft_lengths[3, torch.get_num_threads(), model.device] = hopeless
+    hopeless = AdaptiveDraftLength((1, 2, 3), 3, {size: deque([1.0 + size**3] * 99) for size in range(4)})
+    hopeless.recent.extend([(1, 0.0)] * JUDGED_STEPS)
+    model.runtime.draft_lengths[False, 3, torch.get_num_threads(), model.device] = hopeless
     returns, read = [], FusedLayer._read_unread
     monkeypatch.setattr(FusedLayer, "_read_unread", lambda *args: returns.append(len(args[1].unread)) or read(*args))
-    how = {"max_new_tokens": 2 * REST_STEPS + IDLE_STEPS, "verify": "strict", "eos_token_id": -1}
+    how = {"max_new_tokens": 3 * SHORTEST_REST + 2 * JUDGED_STEPS, "verify": "strict", "eos_token_id": -1}
     text = model.generate(torch.arange(5)[None], **how)
-    assert returns == [REST_STEPS - 1, REST_STEPS]  # the prompt takes one step of the first rest
+    assert returns == [SHORTEST_REST + 1, 2 * SHORTEST_REST + 1]
     assert torch.equal(text, model.generate(torch.arange(5)[None], num_heads=1, **how))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,14 +15,7 @@ from hypothesis import strategies as st
 
 from dynamo_lm.cooccurrence.counting import count
 from dynamo_lm.decoding.batch import decode
-from dynamo_lm.decoding.draft_length import (
-    IDLE_STEPS,
-    REST_STEPS,
-    TRIALS,
-    WARM_UP_STEPS,
-    WINDOW,
-    AdaptiveDraftLength,
-)
+from dynamo_lm.decoding.draft_length import FORGET_STEPS, JUDGED_STEPS, AdaptiveDraftLength
 from dynamo_lm.decoding.draft_tree import ancestry, depths, grow
 from dynamo_lm.decoding.kv_cache import RaggedKVCache
 from dynamo_lm.decoding.options import DecodingOptions
@@ -114,45 +109,65 @@ def test_a_tree_finds_the_second_best_draft():
     assert chain.tokens_per_step == 1.0 and tree.step_sizes == [1, 2, 2, 2, 2, 2, 1]
 
 
-def test_sizes_are_tried_and_then_the_fastest_is_taken():
-    draft_length = AdaptiveDraftLength((4, 8, 16))
-    for size, seconds in ((4, 1.0), (8, 1.1), (16, 3.0)):
-        for _ in range(TRIALS):
-            assert draft_length.choose([0.5] * 15) == size
-            draft_length.record(size, seconds, expected=1.5, accepted=1)
-    assert draft_length.choose([0.5, 0.4, 0.3, 0.3, 0.3, 0.2, 0.2] + [0.01] * 8) == 8
-    assert draft_length.choose([0.9, 0.1, 0.01, 0.001] + [0.0] * 11) == 4  # the rest is worth nothing
+def decode_on_paper(length: AdaptiveDraftLength, seconds, likely: float, steps: int, *, chain: bool) -> tuple[float, float]:
+    """Tokens a second of so many steps, and the share of them at rest.
+
+    seconds: of a step, by tokens carried; at 0 of a step at rest. likely: how often a draft is accepted after the last one.
+    """
+    probabilities, tokens, spent, rested, size, carried = [likely**i for i in range(1, 64)], 0.0, 0.0, 0, 0, 0
+    for _ in range(steps):
+        rests = length.rests()
+        expected = sum(probabilities[: carried - 1]) if carried else 0.0
+        tokens, spent, rested = tokens + 1 + expected, spent + seconds[carried if carried or rests else 1], rested + rests
+        if rests and not carried:
+            length.record_rest(seconds[0])
+        elif carried:
+            length.record(carried, seconds[carried], expected, expected)
+        if rests:
+            carried = 0
+            continue
+        size = 1
+        if chain:
+            while size < length.sizes[-1] and length.worth(probabilities[size - 1], size - 1):
+                size += 1
+        carried = size if chain else length.choose(probabilities)
+    return tokens / spent, rested / steps
 
 
-def test_where_hardly_any_draft_is_kept_none_is_tried_and_taken_if_faster():
-    draft_length, promising, hopeless = AdaptiveDraftLength((4, 8)), [0.9] * 7, [0.05] * 7
-    for step in range(WARM_UP_STEPS):
-        assert draft_length.choose(hopeless) in (4, 8)
-        draft_length.record(draft_length.choose(hopeless), 1.5, expected=0.3, accepted=step % 4 == 0)
-    for _ in range(TRIALS):
-        assert draft_length.choose(hopeless) == 1
-        draft_length.record(1, 1.0, expected=0.0, accepted=0)
-    assert draft_length.choose(hopeless) == 1
-    assert draft_length.choose(promising) in (4, 8)  # as soon as drafts are likely again
-    assert all(len(times) <= WINDOW for times in draft_length.seconds.values())
+LENGTHS = [AdaptiveDraftLength(sizes, n) for sizes, n in (((1, 2, 3, 4), 4), ((1, 2, 4, 8, 16), 4), ((1, 2, 4, 8), 2))]
 
 
-def test_heads_rest_while_no_draft_is_worth_it():
-    """And are asked again in between, so that drafts come back when they are."""
-    draft_length, hopeless, promising = AdaptiveDraftLength((4, 8), accepted=0, steps=WARM_UP_STEPS), [0.05] * 7, [0.9] * 7
-    for size, seconds in ((4, 1.5), (8, 2.0), (1, 1.0)):
-        for _ in range(TRIALS):
-            draft_length.record(size, seconds, expected=0.0, accepted=0)
-    asked = []
-    for _ in range(10 * (REST_STEPS + 1)):
-        asked.append(not draft_length.rests())
-        if asked[-1]:
-            assert draft_length.choose(hopeless) == 1
-    assert all(asked[:IDLE_STEPS]) and sum(asked[IDLE_STEPS:]) == 9
-    while draft_length.rests():
-        pass
-    assert draft_length.choose(promising) in (4, 8)
-    assert not any(draft_length.rests() for _ in range(IDLE_STEPS))
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(LENGTHS), st.floats(0, 0.95), st.floats(0, 0.8), st.floats(0, 1), st.floats(0, 0.1))
+def test_what_is_learned_is_nearly_as_fast_as_the_best_number_of_drafts(length, likely, heads, each, more):
+    """Of steps that take 1 at rest, 1 + heads with them, and each + more * drafts for another draft."""
+    length = replace(length, seconds={}, recent=deque(maxlen=JUDGED_STEPS))
+    seconds = {size: 1 + heads + each * (size - 1) + more * (size - 1) ** 2 for size in length.sizes} | {0: 1.0}
+    decode_on_paper(length, seconds, likely, 200, chain=length.sizes[-1] == 4)
+    rate, rested = decode_on_paper(length, seconds, likely, 1000, chain=length.sizes[-1] == 4)
+    rates = {size: sum(likely**i for i in range(size)) / seconds[size] for size in length.sizes} | {0: 1.0}
+    assert rate > 0.9 * max(rates.values())
+    if rates[0] > 1.02 * max(rates[size] for size in length.sizes):
+        assert rested > 0.8
+    elif rates[0] < 0.9 * max(rates[size] for size in length.sizes):
+        assert rested < 0.05
+
+
+@pytest.mark.parametrize("chain", [True, False])
+def test_heads_come_back_when_drafts_are_likely_or_steps_without_them_slower(chain):
+    length, seconds = AdaptiveDraftLength((1, 2, 3, 4), 4), {0: 1.0, 1: 1.3, 2: 1.5, 3: 1.7, 4: 1.9}
+    assert decode_on_paper(length, seconds, 0.2, 400, chain=chain)[1] > 0.7
+    assert decode_on_paper(length, seconds, 0.9, 400, chain=chain)[1] < 0.3
+    assert decode_on_paper(length, seconds, 0.2, 400, chain=chain)[1] > 0.7
+    slower = {size: 2 * time if size == 0 else time for size, time in seconds.items()}
+    assert decode_on_paper(length, slower, 0.2, 400, chain=chain)[1] < 0.3
+
+
+def test_one_size_is_always_taken():
+    length = AdaptiveDraftLength((6,))
+    for _ in range(2 * FORGET_STEPS):
+        assert not length.rests() and length.choose([0.0] * 5) == 6
+        length.record(6, 1.0, 0.5, 0)
 
 
 def test_kept_slots_move_up_for_every_copy_of_a_row():

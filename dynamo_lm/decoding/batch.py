@@ -34,7 +34,6 @@ from dynamo_lm.decoding.draft_length import (
     BatchDraftLength,
     batch_draft_length_of,
     draft_length_of,
-    drafting_pays_of,
     drafts_freely,
 )
 from dynamo_lm.decoding.draft_tree import depths
@@ -168,7 +167,6 @@ class Batch:
             Statistics(options.ceiling, proposed=[0] * (n - 1), accepted=[0] * (n - 1)),
             input_ids=list(prompt),
             draft_length=draft_length_of(self.model, options),
-            drafting_pays=drafting_pays_of(self.model, options),
             drafts_freely=drafts_freely(self.model, options),
             present=_present(prompt, self.model.config.vocab_size) if options.off else None,
             ending="length" if options.max_new_tokens == 0 else None,
@@ -274,15 +272,14 @@ class Batch:
         if first:
             for sequence in sequences:
                 sequence.began = began
-        draft_length, size, expected = sequences[0].draft_length, sequences[0].size, sequences[0].expected_accepted
-        drafted, pays, looked_up = sequences[0].drafted, sequences[0].drafting_pays, sequences[0].looked_up
+        alone, draft_length, drafts = len(sequences) == 1, sequences[0].draft_length, sequences[0].drafts
+        rests = alone and not first and draft_length is not None and draft_length.rests()
         goodput, most, carried = self._draft_length(sequences), self._most, [len(each.input_ids) - 1 for each in sequences]
         if not first:  # newcomers join the others, with as many drafts
             self._most = None if goodput is None else goodput.choose(len(sequences))
 
         # 1. Prefill or decode: one forward over the prompts, or over what every sequence emitted (or drafted) last.
         with captured_inputs(self._drafter.read_layers) as features:
-            rests = len(sequences) == 1 and draft_length is not None and draft_length.resting
             hidden = self._forward(sequences, cache, slots, first, heads=not rests)
         candidates = Candidates(self.model, sequences, hidden, self._draft_vocabulary, self._embedding)
         scores = LogProbs(candidates.logits)
@@ -299,10 +296,12 @@ class Batch:
 
         # 3. Choose: from all heads at the last accepted token, a draft of the tokens after the verified one, or m tokens at
         # once.
-        alone = len(sequences) == 1
+        drafting = time.perf_counter()
         wanted = [
             0 if each.ending else each.options.num_heads if each.options.off
-            else self._drafter.begin(each, result.emitted, alone=alone, most=self._most if each.drafts_freely else None)
+            else self._drafter.begin(
+                each, result.emitted, alone=alone, rests=rests, most=self._most if each.drafts_freely else None
+            )
             for each, result in zip(sequences, verified, strict=True)
         ]  # fmt: skip
         chosen: list[tuple[Any, Any]] = [(None, None)] * len(sequences)
@@ -320,6 +319,7 @@ class Batch:
                 self._drafter.keep_unread(sequence, features[0][slots[r]], result.emitted, result.path, first=first)
             if wanted[r]:
                 self._drafter.draft(sequence, result.emitted, wanted[r], *chosen[r], alone=alone)
+        sequences[0].drafts.seconds = time.perf_counter() - drafting
 
         # 4. Emit, up to the first stopping criterion.
         for r, (sequence, result) in enumerate(zip(sequences, verified, strict=True)):
@@ -336,13 +336,15 @@ class Batch:
                 else:
                     sequence.finished = sequence.ending
             sequence.statistics.seconds = time.perf_counter() - sequence.began
-        if len(sequences) == 1 and draft_length is not None and size > 0:
-            draft_length.record(size, time.perf_counter() - began, expected, len(verified[0].emitted) - 1)
-        alike = drafted == sequences[0].drafted and not (looked_up or sequences[0].looked_up)
-        if len(sequences) == 1 and pays is not None and not first and alike:
-            pays.record(drafted, time.perf_counter() - began, len(verified[0].emitted) - 1)
+        seconds = time.perf_counter() - began
+        if alone and draft_length is not None and not first:
+            if rests and carried == [0]:
+                draft_length.record_rest(seconds)
+            elif drafts.size:
+                own = seconds - sequences[0].drafts.seconds + drafts.seconds  # of these drafts, not of the next ones
+                draft_length.record(drafts.size, own, drafts.expected, len(verified[0].path))
         if goodput is not None and most is not None and self._most == most and not first:
-            goodput.record(most, time.perf_counter() - began, carried, [len(result.path) for result in verified])
+            goodput.record(most, seconds, carried, [len(result.path) for result in verified])
 
     def _forward(
         self, sequences: list[SequenceState], cache: RaggedKVCache, slots: Sequence[int], first: bool, *, heads: bool
@@ -372,12 +374,12 @@ class Batch:
         elif options.sample:
             how = sequence.proposals, sequence.generator, budgets
             verification = accept_sampled(processed, drafts, *how, temperature=options.temperature)
-        elif sequence.draft_length is None:
-            verification = accept_greedy(processed, drafts, budgets)
-        else:
+        elif sequence.branches:
             verification = accept_tree(processed, drafts, sequence.parents, budgets)
+        else:
+            verification = accept_greedy(processed, drafts, budgets)
         accepted, token, costs, path = verification
-        deepest = max(depths(sequence.parents)) if sequence.draft_length is not None else len(drafts)
+        deepest = max(depths(sequence.parents)) if sequence.branches else len(drafts)
         sequence.statistics.record_drafts(deepest, accepted, looked_up=sequence.looked_up)
         return _Verified(
             [*(sequence.input_ids[place] for place in path), token], [*costs, 0.0], path, path[-1] if path else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import median
 
 import numpy as np
 import torch
@@ -14,91 +14,127 @@ from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.decoding.preconditions import is_sequential
 from dynamo_lm.decoding.protocol import MultiHeadLM
 
-TRIALS = 3  # steps of each size before the times count
+TRIALS = 3  # steps of each size before its time counts
 WINDOW = 15  # latest steps of each size, whose median counts
-WARM_UP_STEPS = 24  # before steps without drafts are tried, too ..
-RETRY_STEPS = 96  # without drafts, of which the last ones try them again
-MIN_ACCEPTED = 0.75  # .. and only if fewer drafts a step were accepted
-IDLE_STEPS = 8  # in a row without drafts, after which heads are not read ..
-REST_STEPS = 24  # .. for so many steps
+JUDGED_STEPS = 8  # latest steps with heads, by which heads rest
+SHORTEST_REST, LONGEST_REST = 24, 96  # steps; each rest after another is twice as long
+FORGET_STEPS = 256  # steps with heads, after which all times are measured anew: the machine's load changes
+RETRY_STEPS = 96  # of batches, before other numbers are tried
+AT_REST = 0  # the size of a step that carries no draft and makes none
+
+
+@dataclass
+class Drafts:
+    """What is known of a step's drafts before they are verified."""
+
+    size: int = 0  # tokens in the forward, the verified one included; 0: heads were not asked
+    expected: float = 0.0  # how many of the drafts should be accepted
+    seconds: float = 0.0  # that making them took
 
 
 @dataclass
 class AdaptiveDraftLength:
-    """How many drafts a step should carry, by the time of steps of each size and the drafts that were accepted."""
+    """How many drafts a step should carry, and whether heads should draft at all: what gives the most tokens a second.
 
-    sizes: tuple[int, ...]  # tokens in a forward, the verified one included, ascending
+    A draft is worth its place if the tokens expected of it exceed those that its time gives elsewhere. Heads whose drafts
+    gave less than their time rest: they are not computed, or not asked, for some steps.
+    """
+
+    sizes: tuple[int, ...]  # tokens in a forward, the verified one included, ascending; one alone is always taken
+    heads: int = 0  # sizes up to so many are tried, larger ones if the times of smaller ones promise something
     seconds: dict[int, deque[float]] = field(default_factory=dict)  # of the latest steps of each size
-    steps: int = 0
+    recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=JUDGED_STEPS))  # size, expected drafts
     expected: float = 0.0  # accepted drafts by the draft probabilities
-    accepted: int = 0  # accepted drafts
-    idle: int = 0  # latest choices that were no draft at all, and steps in which nothing was chosen
-
-    @property
-    def resting(self) -> bool:
-        """Whether the step in progress does without drafts unseen, because those of the last ones were not worth it."""
-        return IDLE_STEPS <= self.idle < IDLE_STEPS + REST_STEPS
+    accepted: float = 0.0  # accepted drafts
+    steps: int = 0  # with heads, since times were forgotten
+    rest: int = 0  # steps of rest to come
+    next_rest: int = SHORTEST_REST
 
     def rests(self) -> bool:
-        """`resting`, and counts the step."""
-        rests = self.resting
-        self.idle = self.idle + 1 if rests else min(self.idle, IDLE_STEPS - 1)
-        return rests
+        """Whether the step that begins makes no drafts."""
+        self.rest = max(0, self.rest - 1) if self.rest else self._begin_rest()
+        return self.rest > 0
+
+    def _begin_rest(self) -> int:
+        """Steps of a rest that begins now, and one; 0: none does."""
+        if len(self.sizes) == 1 or self.untried is not None:
+            return 0
+        if len(self.seconds.get(AT_REST, ())) < TRIALS:
+            return TRIALS + 1  # its first step carries drafts still
+        if len(self.recent) < JUDGED_STEPS:
+            return 0
+        least = self._cost(AT_REST)
+        gain = sum(1 + self.trust * expected - self._cost(size) / least for size, expected in self.recent)
+        length, self.next_rest = self.next_rest, min(2 * self.next_rest, LONGEST_REST)
+        if gain > 0:
+            self.next_rest = SHORTEST_REST
+            return 0
+        self.recent.clear()
+        return length + 1
+
+    def record_rest(self, seconds: float) -> None:
+        """Records a step without drafts that made none."""
+        self._times(AT_REST).append(seconds)
 
     def record(self, size: int, seconds: float, expected: float, accepted: int) -> None:
-        """Records a step of `size` tokens; `expected` of its drafts should have been accepted, and `accepted` were."""
-        self.seconds.setdefault(size, deque(maxlen=WINDOW)).append(seconds)
-        self.steps += 1
+        """Records a step of `size` tokens; `expected` of its drafts should have been accepted, and `accepted` were.
+
+        seconds: of the step and of making its drafts.
+        """
+        self._times(size).append(seconds)
+        self.recent.append((size, expected))
         self.expected += expected
         self.accepted += accepted
+        self.steps += 1
+        if self.steps >= FORGET_STEPS:
+            self.steps, self.expected, self.accepted = 0, self.expected / 2, self.accepted / 2
+            self.seconds.clear()
+            self.recent.clear()
 
     @property
-    def candidates(self) -> tuple[int, ...]:
-        """The sizes, and no draft at all where so few were accepted that this may be faster."""
-        rare = self.steps >= WARM_UP_STEPS and self.accepted < MIN_ACCEPTED * self.steps
-        return (1, *self.sizes) if rare and len(self.sizes) > 1 else self.sizes
+    def trust(self) -> float:
+        """Accepted drafts over those expected."""
+        return self.accepted / self.expected if self.expected else 1.0
+
+    @property
+    def untried(self) -> int | None:
+        """A size whose time is not known yet."""
+        sizes = (size for size in self.sizes if size <= self.heads and len(self.seconds.get(size, ())) < TRIALS)
+        return next(sizes, None)
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second that steps with heads give now, or steps at rest if these give more."""
+        steps = [(1 + self.trust * expected, self._cost(size)) for size, expected in self.recent]
+        tokens, seconds = (sum(column) for column in zip(*steps, strict=True)) if steps else (0.0, 1.0)
+        return max(tokens / seconds, 1 / self._cost(AT_REST) if AT_REST in self.seconds else 0.0)
 
     def choose(self, probabilities: Sequence[float]) -> int:
-        """The size with the most tokens a second for drafts of these (falling) path probabilities."""
-        for size in self.candidates:
-            if len(self.seconds.get(size, ())) < TRIALS:
-                return size
-        trust = self.accepted / self.expected if self.expected else 1.0
+        """The size that is worth most for drafts of these (falling) path probabilities."""
+        if len(self.sizes) == 1:
+            return self.sizes[0]
+        if self.untried is not None:
+            return self.untried
+        rate, trust = self.rate, self.trust
+        return max(self.sizes, key=lambda size: trust * sum(probabilities[: size - 1]) - rate * self._cost(size))
 
-        def rate(size: int) -> float:
-            return (1 + trust * sum(probabilities[: size - 1])) / median(self.seconds[size])
+    def worth(self, probability: float, drafts: int) -> bool:
+        """Whether a chain of `drafts` should have one more, if all of them are accepted with this probability."""
+        if self.untried is not None:
+            return drafts + 2 <= self.untried
+        more = self._cost(drafts + 2) - self._cost(drafts + 1)
+        return self.trust * probability > self.rate * more
 
-        best = max(self.candidates, key=rate)
-        self.idle = self.idle + 1 if best == 1 else 0
-        return best
+    def _times(self, size: int) -> deque[float]:
+        return self.seconds.setdefault(size, deque(maxlen=WINDOW))
 
-
-@dataclass
-class DraftingPays:
-    """Whether a sequential head should draft at all, by the time and the tokens of steps with and without drafts."""
-
-    seconds: dict[bool, deque[float]] = field(default_factory=lambda: {kind: deque(maxlen=WINDOW) for kind in (True, False)})
-    accepted: deque[int] = field(default_factory=lambda: deque(maxlen=2 * WARM_UP_STEPS))  # by step with drafts
-    without: int = 0  # steps since it last paid
-
-    def record(self, drafted: bool, seconds: float, accepted: int) -> None:
-        """Records a step: whether its tokens were drafted, as are those of the next, and how many were accepted."""
-        self.seconds[drafted].append(seconds)
-        if drafted:
-            self.accepted.append(accepted)
-
-    def choose(self) -> bool:
-        """Whether the next step carries drafts: until enough is known, where they pay, and now and then to find out."""
-        if len(self.accepted) < WARM_UP_STEPS:
-            return True
-        if len(self.seconds[False]) < TRIALS:
-            return False
-        cost = median(self.seconds[True]) / median(self.seconds[False])
-        if 1 + fmean(self.accepted) >= cost:
-            self.without = 0
-            return True
-        self.without += 1
-        return self.without % RETRY_STEPS >= RETRY_STEPS - TRIALS
+    def _cost(self, size: int) -> float:
+        """Seconds of a step: measured, or on the line through the two largest sizes below it."""
+        if size in self.seconds:
+            return median(self.seconds[size])
+        low, high = sorted(known for known in self.seconds if AT_REST < known < size)[-2:]
+        least, most = median(self.seconds[low]), median(self.seconds[high])
+        return most + max(0.0, most - least) / (high - low) * (size - high)
 
 
 @dataclass
@@ -156,23 +192,15 @@ def drafts_freely(model: MultiHeadLM, options: DecodingOptions) -> bool:
     return exact and not chosen and options.num_heads > 1 and options.tree is None
 
 
-def drafting_pays_of(model: MultiHeadLM, options: DecodingOptions) -> DraftingPays | None:
-    """What decides whether a sequential head drafts, where that cannot change the text; None: it always does."""
-    if not is_sequential(model) or not drafts_freely(model, options):
-        return None
-    key = ("sequential", options.num_heads, torch.get_num_threads(), model.device)
-    return model.runtime.draft_lengths.setdefault(key, DraftingPays())
-
-
 def draft_length_of(model: MultiHeadLM, options: DecodingOptions) -> AdaptiveDraftLength | None:
-    """How many drafts a step carries, if they are a tree: for greedy choices without logits processors."""
+    """What decides how many drafts a step carries, where that cannot change the text, or for a tree of a given size."""
     n = options.num_heads
-    chains = options.sample or options.off or options.logits_processors or options.synthetic_acceptance is not None
-    if chains or n == 1 or options.tree == 0 or is_sequential(model):
-        return None
-    if options.tree is not None:
-        return AdaptiveDraftLength((options.tree + 1,))
+    if options.tree is not None and options.tree > 0 and not is_sequential(model):
+        chains = options.sample or options.off or options.logits_processors or options.synthetic_acceptance is not None
+        return None if chains or n == 1 else AdaptiveDraftLength((options.tree + 1,))
     if not drafts_freely(model, options):
         return None
-    key = (n, torch.get_num_threads(), model.device)
-    return model.runtime.draft_lengths.setdefault(key, AdaptiveDraftLength((n, 2 * n, 4 * n)))
+    sequential = is_sequential(model)
+    sizes = tuple(range(1, n + 1)) if sequential else tuple(sorted({1, 2, n, 2 * n, 4 * n}))
+    key = (sequential, n, torch.get_num_threads(), model.device)
+    return model.runtime.draft_lengths.setdefault(key, AdaptiveDraftLength(sizes, n))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dynamo_lm.backbone.feature_layers import read_layers
+from dynamo_lm.decoding.draft_length import Drafts
 from dynamo_lm.decoding.draft_tree import grow
 from dynamo_lm.decoding.draft_vocabulary import DraftVocabulary
 from dynamo_lm.decoding.model_runner import ModelRunner
@@ -55,12 +56,15 @@ class Drafter:
         after = sequence.tokens[1:] + emitted if first else emitted  # each verified input token
         sequence.unread.append((features[: len(after)] if first else features[[0, *path]], after))
 
-    def begin(self, sequence: SequenceState, emitted: list[int], *, alone: bool, most: int | None = None) -> int:
+    def begin(
+        self, sequence: SequenceState, emitted: list[int], *, alone: bool, rests: bool = False, most: int | None = None
+    ) -> int:
         """Sets the sequence's next input, with drafts from the text itself if it repeats.
 
         Args:
             emitted: the verified tokens of this step.
             alone: whether it is the only sequence: in a batch a forward is wide already.
+            rests: whether the heads make no drafts in this step.
             most: drafts, if the batch decides that.
 
         Returns:
@@ -73,12 +77,7 @@ class Drafter:
         wide = sequence.options.prompt_lookup_num_tokens if alone and not self.runner.compile else by_heads
         sequence.looked_up = self._look_up(sequence, emitted, wide)
         room = self._room(sequence, emitted, by_heads)
-        if sequence.looked_up or room <= 0:
-            return 0
-        if sequence.draft_length is not None and alone and sequence.draft_length.rests():
-            sequence.size = 1
-            return 0
-        return room
+        return 0 if sequence.looked_up or rests else max(0, room)
 
     def draft(
         self,
@@ -127,10 +126,10 @@ class Drafter:
         how = {"alpha_c": alpha_c, "temperature": temperature}
         if sequence.draft_length is not None and (alone or options.tree is not None):
             tree = grow(heads, text, table, **how, pairwise=pairwise, most=sequence.draft_length.sizes[-1] - 1)
-            sequence.size = sequence.draft_length.choose(tree.probabilities)
-            tree = tree.first(sequence.size - 1)
+            size = sequence.draft_length.choose(tree.probabilities)
+            tree = tree.first(size - 1)
             sequence.input_ids, sequence.parents = [emitted[-1], *tree.tokens], tree.parents
-            sequence.expected_accepted = sum(tree.probabilities)
+            sequence.drafts = Drafts(size, sum(tree.probabilities))
             return
         greedy = not options.sample
         drafted = draft_from(heads, text, table, **how, generator=sequence.generator, greedy=greedy, pairwise=pairwise)
@@ -140,20 +139,19 @@ class Drafter:
     def _draft_in_steps(
         self, sequence: SequenceState, emitted: list[int], head: SequentialDrafter, room: int, *, alone: bool
     ) -> None:
-        """Drafts of a sequential head, unless it measured that they do not pay."""
-        sequence.drafted = not alone or sequence.drafting_pays is None or sequence.drafting_pays.choose()
-        if not sequence.drafted:
-            return
+        """Drafts of a sequential head, as long as they are worth it where the sequence is alone."""
         features, after = torch.cat([part for part, _ in sequence.unread]), [t for _, part in sequence.unread for t in part]
         sequence.unread.clear()
-        drafts, proposals = head.draft(sequence, features, after, _text(sequence, emitted), room)
+        length = sequence.draft_length if alone else None
+        drafts, proposals, expected = head.draft(sequence, features, after, _text(sequence, emitted), room, length)
         self._set(sequence, emitted, drafts)
+        sequence.drafts = Drafts(1 + len(drafts), expected)
         sequence.proposals = proposals if sequence.options.sample else []
 
     def _set(self, sequence: SequenceState, emitted: list[int], drafts: Sequence[int]) -> None:
         """A chain of drafts as the sequence's next input."""
         sequence.input_ids, sequence.parents = [emitted[-1], *drafts], list(range(len(drafts)))
-        sequence.proposals, sequence.size = [], 0
+        sequence.proposals, sequence.drafts = [], Drafts()
 
     def _room(self, sequence: SequenceState, emitted: list[int], most: int) -> int:
         """How many drafts, at most `most`, are of use after the tokens that this step emits."""

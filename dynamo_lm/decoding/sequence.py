@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamo_lm.decoding.draft_length import AdaptiveDraftLength, DraftingPays
+from dynamo_lm.decoding.draft_length import AdaptiveDraftLength, Drafts
 from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.decoding.prompt_lookup import PromptLookup
 from dynamo_lm.decoding.statistics import Statistics, TokenLogProb
@@ -32,17 +32,14 @@ class SequenceState:
     statistics: Statistics
     input_ids: list[int]  # of the next forward: the prompt, then last step's tokens
     parents: list[int] = field(default_factory=list)  # where in input_ids the token before each of input_ids[1:] is
-    draft_length: AdaptiveDraftLength | None = None  # how large its draft trees are; None: chains
-    size: int = 0  # tokens of the step, if it carries a draft tree
-    expected_accepted: float = 0.0  # how many of that tree's drafts should be accepted
+    draft_length: AdaptiveDraftLength | None = None  # how many drafts a step carries; None: as many as there are heads
+    drafts: Drafts = field(default_factory=Drafts)  # what is known of input_ids[1:]
     proposals: list[Proposal] = field(default_factory=list)  # the distributions input_ids[1:] were drafted from
     text: TokenArray = field(default_factory=TokenArray)  # `tokens` as an array
     prompt_lookup: PromptLookup = field(default_factory=PromptLookup)
     looked_up: bool = False  # whether input_ids[1:] are drafts from the text itself
     draft_cache: Any = None  # keys and values in a sequential head's layer
-    drafting_pays: DraftingPays | None = None  # whether such a head drafts; None: always
     drafts_freely: bool = False  # whether the number of drafts changes nothing but the time
-    drafted: bool = True  # whether it did for the step in progress
     unread: list[tuple[Tensor, list[int]]] = field(default_factory=list)  # what `SequentialDrafter.draft` has yet to read
     present: np.ndarray | None = None  # under "off", (vocabulary,) bool: the tokens that are there already
     emitted: list[int] = field(default_factory=list)  # by the last step; empty where it only scored

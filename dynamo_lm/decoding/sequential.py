@@ -15,17 +15,16 @@ import torch
 from torch import Tensor
 
 from dynamo_lm.backbone.eagle3_layer import DraftCache
+from dynamo_lm.decoding.draft_length import AdaptiveDraftLength
 from dynamo_lm.decoding.draft_vocabulary import DraftVocabulary
 from dynamo_lm.decoding.protocol import MultiHeadLM
 from dynamo_lm.decoding.sequence import SequenceState
 from dynamo_lm.decoding.verification import Proposal
-from dynamo_lm.kernels.quantized import is_quantized
 from dynamo_lm.sampling.algorithm1 import _choose
 from dynamo_lm.sampling.drafting import conditional
 from dynamo_lm.sampling.top_k import HeadCandidates
 
-LEAST_CONFIDENCE = 0.1  # in all drafts of a chain; less is accepted too seldom to be worth a step of the head (LOG.md)
-LEAST_OF_ROUNDED = 0.3  # where weights have 8 or 4 bits: a step of the base is cheap, beside one of the head
+LEAST_CONFIDENCE = 0.1  # in all drafts of a chain, where their worth is not measured; less is accepted too seldom (LOG.md)
 
 
 class SequentialDrafter:
@@ -37,20 +36,26 @@ class SequentialDrafter:
         self.head: Any = model.sequential_head
         self.ids: Tensor | None = self.head.draft_ids
         self.device = model.device  # which walks over all modules
-        self.least_confidence = LEAST_OF_ROUNDED if is_quantized(model.base) else LEAST_CONFIDENCE
 
     def draft(
-        self, sequence: SequenceState, features: Tensor, following: Sequence[int], text: np.ndarray, count: int
-    ) -> tuple[list[int], list]:
+        self,
+        sequence: SequenceState,
+        features: Tensor,
+        following: Sequence[int],
+        text: np.ndarray,
+        count: int,
+        length: AdaptiveDraftLength | None,
+    ) -> tuple[list[int], list, float]:
         """Draft up to `count` tokens after the verified ones, if they are not drawn as long as the head is confident.
 
         Args:
             features: of the positions that were verified in this step, (new, 3 hidden).
             following: the token after each of them; the last one is what the drafts follow.
             text: all verified tokens, (t,), the last one included.
+            length: decides whether another draft is worth it, by its time; None: `LEAST_CONFIDENCE` does.
 
         Returns:
-            Tokens, and the distribution that each was drawn from.
+            Tokens, the distribution that each was drawn from, and how many should be accepted.
         """
         if sequence.draft_cache is None:
             sequence.draft_cache = DraftCache()
@@ -58,22 +63,31 @@ class SequentialDrafter:
         state = self.head.advance(self.head.first(features[None]), self._embedded(following), cache)[:, -1:]
         verified = cache.length
         proposals: list[Proposal] = []
-        confidence = 1.0  # in all drafts so far; where tokens are drawn it says little of how often they are accepted
+        confidence, expected = 1.0, 0.0  # in all drafts so far, and how many should be accepted
         all_are_drafted = sequence.options.sample or sequence.options.synthetic_acceptance is not None
-        while True:
+
+        def worth(probability: float) -> bool:
+            """Whether to draft another token; where tokens are drawn their probability says little of their acceptance."""
+            if length is not None:
+                return length.worth(probability, len(drafts))
+            return all_are_drafted or probability >= LEAST_CONFIDENCE
+
+        while len(drafts) < count:
+            if drafts:
+                if not worth(confidence):
+                    break
+                state = self.head.advance(state, self._embedded(drafts[-1:]), cache)
             ids, q = self._proposal(sequence, state, text)
-            if confidence * q.max() < self.least_confidence and not all_are_drafted:
+            if not worth(confidence * float(q.max())):
                 break
             proposals.append((torch.from_numpy(ids), torch.from_numpy(q)))
             chosen = _choose(q, sequence.generator, not sequence.options.sample)
             drafts.append(int(ids[chosen]))
             text = np.append(text, drafts[-1])
-            confidence *= q[chosen]
-            if len(proposals) == count:
-                break
-            state = self.head.advance(state, self._embedded(drafts[-1:]), cache)
+            confidence *= float(q[chosen])
+            expected += confidence
         cache.length = verified
-        return drafts, proposals
+        return drafts, proposals, expected
 
     def _proposal(self, sequence: SequenceState, state: Tensor, text: np.ndarray) -> tuple[Any, Any]:
         """Candidates of the next token and their probabilities, (k,) each; state: (1, 1, hidden)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,24 @@ def encoded(turns: list[Turn], longest: int) -> tuple[list[int], list[bool]]:
     return ids[:longest], learned[:longest]
 
 
-def store_of(prompts: Path, answers: Path, tokenizer: Any, folder: Path, longest: int) -> TokenStore:
-    """The token store of these answers."""
+def some(documents: list[tuple[list[int], list[bool]]], answer_tokens: int) -> list[tuple[list[int], list[bool]]]:
+    """Documents drawn at random until their answers have so many tokens; 0: all of them."""
+    if not answer_tokens:
+        return documents
+    drawn: list[tuple[list[int], list[bool]]] = []
+    for document in random.Random(0).sample(documents, len(documents)):
+        if answer_tokens <= 0:
+            break
+        drawn.append(document)
+        answer_tokens -= sum(document[1])
+    return drawn
 
+
+def store_of(prompts: Path, answers: Path, tokenizer: Any, folder: Path, longest: int, answer_tokens: int) -> TokenStore:
+    """The token store of these answers, or of `some`."""
     pairs = (encoded(turns, longest) for turns in records(prompts, answers, tokenizer))
-    documents = ((ids, learned) for ids, learned in pairs if any(learned))
-    inputs = digest([[str(path.resolve()), path.stat().st_size] for path in (prompts, answers)] + [longest])
+    documents = some([(ids, learned) for ids, learned in pairs if any(learned)], answer_tokens)
+    inputs = digest([[str(path.resolve()), path.stat().st_size] for path in (prompts, answers)] + [longest, answer_tokens])
     return build_store(folder, inputs, documents, tokenizer)
 
 
@@ -67,6 +80,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--answer-tokens", type=int, default=0, help="of conversations drawn at random; 0 for all")
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--kl", type=float, default=0.9)
@@ -78,7 +92,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    store = store_of(arguments.prompts, arguments.answers, tokenizer, arguments.out / "tokens", arguments.block_size)
+    answers = arguments.prompts, arguments.answers
+    store = store_of(*answers, tokenizer, arguments.out / "tokens", arguments.block_size, arguments.answer_tokens)
     learn, held_out = store.split(0.02, seed=0)
     blocks = WholeBlocks(store, learn, arguments.block_size, seed=0)
     validation = WholeBlocks(store, held_out, arguments.block_size, seed=0, shuffle=False)

@@ -95,27 +95,54 @@ void add(const T* a, T* b, int64_t count) {
   for (int64_t i = 0; i < count; i += 8) put(wide(a + i) + wide(b + i), b + i);
 }
 
-// Products of x, (rows, in), with N weights of one kind and inner size, shared among threads as one -> y[i]: (rows, out of i).
-template <int N, typename T>
-void products(const T* x, const Matrix* const (&matrices)[N], T* const (&y)[N], int64_t rows) {
-  const int64_t in = matrices[0]->in, kind = matrices[0]->kind;
-  const bool whole = kind == INT8 || kind == INT4;
-  const int64_t size = whole ? BESIDE : BLOCK;
+// Weights of one kind and inner size that are multiplied with the same rows, and that threads share out as one.
+struct Together {
+  const Matrix* matrices[3];
+  int count;
+
+  int64_t size() const { return matrices[0]->kind == INT8 || matrices[0]->kind == INT4 ? BESIDE : BLOCK; }
+  int64_t blocks_of(int i) const { return (matrices[i]->out + size() - 1) / size(); }
+  int64_t blocks() const {
+    int64_t sum = 0;
+    for (int i = 0; i < count; i++) sum += blocks_of(i);
+    return sum;
+  }
+};
+
+// A block of a rounded weight, as what comes next.
+inline Next at(const Matrix& m, int64_t block) {
+  const int64_t bytes = m.in / GROUP * (m.kind == INT4 ? 4 : 8) * 64;
+  return {static_cast<const uint8_t*>(m.weight) + block * bytes, bytes};
+}
+
+// Where the thread that has blocks from `first` on, of `count` in other products, begins in these; rounded weights alone.
+inline Next beginning(const Together& products, int64_t first, int64_t count) {
+  int64_t block = first * products.blocks() / count;
+  int i = 0;
+  while (block >= products.blocks_of(i)) block -= products.blocks_of(i++);
+  return at(*products.matrices[i], block);
+}
+
+// Products of x, (rows, in), with some weights -> y[i]: (rows, out of i); those with `following` come after them.
+template <typename T>
+void products(const T* x, const Together& weights, T* const (&y)[3], int64_t rows, const Together& following) {
+  const int64_t in = weights.matrices[0]->in, kind = weights.matrices[0]->kind, size = weights.size(), blocks = weights.blocks();
+  const bool whole = size == BESIDE;
   Rounded entries = {};
   const float* floats = nullptr;
   if (whole) entries = rounded_groups(x, rows * in / GROUP);
   else floats = unpacked(x, rows * in);
-  int64_t blocks = 0;
-  for (const Matrix* matrix : matrices) blocks += (matrix->out + size - 1) / size;
   shared(blocks, std::max<int64_t>(1, WORK / (in * size)), [&](int64_t first, int64_t last) {
-    for (int i = 0; i < N; i++) {
-      const Matrix& m = *matrices[i];
-      const int64_t count = (m.out + size - 1) / size, begin = std::max<int64_t>(0, first), end = std::min(count, last);
+    const Next after = whole ? beginning(following, first, blocks) : Next{};
+    for (int i = 0; i < weights.count; i++) {
+      const Matrix& m = *weights.matrices[i];
+      const int64_t count = weights.blocks_of(i), begin = std::max<int64_t>(0, first), end = std::min(count, last);
       const T* const bias = static_cast<const T*>(m.bias);
+      const Next next = !whole || last <= count ? after : at(*weights.matrices[i + 1], 0);
       if (begin < end && kind == INT8)
-        blocks_of<8>(static_cast<const uint8_t*>(m.weight), m.scale, entries, bias, y[i], rows, in / GROUP, m.out, begin, end);
+        blocks_of<8>(static_cast<const uint8_t*>(m.weight), m.scale, entries, bias, y[i], rows, in / GROUP, m.out, begin, end, next);
       else if (begin < end && kind == INT4)
-        blocks_of<4>(static_cast<const uint8_t*>(m.weight), m.scale, entries, bias, y[i], rows, in / GROUP, m.out, begin, end);
+        blocks_of<4>(static_cast<const uint8_t*>(m.weight), m.scale, entries, bias, y[i], rows, in / GROUP, m.out, begin, end, next);
       else if (begin < end)
         columns(static_cast<const T*>(m.weight), floats, bias, y[i], rows, in, m.out, begin * size, std::min(m.out, end * size));
       first -= count, last -= count;
@@ -161,9 +188,9 @@ void attention_of(const Layer& layer, const Step& step, const Entry& entry, T* q
              static_cast<float>(layer.scaling), to);
 }
 
-// state: (slots, tokens, size), the layer's input and in the end its output.
+// state: (slots, tokens, size), the layer's input and in the end its output; `next` comes after it.
 template <typename T>
-void run_layer(const Layer& layer, const Step& step, const Entry& entry, T* state) {
+void run_layer(const Layer& layer, const Step& step, const Entry& entry, const Layer& next, T* state) {
   const int64_t rows = step.slots * step.tokens, size = layer.size, wide_size = layer.gate.out;
   const int64_t query = layer.query.out, key = layer.key.out;
   const T* const embedding = static_cast<const T*>(step.embedding);
@@ -171,17 +198,20 @@ void run_layer(const Layer& layer, const Step& step, const Entry& entry, T* stat
   T *const queries = normed + rows * 2 * size, *const keys = queries + rows * query, *const values = keys + rows * key;
   T *const mixed = values + rows * key, *const gate = mixed + rows * query, *const up = gate + rows * wide_size;
   const int64_t in = layer.query.in;
+  const Together reading = {{&layer.query, &layer.key, &layer.value}, 3}, output = {{&layer.output}, 1};
+  const Together gating = {{&layer.gate, &layer.up}, 2}, down = {{&layer.down}, 1};
+  const Together following = {{&next.query, &next.key, &next.value}, 3};
   if (embedding) norm_rows(embedding, layer.embedding_norm, layer.eps, rows, size, normed, in);
   norm_rows(state, layer.input_norm, layer.eps, rows, size, normed + (in - size), in);
-  products(normed, {&layer.query, &layer.key, &layer.value}, {queries, keys, values}, rows);
+  products(normed, reading, {queries, keys, values}, rows, output);
   place(layer, step, entry, queries, keys, values);
   attention_of(layer, step, entry, queries, mixed);
-  products(mixed, {&layer.output}, {normed}, rows);
+  products(mixed, output, {normed}, rows, gating);
   add(normed, state, rows * size);
   norm_rows(state, layer.post_norm, layer.eps, rows, size, normed, size);
-  products(normed, {&layer.gate, &layer.up}, {gate, up}, rows);
+  products(normed, gating, {gate, up}, rows, down);
   gated(gate, up, rows * wide_size);
-  products(gate, {&layer.down}, {normed}, rows);
+  products(gate, down, {normed}, rows, following);
   add(normed, state, rows * size);
 }
 
@@ -190,7 +220,7 @@ void run_layers(const Layer* const* layers, const Entry* entries, int64_t count,
   const T* const hidden = static_cast<const T*>(step.hidden);
   T* const state = static_cast<T*>(step.result);
   std::copy(hidden, hidden + step.slots * step.tokens * layers[0]->size, state);
-  for (int64_t i = 0; i < count; i++) run_layer(*layers[i], step, entries[i], state);
+  for (int64_t i = 0; i < count; i++) run_layer(*layers[i], step, entries[i], *layers[(i + 1) % count], state);
 }
 
 }  // namespace

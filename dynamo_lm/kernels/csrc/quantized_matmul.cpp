@@ -90,12 +90,18 @@ constexpr int64_t NEAR = 1 << 14;
 constexpr int64_t NEAR = 0;
 #endif
 
-// R rows of x against 16 rows of the weight -> y: (R, 16). Meanwhile as many bytes are fetched, NEAR or else from `ahead`, in
-// STREAMS that are `apart`, as in `tile`; `done` lines of them were fetched before.
+// What is read after blocks of 16 rows: where it begins, and the bytes of its own blocks.
+struct Next {
+  const uint8_t* from;
+  int64_t apart;
+};
+
+// R rows of x against 16 rows of the weight -> y: (R, 16). Meanwhile as many bytes are fetched, NEAR or else in STREAMS from
+// `ahead`, as in `tile`; `done` lines of them were fetched before.
 template <int R, int BITS>
 inline __attribute__((always_inline)) void beside(
-    const uint8_t* weight, const uint16_t* scale, const Rounded& x, int64_t groups, float (*y)[BESIDE], const uint8_t* ahead,
-    int64_t apart, uint64_t done) {
+    const uint8_t* weight, const uint16_t* scale, const Rounded& x, int64_t groups, float (*y)[BESIDE],
+    const uint8_t* const* ahead, uint64_t done) {
   constexpr int64_t LINE = 64, STEPS = BITS;     // bytes of 16 rows that lie together, and how many lines a group has
   constexpr int32_t ZERO = BITS == 8 ? 128 : 0;  // what stands for 0 where no entry has a sign, which is faster to widen
   constexpr uint16_t ZEROS = ZERO << 8 | ZERO;
@@ -107,7 +113,7 @@ inline __attribute__((always_inline)) void beside(
       for (int p = 0; p < PARTS; p++) sum[r][p] = Ints{} - ZERO * x.sums[r * groups + g];
 #pragma GCC unroll 1
     for (int64_t j = 0; j < STEPS; j++, weight += LINE, done++) {
-      __builtin_prefetch(NEAR ? weight + NEAR : ahead + done % STREAMS * apart + done / STREAMS * LINE);
+      __builtin_prefetch(NEAR ? weight + NEAR : ahead[done % STREAMS] + done / STREAMS * LINE);
       Words w[PARTS];  // in each lane four bytes, and in each half of it the first or third and the second or fourth of them
       for (int p = 0; p < PARTS; p++) w[p] = *reinterpret_cast<const LooseWords*>(weight + p * WIDTH) ^ ZEROS;
       const auto add = [&](const auto& part, int64_t at) __attribute__((always_inline)) {
@@ -144,11 +150,16 @@ inline __attribute__((always_inline)) void beside(
 // Blocks [begin, end) of 16 columns of y = x @ weight^T + bias; y: (rows, out).
 template <int BITS, typename T>
 void blocks_of(const uint8_t* weight, const uint16_t* scale, const Rounded& x, const T* bias, T* y, int64_t rows, int64_t groups,
-             int64_t out, int64_t begin, int64_t end) {
+             int64_t out, int64_t begin, int64_t end, Next next) {
+  const int64_t bytes = groups * BITS * 64;
+  const uint8_t* ahead[STREAMS];
   for (int64_t block = begin; block < end; block++) {
-    const int64_t bytes = groups * BITS * 64, group = block / STREAMS * STREAMS;
-    const uint8_t *const w = weight + block * bytes, *const ahead = weight + (group + STREAMS) * bytes;
-    const uint64_t done = (block - group) * groups * BITS;  // lines of the next blocks, that the ones before this fetched
+    const int64_t place = (block - begin) % STREAMS, following = block + STREAMS;
+    if (place == 0)
+      for (int64_t i = 0; i < STREAMS; i++)
+        ahead[i] = following + i < end ? weight + (following + i) * bytes : next.from + (following + i - end) * next.apart;
+    const uint8_t* const w = weight + block * bytes;
+    const uint64_t done = place * groups * BITS;  // lines of the following blocks, that the ones before this fetched
     const uint16_t* const s = scale + block * groups * (BITS == 8 ? 1 : 2) * BESIDE;
     const int64_t column = block * BESIDE, count = std::min(BESIDE, out - column);
     T more[BESIDE] = {};
@@ -158,10 +169,10 @@ void blocks_of(const uint8_t* weight, const uint16_t* scale, const Rounded& x, c
       float sums[4][BESIDE];
       const Rounded from = {x.entries + r * groups * GROUP, x.scales + r * groups, x.sums + r * groups};
       count_of_rows = std::min<int64_t>(4, rows - r);
-      if (count_of_rows == 4) beside<4, BITS>(w, s, from, groups, sums, ahead, bytes, done);
-      if (count_of_rows == 3) beside<3, BITS>(w, s, from, groups, sums, ahead, bytes, done);
-      if (count_of_rows == 2) beside<2, BITS>(w, s, from, groups, sums, ahead, bytes, done);
-      if (count_of_rows == 1) beside<1, BITS>(w, s, from, groups, sums, ahead, bytes, done);
+      if (count_of_rows == 4) beside<4, BITS>(w, s, from, groups, sums, ahead, done);
+      if (count_of_rows == 3) beside<3, BITS>(w, s, from, groups, sums, ahead, done);
+      if (count_of_rows == 2) beside<2, BITS>(w, s, from, groups, sums, ahead, done);
+      if (count_of_rows == 1) beside<1, BITS>(w, s, from, groups, sums, ahead, done);
       for (int64_t i = 0; i < count_of_rows; i++) {
         T part[BESIDE];
         put(load(sums[i]) + wide(more), part);
@@ -215,7 +226,8 @@ void multiply_quantized(const T* x, const uint8_t* weight, const uint16_t* scale
   const Rounded from = rounded_groups(x, rows * groups);
   const int64_t grain = std::max<int64_t>(1, WORK / (groups * GROUP * BESIDE));
   shared((out + BESIDE - 1) / BESIDE, grain, [&](int64_t first, int64_t last) {
-    blocks_of<BITS>(weight, scale, from, bias, y, rows, groups, out, first, last);
+    const int64_t bytes = groups * BITS * 64;
+    blocks_of<BITS>(weight, scale, from, bias, y, rows, groups, out, first, last, {weight + last * bytes, bytes});
   });
 }
 
