@@ -48,6 +48,26 @@ def test_a_list_covers_what_it_should_and_reads_what_the_model_reads(model):
         torch.testing.assert_close(listed.output(states), twin.readout(states)[..., listed.ids])
 
 
+def test_rows_of_a_coupling_are_those_that_it_computes(model):
+    coupled = dynamo_of("llama", 3, coupling_rank=4)
+    coupled.cooccurrence = model.cooccurrence
+    with torch.no_grad():
+        for up in coupled.coupling.ups:
+            up.normal_()
+    twin = coupled.optimize_for_inference(3)
+    listed = draft_vocabulary_of(twin)
+    assert draft_vocabulary_of(coupled.optimize_for_inference(2)) is listed
+    hidden, weights = torch.randn(2, 5, 32), [twin.output_weight(head) for head in (2, 3)]
+    ids = torch.from_numpy(listed.ids)
+    rows, gates = twin.coupling.low_rank_factors(hidden, ids.expand(2, 5, -1), weights)
+    torch.testing.assert_close(listed.rows.float(), rows[:, 0], rtol=2**-7, atol=1e-6)
+    assert torch.equal(twin.coupling.gates_of(hidden), gates)
+    with torch.no_grad():
+        coupled.coupling.ups[1].mul_(2)
+    again = draft_vocabulary_of(coupled.optimize_for_inference(3))
+    assert torch.equal(again.rows[0], listed.rows[0]) and torch.equal(again.rows[1], 2 * listed.rows[1])
+
+
 def test_it_is_made_once_and_again_when_weights_or_table_change(model):
     first = draft_vocabulary_of(model.optimize_for_inference(3))
     assert draft_vocabulary_of(model.optimize_for_inference(2)) is first

@@ -152,8 +152,10 @@ class Candidates:
         if coupling is None or len(states) == 0:
             return [ids, scores]
         if group.draft_vocabulary is not None:
-            weights = [group.draft_vocabulary.output.weight] * len(states)
-            return [ids, scores, *coupling.low_rank_factors(states, sent(ids[-len(states) :], states.device), weights)]
+            rows = group.draft_vocabulary.rows
+            assert rows is not None
+            heads = torch.arange(len(states), device=rows.device)[:, None, None]
+            return [ids, scores, rows[heads, sent(ids, rows.device)], coupling.gates_of(states)]
         with loaded(self.model.base.get_output_embeddings()):
             weights = [self.model.output_weight(head) for head in range(2, len(states) + 2)]
             return [ids, scores, *coupling.low_rank_factors(states, sent(ids[-len(states) :], states.device), weights)]

@@ -92,7 +92,11 @@ class Coupling(nn.Module):
         """
         heads = range(first, first + len(hidden))
         rows = [weight[ids] @ self.ups[i - 2] for i, weight, ids in zip(heads, output_weights, candidates, strict=True)]
-        return torch.stack(rows), torch.stack([self._gate(i, states) for i, states in zip(heads, hidden, strict=True)])
+        return torch.stack(rows), self.gates_of(hidden, first)
+
+    def gates_of(self, hidden: Tensor, first: int = 2) -> Tensor:
+        """The gates on the previous tokens' E, (heads, ..., rank); hidden: of heads first, .., (heads, ..., hidden)."""
+        return torch.stack([self._gate(i, states) for i, states in enumerate(hidden, start=first)])
 
     def _gate(self, head: int, hidden: Tensor) -> Tensor:
         return torch.sigmoid(F.linear(hidden, self.gates[head - 2], self.biases[head - 2]))  # (..., rank)
