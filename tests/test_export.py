@@ -25,6 +25,7 @@ from dynamo_lm.export.export import export
 from dynamo_lm.export.gguf_tokens import LLAMA3, cut
 from dynamo_lm.export.llama_cpp import LlamaCpp
 from dynamo_lm.export.vllm_process import cause
+from dynamo_lm.kernels.quantized import quantize_modules
 from dynamo_lm.model.eagle3 import sequential_states
 
 VOCABULARY = 300
@@ -176,6 +177,13 @@ def test_what_cannot_be_exported_says_so(base_folder, tokenizer, tmp_path, capsy
         export(eagle(base_folder), "mine", tokenizer, "gguf", out, with_base="q4")
     with pytest.raises(InputError, match="--draft-precision is for --to gguf, and --to is eagle3"):
         export(eagle(base_folder), "mine", tokenizer, "eagle3", out, draft_precision="f16")
+    with pytest.raises(InputError, match="--base-gguf is for --to gguf, and --to is eagle3"):
+        export(eagle(base_folder), "mine", tokenizer, "eagle3", out, base_gguf=tmp_path / "base.gguf")
+    rounded = eagle(base_folder)
+    quantize_modules(rounded, 8)
+    for form in ("eagle3", "gguf", "mtp", "speculators"):
+        with pytest.raises(InputError, match='"mine" has weights of 8 or 4 bits'):
+            export(rounded, "mine", tokenizer, form, out)
     with pytest.raises(InputError, match="--with-base is for --to gguf, and --to is mtp"):
         export(eagle(base_folder), "mine", tokenizer, "mtp", out, with_base="f16")
     with pytest.raises(InputError, match="leaves out 3 bytes or special tokens, such as '<unk>'"):

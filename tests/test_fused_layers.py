@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import deque
 from collections.abc import Iterator
 
@@ -22,6 +23,7 @@ from dynamo_lm.decoding.draft_length import JUDGED_STEPS, SHORTEST_REST, Adaptiv
 from dynamo_lm.decoding.fused_body import FusedBody
 from dynamo_lm.decoding.fused_layers import FusedDraftLayer, FusedLayer, kernel_of
 from dynamo_lm.decoding.kv_cache import RaggedKVCache, StaticKVCache
+from dynamo_lm.decoding.model_runner import ModelRunner
 from dynamo_lm.kernels import loader
 from dynamo_lm.kernels.linear import optimize_modules
 from dynamo_lm.kernels.quantized import FORMATS, quantize_modules
@@ -208,6 +210,22 @@ def test_text_stays_while_heads_are_left_out_and_when_they_return(monkeypatch):
     text = model.generate(torch.arange(5)[None], **how)
     assert returns == [SHORTEST_REST + 1, 2 * SHORTEST_REST + 1]
     assert torch.equal(text, model.generate(torch.arange(5)[None], num_heads=1, **how))
+
+
+def test_a_rest_that_begins_with_a_tree_leaves_its_heads_in(monkeypatch):
+    """What heads read later is a chain: the cache moves a tree's accepted tokens together, not their states."""
+    model, turns = model_of("llama", torch.float32, None), itertools.cycle([False, True, True])
+    run, steps = ModelRunner._run, list[tuple[bool, bool]]()
+    monkeypatch.setattr(AdaptiveDraftLength, "rests", lambda self: next(turns))
+    monkeypatch.setattr(AdaptiveDraftLength, "choose", lambda self, probabilities: 8)
+
+    def watched(self, forward, input_ids, cache, slots, least, trees=None):
+        steps.append((cache.without_heads, trees is not None))
+        return run(self, forward, input_ids, cache, slots, least, trees)
+
+    monkeypatch.setattr(ModelRunner, "_run", watched)
+    model.generate(torch.arange(5)[None], max_new_tokens=30, verify="strict", eos_token_id=-1)
+    assert {(True, False), (False, True)} == set(steps[1:]) - {(False, False)}
 
 
 class Louder(LlamaModel):

@@ -18,6 +18,7 @@ from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.decoding.prompt_lookup import LEAST_MATCH, PromptLookup
 from dynamo_lm.decoding.statistics import Statistics
 from dynamo_lm.decoding.verification import accept_sampled, certain
+from dynamo_lm.kernels.linear import MAX_ROWS
 
 PROMPT = [5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7]
 
@@ -154,3 +155,12 @@ def test_statistics_name_drafts_from_the_text():
 
 def test_whole_numbers_of_numpy_are_whole_numbers():
     assert DecodingOptions(4, 1, prompt_lookup_num_tokens=np.int64(3)).ceiling == 4
+
+
+def test_a_step_is_no_wider_than_what_the_kernels_multiply_in_one_order():
+    """More rows go to torch's own product, which rounds otherwise."""
+    model, ids = markov_dynamo(cycle(16), cycle(16)), torch.tensor([[*range(5, 15)] * 2])
+    how = {"max_new_tokens": 100, "eos_token_id": None, "num_heads": 1}
+    out = model.generate(ids, prompt_lookup_num_tokens=40, verify="strict", return_dict_in_generate=True, **how)
+    assert torch.equal(out.sequences, model.generate(ids, **how))
+    assert max(out.statistics[0].step_sizes) == MAX_ROWS

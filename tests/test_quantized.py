@@ -18,7 +18,7 @@ from dynamo_lm.cli.info import describe
 from dynamo_lm.errors import InputError
 from dynamo_lm.export import gguf_base
 from dynamo_lm.kernels import loader, quantized
-from dynamo_lm.kernels.quantized import MOST, QuantizedEmbedding, QuantizedLinear, quantize_modules
+from dynamo_lm.kernels.quantized import MOST, QuantizedEmbedding, QuantizedLinear, QuantizedWeight, quantize_modules
 from dynamo_lm.model.quantization import quantize
 
 needs_kernel = pytest.mark.skipif(not loader.available(), reason="needs a C++ compiler")
@@ -107,6 +107,38 @@ def test_weights_of_nothing_and_states_that_are_not_finite():
     with torch.inference_mode():
         y = plain(x)
     assert torch.equal(y[[0, 3]], plain.bias.expand(2, -1)) and y[1:3].isnan().all()
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_states_too_small_for_float32_are_as_good_as_zeros(kernel, monkeypatch):
+    _, layer = layers(2, 20, 8)
+    x = torch.zeros(2, 64)
+    x[:, 0], x[1, 40] = 1.0, 1e-36
+    if not kernel:
+        monkeypatch.setattr(loader, "available", lambda: False)
+    with torch.inference_mode():
+        y = layer(x)
+    assert torch.equal(y[0], y[1]) and y.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_states_of_other_types_are_multiplied_in_float32(dtype):
+    _, layer = layers(2, 20, 4)
+    x = torch.randn(3, 64).to(dtype)
+    with torch.inference_mode():
+        y = copy.deepcopy(layer).to(dtype)(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), layer(x.float()).float(), rtol=2e-3, atol=2e-3)
+
+
+def test_tokens_that_an_embedding_lacks_are_an_error():
+    embedding = nn.Embedding(20, 64)
+    embedding.__class__ = QuantizedEmbedding
+    embedding.hold(QuantizedWeight.of(torch.randn(20, 64), 8))
+    assert embedding(torch.tensor([[0, 19]])).shape == (1, 2, 64)
+    for token in (-1, 20):  # 20 to 31 are there for the kernel, which takes 16 at a time
+        with pytest.raises(IndexError, match="the embedding has 20 tokens"):
+            embedding(torch.tensor([[token]]))
 
 
 # ---------------------------------------------------------------- the op

@@ -7,11 +7,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from architectures import random_tokens
+from architectures import dynamo_of, random_tokens
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dynamo_lm import DynaMoForCausalLM, InputError
 from dynamo_lm.cooccurrence.counting import count
+from dynamo_lm.kernels.quantized import quantize_modules
 from dynamo_lm.model.configuration import MEDUSA
 
 OLD = 97
@@ -78,6 +79,13 @@ def test_a_new_token_is_read_by_own_output_embeddings_as_the_base_reads_it_and_h
     model = model_with("a coupling")
     model.resize_token_embeddings(OLD + 3)
     assert not model.coupling.tokens[OLD:].any()
+
+
+def test_a_rounded_model_is_not_resized():
+    model = dynamo_of("llama", 3)
+    quantize_modules(model, 8)
+    with pytest.raises(InputError, match="8 or 4 bits and cannot be resized"):
+        model.resize_token_embeddings(128)
 
 
 def test_tables_of_a_smaller_vocabulary_stay_and_of_a_larger_one_are_refused_before_anything_is_resized(tmp_path):

@@ -45,7 +45,7 @@ class ExportOptions:
     check_only: Annotated[bool, "Check a folder that is there, and write nothing."] = False
     base: Annotated[str | None, "Base of the head, if it is not where the head's folder says: a folder or hub id."] = None
     tokenizer: Tokenizer = None
-    dtype: Annotated[str, "Precision of the files: float32, bfloat16, float16, or auto (the model's own)."] = "auto"
+    dtype: Annotated[str, "Precision of other files than GGUF: float32, bfloat16, float16, or auto (the model's)."] = "auto"
 
 
 @dataclass_options

@@ -340,7 +340,7 @@ class Batch:
         if alone and draft_length is not None and not first:
             if rests and carried == [0]:
                 draft_length.record_rest(seconds)
-            elif drafts.size:
+            elif drafts.size and not rests:
                 own = seconds - sequences[0].drafts.seconds + drafts.seconds  # of these drafts, not of the next ones
                 draft_length.record(drafts.size, own, drafts.expected, len(verified[0].path))
         if goodput is not None and most is not None and self._most == most and not first:

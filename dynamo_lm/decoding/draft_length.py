@@ -13,6 +13,7 @@ import torch
 from dynamo_lm.decoding.options import DecodingOptions
 from dynamo_lm.decoding.preconditions import is_sequential
 from dynamo_lm.decoding.protocol import MultiHeadLM
+from dynamo_lm.kernels.linear import MAX_ROWS
 
 TRIALS = 3  # steps of each size before its time counts
 WINDOW = 15  # latest steps of each size, whose median counts
@@ -201,6 +202,7 @@ def draft_length_of(model: MultiHeadLM, options: DecodingOptions) -> AdaptiveDra
     if not drafts_freely(model, options):
         return None
     sequential = is_sequential(model)
-    sizes = tuple(range(1, n + 1)) if sequential else tuple(sorted({1, 2, n, 2 * n, 4 * n}))
+    trees = (size for size in {2, 2 * n, 4 * n} if size <= max(n, MAX_ROWS))  # more would round in another order
+    sizes = tuple(range(1, n + 1)) if sequential else tuple(sorted({1, n, *trees}))
     key = (sequential, n, torch.get_num_threads(), model.device)
     return model.runtime.draft_lengths.setdefault(key, AdaptiveDraftLength(sizes, n))

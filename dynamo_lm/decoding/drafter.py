@@ -21,6 +21,8 @@ from dynamo_lm.decoding.preconditions import is_sequential
 from dynamo_lm.decoding.sequence import SequenceState
 from dynamo_lm.decoding.sequential import SequentialDrafter
 from dynamo_lm.decoding.verification import certain
+from dynamo_lm.kernels.linear import MAX_ROWS
+from dynamo_lm.kernels.quantized import is_quantized
 from dynamo_lm.sampling.drafting import draft_from
 from dynamo_lm.sampling.top_k import HeadCandidates, PairwiseCorrection
 
@@ -41,6 +43,8 @@ class Drafter:
         sequential = is_sequential(self.model) and num_heads > 1
         self.head = SequentialDrafter(self.model, listed) if sequential else None
         self.read_layers = read_layers(self.model.base) if sequential else []
+        whole = is_quantized(self.model.base) or self.model.device.type != "cpu"
+        self.widest = None if whole else MAX_ROWS - 1  # drafts of a step, beyond which products round in another order
 
     def keep_unread(
         self, sequence: SequenceState, features: Tensor, emitted: list[int], path: list[int], first: bool
@@ -75,6 +79,7 @@ class Drafter:
         by_heads = heads if most is None else min(heads, most)
         # A wider forward is wider for all sequences, or is not compiled.
         wide = sequence.options.prompt_lookup_num_tokens if alone and not self.runner.compile else by_heads
+        wide = wide if self.widest is None else min(wide, self.widest)
         sequence.looked_up = self._look_up(sequence, emitted, wide)
         room = self._room(sequence, emitted, by_heads)
         return 0 if sequence.looked_up or rests else max(0, room)

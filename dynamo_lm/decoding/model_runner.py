@@ -121,10 +121,10 @@ class ModelRunner:
             Final hidden states of the heads, (n, sequences, width, hidden); shorter sequences are padded at their end.
         """
         width = max(len(sequence.input_ids) for sequence in sequences)
-        last = self._last_layer
-        cache.without_heads = not heads and isinstance(last, FusedLayer) and last.skips_heads(cache.num_slots, width)
-        input_ids = [sequence.input_ids for sequence in sequences]
+        input_ids, last = [sequence.input_ids for sequence in sequences], self._last_layer
         trees = [sequence.parents for sequence in sequences] if any(sequence.branches for sequence in sequences) else None
+        skips = isinstance(last, FusedLayer) and last.skips_heads(cache.num_slots, width)
+        cache.without_heads = skips and not heads and trees is None  # what is read later must be a chain
         hidden = self._run(self.forward, input_ids, cache, slots, self._fixed(sequences), trees)
         cache.without_heads = False
         return hidden

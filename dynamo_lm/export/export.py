@@ -18,6 +18,7 @@ from dynamo_lm.export.gguf_tensors import DRAFT_PRECISION, PRECISIONS
 from dynamo_lm.export.gguf_tokens import add_tokens, copy_tokens
 from dynamo_lm.export.parallel import parallel_config, parallel_tensors
 from dynamo_lm.files import atomic_folder
+from dynamo_lm.kernels.quantized import is_quantized
 from dynamo_lm.model.modeling import DynaMoForCausalLM
 
 
@@ -53,6 +54,8 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f'The folder "{out}" is not empty; name another with --out.')
     check_request(model, name, tokenizer, form, {"--with-base": with_base, "--draft-precision": draft_precision})
+    if base_gguf is not None and form != "gguf":
+        raise InputError(f"--base-gguf is for --to gguf, and --to is {form}; leave it out.")
     commands = serve_commands(model, form, out, out / BASE_GGUF if with_base else base_gguf, base)
     with atomic_folder(out) as temporary:
         if form == "gguf":
@@ -87,6 +90,11 @@ def check_request(model: DynaMoForCausalLM, name: str, tokenizer: Any, form: str
         InputError: with the reason.
     """
     check(model, name, form, tokenizer)
+    if is_quantized(model):
+        raise InputError(
+            f'"{name}" has weights of 8 or 4 bits in a form of its own; export the model that it was made from, without '
+            "--weights."
+        )
     for option, precision in precisions.items():
         if precision is None:
             continue

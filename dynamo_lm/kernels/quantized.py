@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dynamo_lm.kernels import loader
+from dynamo_lm.kernels import loader, ops
 from dynamo_lm.kernels.ops import BESIDE, GROUP
 
 FORMATS = {"int8": 8, "int4": 4}
@@ -140,8 +140,9 @@ def rounded(x: Tensor) -> Tensor:
     """What the kernel makes of x (..., in) before it multiplies: whole numbers to MOST, a float32 scale for every 32."""
     groups = x.float().unflatten(-1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
-    # MOST / largest, which torch would round twice
+    # MOST / largest, which torch would round twice; beyond float32 the group is as good as zeros
     factor = torch.where(largest > 0, largest.new_tensor(float(MOST)) / largest, 0.0)
+    factor = torch.where(factor == torch.inf, 0.0, factor)
     return ((groups * factor).round() * (largest / MOST)).flatten(-2)
 
 
@@ -172,8 +173,15 @@ class QuantizedLinear(_Quantized, nn.Linear):  # type: ignore[misc]  # its weigh
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if x.is_cpu and loader.available():
+            if x.dtype not in ops.DTYPES:
+                return self._in_float32(x)
             return torch.ops.dynamo_lm.quantized_matmul(x, self.packed, self.scale, self.bias, self.out_features)
         return F.linear(rounded(x).to(x.dtype), self.weight.dense().to(x.dtype), self.bias)
+
+    def _in_float32(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        product = torch.ops.dynamo_lm.quantized_matmul(x.float(), self.packed, self.scale, bias, self.out_features)
+        return product.to(x.dtype)
 
     def select(self, ids: Tensor) -> QuantizedLinear:
         """The layer that gives these outputs alone."""
@@ -188,6 +196,8 @@ class QuantizedEmbedding(_Quantized, nn.Embedding):  # type: ignore[misc]  # its
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., hidden)."""
+        if ids.is_cpu and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
+            raise IndexError(f"index out of range: the embedding has {self.num_embeddings} tokens.")
         return self.weight[ids]
 
 

@@ -34,6 +34,7 @@ from dynamo_lm.cooccurrence.table import Cooccurrence
 from dynamo_lm.decoding.generate import ended, generate
 from dynamo_lm.decoding.runtime import Runtime
 from dynamo_lm.errors import InputError
+from dynamo_lm.kernels.quantized import is_quantized
 from dynamo_lm.model.base_check import check_contract
 from dynamo_lm.model.checkpoint import load, save
 from dynamo_lm.model.configuration import DynaMoConfig
@@ -158,8 +159,10 @@ class DynaMoForCausalLM(PreTrainedModel, GenerationMixin):
         A new token is read by heads with an output embedding of their own as the base reads it.
 
         Raises:
-            InputError: the tables or a draft vocabulary have tokens beyond the new size.
+            InputError: the tables or a draft vocabulary have tokens beyond the new size, or the weights are rounded.
         """
+        if is_quantized(self):
+            raise InputError("The weights have 8 or 4 bits and cannot be resized; resize the model before they are rounded.")
         if new_num_tokens is not None:
             check_new_size(self, new_num_tokens)
         embeddings = self.base.resize_token_embeddings(new_num_tokens, *args, **kwargs)

@@ -2,7 +2,8 @@
 
 Many prompts at a time, one token a step, in bfloat16. An answer that runs into a loop ends with its first repetition.
 ANSWERS: JSON lines {"id", "turn", "answer_ids", "finish"}, of which `records` makes prompts and answers again. Of the
-answers in answers.jsonl.gz beside this file the parallel heads learned the first 4,394, the EAGLE-3 head the first 7,757.
+answers in answers.jsonl.gz beside this file the parallel heads learned the first 4,394 and 1,950 of the others, the EAGLE-3
+head the first 7,757.
 Prompts whose id begins with "own" are those of questions.jsonl.gz (recipes.smollm2.questions).
 """
 

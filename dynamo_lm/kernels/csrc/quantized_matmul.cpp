@@ -183,7 +183,8 @@ void blocks_of(const uint8_t* weight, const uint16_t* scale, const Rounded& x, c
   }
 }
 
-// One group of x in whole numbers: the largest magnitude becomes MOST, ties go to even. What is not finite makes the scale nan.
+// One group of x in whole numbers: the largest magnitude becomes MOST, ties go to even. What is not finite makes the scale nan;
+// a group so small that float32 does not hold the factor is as good as zeros.
 template <typename T>
 inline void round_group(const T* x, int16_t* entries, float* scale, int32_t* sum) {
   constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to whole numbers
@@ -196,7 +197,7 @@ inline void round_group(const T* x, int16_t* entries, float* scale, int32_t* sum
   }
   float most = 0, poison = 0;
   for (int i = 0; i < 8; i++) most = std::max(most, largest[i]), poison += nothing[i];
-  const float factor = most > 0 ? MOST / most : 0.0f;
+  const float wanted = most > 0 ? MOST / most : 0.0f, factor = wanted <= 0x1.fffffep127f ? wanted : 0.0f;
   Whole total = {};
   for (int i = 0; i < GROUP / 8; i++) {
     const Lanes scaled = held(parts[i] * factor);  // a fused addition would round once, and elsewhere
