@@ -88,7 +88,8 @@ def test_the_rounded_weight_is_near_and_its_rows_can_be_read_and_selected(wide, 
     assert torch.equal(layer.weight[ids], dense[ids])
     x = torch.randn(3, 32 * wide, dtype=dtype)
     with torch.inference_mode():
-        assert torch.equal(layer.select(ids)(x), layer(x)[:, ids])
+        exact = {"rtol": 0, "atol": 0} if loader.available() else {}  # torch's own product of other rows rounds otherwise
+        torch.testing.assert_close(layer.select(ids)(x), layer(x)[:, ids], **exact)
 
 
 def test_without_a_kernel_the_products_are_torchs(monkeypatch):
