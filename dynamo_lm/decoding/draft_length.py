@@ -82,8 +82,10 @@ class AdaptiveDraftLength:
 
         seconds: of the step and of making its drafts.
         """
+        forced = self.untried is not None
         self._times(size).append(seconds)
-        self.recent.append((size, expected))
+        if not forced:
+            self.recent.append((size, expected))
         self.expected += expected
         self.accepted += accepted
         self.steps += 1
@@ -99,16 +101,19 @@ class AdaptiveDraftLength:
 
     @property
     def untried(self) -> int | None:
-        """A size whose time is not known yet."""
-        sizes = (size for size in self.sizes if size <= self.heads and len(self.seconds.get(size, ())) < TRIALS)
-        return next(sizes, None)
+        """A size whose time is not known yet: first as many drafts as there are heads, for short texts."""
+        for size in reversed(self.sizes):
+            trials = JUDGED_STEPS if size == self.heads else TRIALS
+            if size <= self.heads and len(self.seconds.get(size, ())) < trials:
+                return size
+        return None
 
     @property
     def rate(self) -> float:
         """Tokens a second that steps with heads give now, or steps at rest if these give more."""
         steps = [(1 + self.trust * expected, self._cost(size)) for size, expected in self.recent]
         tokens, seconds = (sum(column) for column in zip(*steps, strict=True)) if steps else (0.0, 1.0)
-        return max(tokens / seconds, 1 / self._cost(AT_REST) if AT_REST in self.seconds else 0.0)
+        return max(tokens / seconds, 1 / self._cost(AT_REST if AT_REST in self.seconds else self.sizes[0]))
 
     def choose(self, probabilities: Sequence[float]) -> int:
         """The size that is worth most for drafts of these (falling) path probabilities."""
