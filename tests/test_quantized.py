@@ -142,6 +142,13 @@ def test_tokens_that_an_embedding_lacks_are_an_error():
             embedding(torch.tensor([[token]]))
 
 
+def test_an_embedding_is_one_graph_when_compiled():
+    embedding, ids = nn.Embedding(20, 64), torch.tensor([[0, 7, 19]])
+    embedding.__class__ = QuantizedEmbedding
+    embedding.hold(QuantizedWeight.of(torch.randn(20, 64), 8))
+    assert torch.equal(torch.compile(embedding, fullgraph=True, backend="eager")(ids), embedding(ids))
+
+
 # ---------------------------------------------------------------- the op
 
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from recipes.smollm2.answer import order, records
 from recipes.smollm2.prompts import ANSWER, grams
 from recipes.smollm2.questions import Sieve, conversation
-from recipes.smollm2.train import encoded
+from recipes.smollm2.train import encoded, some
 
 ROOT = Path(__file__).parent.parent
 HEADS = ROOT / "models/smollm2-135m-instruct"
@@ -92,3 +92,11 @@ def test_a_question_becomes_the_same_conversation_each_time():
     assert lines == [conversation(number, "Who made the bike?") for number in range(40)]
     assert {len(line["messages"]) for line in lines} == {2, 4} and {line["temperature"] for line in lines} == {0.0, 0.7, 1.0}
     assert all(line["messages"][1::2] == [ANSWER] * (len(line["messages"]) // 2) for line in lines)
+
+
+def test_documents_are_drawn_until_their_answers_have_enough_tokens():
+    documents = [([i] * 5, [False] * 2 + [True] * 3) for i in range(20)]
+    assert some(documents, 0) == documents
+    drawn = some(documents, 10)
+    assert len(drawn) == 4 and drawn == some(documents, 10) and all(document in documents for document in drawn)
+    assert drawn != documents[:4] and len(some(documents, 1000)) == 20

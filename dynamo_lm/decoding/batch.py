@@ -124,7 +124,7 @@ class Batch:
         self.model = self.runner.model
         coupling = self.model.coupling  # whose token factors the host reads in every step
         self._embedding = None if coupling is None else coupling.tokens.detach().cpu()
-        self._draft_vocabulary = draft_vocabulary_of(self.model)
+        self._draft_vocabulary = draft_vocabulary_of(self.model) if num_heads > 1 else None
         self._drafter = Drafter(self.runner, num_heads, self._draft_vocabulary)
         self._newcomers: list[SequenceState] = []
         self._sequences: list[SequenceState] = []

@@ -53,25 +53,28 @@ class AdaptiveDraftLength:
 
     def rests(self) -> bool:
         """Whether the step that begins makes no drafts."""
-        self.rest = max(0, self.rest - 1) if self.rest else self._begin_rest()
-        return self.rest > 0
+        self.rest = self.rest or self._new_rest()
+        if not self.rest:
+            return False
+        self.rest -= 1
+        return True
 
-    def _begin_rest(self) -> int:
-        """Steps of a rest that begins now, and one; 0: none does."""
+    def _new_rest(self) -> int:
+        """Steps of a rest that begins now, the first of which carries drafts still; 0: none does."""
         if len(self.sizes) == 1 or self.untried is not None:
             return 0
         if len(self.seconds.get(AT_REST, ())) < TRIALS:
-            return TRIALS + 1  # its first step carries drafts still
+            return 1 + TRIALS
         if len(self.recent) < JUDGED_STEPS:
             return 0
         least = self._cost(AT_REST)
         gain = sum(1 + self.trust * expected - self._cost(size) / least for size, expected in self.recent)
-        length, self.next_rest = self.next_rest, min(2 * self.next_rest, LONGEST_REST)
         if gain > 0:
             self.next_rest = SHORTEST_REST
             return 0
+        length, self.next_rest = self.next_rest, min(2 * self.next_rest, LONGEST_REST)
         self.recent.clear()
-        return length + 1
+        return 1 + length
 
     def record_rest(self, seconds: float) -> None:
         """Records a step without drafts that made none."""

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dynamo_lm.kernels import loader, ops
-from dynamo_lm.kernels.ops import BESIDE, GROUP
+from dynamo_lm.kernels import loader
+from dynamo_lm.kernels.ops import BESIDE, DTYPES, GROUP
 
 FORMATS = {"int8": 8, "int4": 4}
 MOST = 2**15 - 1  # the largest entry of x in the kernel
@@ -173,7 +173,7 @@ class QuantizedLinear(_Quantized, nn.Linear):  # type: ignore[misc]  # its weigh
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if x.is_cpu and loader.available():
-            if x.dtype not in ops.DTYPES:
+            if x.dtype not in DTYPES:
                 return self._in_float32(x)
             return torch.ops.dynamo_lm.quantized_matmul(x, self.packed, self.scale, self.bias, self.out_features)
         return F.linear(rounded(x).to(x.dtype), self.weight.dense().to(x.dtype), self.bias)
@@ -196,8 +196,10 @@ class QuantizedEmbedding(_Quantized, nn.Embedding):  # type: ignore[misc]  # its
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., hidden)."""
-        if ids.is_cpu and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
-            raise IndexError(f"index out of range: the embedding has {self.num_embeddings} tokens.")
+        if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():  # whose graph would break here
+            least, most = ids.aminmax()
+            if least < 0 or most >= self.num_embeddings:
+                raise IndexError(f"index out of range: the embedding has {self.num_embeddings} tokens.")
         return self.weight[ids]
 
 

@@ -111,7 +111,7 @@ struct Together {
 
 // A block of a rounded weight, as what comes next.
 inline Next at(const Matrix& m, int64_t block) {
-  const int64_t bytes = m.in / GROUP * (m.kind == INT4 ? 4 : 8) * 64;
+  const int64_t bytes = block_bytes(m.in / GROUP, m.kind == INT4 ? 4 : 8);
   return {static_cast<const uint8_t*>(m.weight) + block * bytes, bytes};
 }
 

@@ -90,6 +90,9 @@ constexpr int64_t NEAR = 1 << 14;
 constexpr int64_t NEAR = 0;
 #endif
 
+// Bytes of 16 rows of a weight.
+inline int64_t block_bytes(int64_t groups, int64_t bits) { return groups * GROUP * BESIDE * bits / 8; }
+
 // What is read after blocks of 16 rows: where it begins, and the bytes of its own blocks.
 struct Next {
   const uint8_t* from;
@@ -151,7 +154,7 @@ inline __attribute__((always_inline)) void beside(
 template <int BITS, typename T>
 void blocks_of(const uint8_t* weight, const uint16_t* scale, const Rounded& x, const T* bias, T* y, int64_t rows, int64_t groups,
              int64_t out, int64_t begin, int64_t end, Next next) {
-  const int64_t bytes = groups * BITS * 64;
+  const int64_t bytes = block_bytes(groups, BITS);
   const uint8_t* ahead[STREAMS];
   for (int64_t block = begin; block < end; block++) {
     const int64_t place = (block - begin) % STREAMS, following = block + STREAMS;
@@ -227,7 +230,7 @@ void multiply_quantized(const T* x, const uint8_t* weight, const uint16_t* scale
   const Rounded from = rounded_groups(x, rows * groups);
   const int64_t grain = std::max<int64_t>(1, WORK / (groups * GROUP * BESIDE));
   shared((out + BESIDE - 1) / BESIDE, grain, [&](int64_t first, int64_t last) {
-    const int64_t bytes = groups * BITS * 64;
+    const int64_t bytes = block_bytes(groups, BITS);
     blocks_of<BITS>(weight, scale, from, bias, y, rows, groups, out, first, last, {weight + last * bytes, bytes});
   });
 }
